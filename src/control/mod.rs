@@ -1,0 +1,234 @@
+//! The control API: what `byokctl` asks of `byokd` over its unix socket, and what it answers.
+//!
+//! One request a line, one answer a line, JSON both ways. The types are the API: [`server`] and
+//! [`client`] only carry them. Fields are added, never renamed or removed, within one
+//! [`API_VERSION`].
+
+pub mod client;
+pub mod server;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::exit::ExitCode;
+use crate::key::wrapped::{EncryptionContext, KeyArn, Purpose};
+use crate::units::SectorSize;
+
+/// The version of this API, part of [`Answer::Version`].
+pub const API_VERSION: u32 = 1;
+
+/// What may be asked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Who is there: answered with [`Answer::Version`].
+    Version,
+    /// Makes a volume and its definition: answered with [`Answer::Volume`].
+    VolumeCreate(VolumeCreate),
+    /// Every volume known: answered with [`Answer::Volumes`].
+    VolumeList,
+    /// One volume: answered with [`Answer::Volume`].
+    VolumeShow {
+        /// Its name.
+        name: String,
+    },
+    /// Drops the definition, not the data: answered with [`Answer::Done`].
+    VolumeForget {
+        /// Its name.
+        name: String,
+    },
+    /// Unlocks and serves a volume: answered with [`Answer::Volume`].
+    Attach {
+        /// Its name.
+        name: String,
+        /// Serve it read-only whatever its definition says.
+        #[serde(default)]
+        read_only: bool,
+    },
+    /// Drains, flushes and stops serving: answered with [`Answer::Volume`].
+    Detach {
+        /// Its name.
+        name: String,
+    },
+    /// The state of one volume or all: answered with [`Answer::Volumes`].
+    Status {
+        /// Only this one.
+        #[serde(default)]
+        name: Option<String>,
+    },
+    /// Tries a key step by step: answered with [`Answer::KeyCheck`].
+    KeyCheck {
+        /// The key.
+        arn: KeyArn,
+    },
+}
+
+/// What a new volume should be.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeCreate {
+    /// Its name: letters, digits, `-`, `_` and `.`, at most 64, not starting with a dot or dash.
+    pub name: String,
+    /// File or block device; a file is made.
+    pub backing: PathBuf,
+    /// Bytes a client may use; the header comes on top. For a block device 0 means all of it.
+    pub size: u64,
+    /// The customer's key.
+    pub key: KeyArn,
+    /// What the volume is for.
+    pub purpose: Purpose,
+    /// Pairs added to the encryption context.
+    #[serde(default)]
+    pub context: BTreeMap<String, String>,
+    /// Sector size in bytes.
+    pub sector_size: SectorSize,
+    /// Format over something that looks like data.
+    #[serde(default)]
+    pub force: bool,
+    /// Allocate all blocks now instead of a sparse file.
+    #[serde(default)]
+    pub preallocate: bool,
+}
+
+/// What is answered.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum Answer {
+    /// The daemon and its API.
+    Version {
+        /// The program's version.
+        version: String,
+        /// [`API_VERSION`].
+        api: u32,
+    },
+    /// Nothing more to say than that it is done.
+    Done,
+    /// One volume.
+    Volume(Box<VolumeStatus>),
+    /// Several volumes, in order of their names.
+    Volumes {
+        /// The volumes.
+        volumes: Vec<VolumeStatus>,
+    },
+    /// A key, step by step.
+    KeyCheck {
+        /// In the order they were tried; the first failure ends the list.
+        steps: Vec<CheckStep>,
+    },
+    /// It could not be done.
+    Error(ControlError),
+}
+
+/// Why something could not be done, for people and for scripts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{what}: {why}")]
+pub struct ControlError {
+    /// The exit code `byokctl` ends with.
+    pub exit: ExitCode,
+    /// What was tried, on what.
+    pub what: String,
+    /// Why it failed.
+    pub why: String,
+    /// What to do about it.
+    pub remedy: String,
+}
+
+/// One step of [`Request::KeyCheck`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckStep {
+    /// `exists`, `enabled`, `symmetric`, `region`, `generate`, `decrypt`, `context`.
+    pub step: String,
+    /// Whether it worked.
+    pub ok: bool,
+    /// What was seen, or KMS's words with the request id.
+    pub detail: String,
+    /// What to do, if it did not work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+}
+
+/// Whether a volume is being served, and if not, why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VolumeState {
+    /// Known, not attached.
+    Detached,
+    /// Attached and serving.
+    Serving,
+    /// Attached; KMS gave no verdict lately, the outage allowance is running.
+    Unverified,
+    /// Attached, fenced: every request is answered with an error, the key is destroyed.
+    Fenced,
+}
+
+/// Everything known of a volume. All of it is public: no secret is reachable from here.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// Its name, and the name of its NBD export.
+    pub name: String,
+    /// Its state.
+    pub state: VolumeState,
+    /// The LUKS2 uuid; absent if the header could not be read.
+    pub uuid: Option<Uuid>,
+    /// What it is for.
+    pub purpose: Option<Purpose>,
+    /// Bytes a client may use.
+    pub size: Option<u64>,
+    /// Sector size in bytes.
+    pub sector_size: Option<SectorSize>,
+    /// Where its ciphertext lies.
+    pub backing: PathBuf,
+    /// The key that wraps its volume key.
+    pub key: Option<KeyArn>,
+    /// The context the wrapped key is bound to.
+    pub context: Option<EncryptionContext>,
+    /// The header's sequence number.
+    pub header_seqid: Option<u64>,
+    /// What was repaired when the header was opened, or why it could not be read.
+    pub header_note: Option<String>,
+    /// Served read-only.
+    pub read_only: bool,
+    /// The NBD URI of its socket, while attached.
+    pub uri: Option<String>,
+    /// Connections now.
+    pub connections: usize,
+    /// The lease, while attached.
+    pub lease: Option<LeaseStatus>,
+}
+
+/// The lease of an attached volume's key.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LeaseStatus {
+    /// `held`, `suspect`, `unverified`, `revoked`, `expired`, `restoring`, `suspended`.
+    pub state: String,
+    /// When it got into this state, RFC 3339.
+    pub since: String,
+    /// The last success of KMS, RFC 3339.
+    pub last_success: Option<String>,
+    /// Seconds until the outage allowance runs out; absent when it never does or is not running.
+    pub allowance_left: Option<u64>,
+    /// From the first denied answer to the key's destruction, in milliseconds, of the last fence.
+    pub fence_ms: Option<u64>,
+    /// What KMS said last that was not a success.
+    pub evidence: Option<Evidence>,
+}
+
+/// What KMS said, verbatim, and what it means.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evidence {
+    /// When, RFC 3339.
+    pub at: String,
+    /// The exception's name.
+    pub code: String,
+    /// Its message.
+    pub message: String,
+    /// What joins it to CloudTrail.
+    pub request_id: Option<String>,
+    /// `denied`, `unavailable`, `credentials`, `mismatch`.
+    pub verdict: crate::kms::Verdict,
+    /// What to do about it.
+    pub remedy: String,
+}

@@ -1,0 +1,177 @@
+//! The customer's key service: make a data key, unwrap it, probe, describe.
+//!
+//! [`KeyService`] is what the rest of the program sees; [`aws`] speaks to AWS KMS, [`verdict`]
+//! says what an error means for the customer's key, and [`dev`] is an embedded KMS for trials and
+//! tests that speaks the same wire protocol.
+
+pub mod aws;
+pub mod dev;
+pub mod verdict;
+
+use std::future::Future;
+
+use thiserror::Error;
+
+use crate::key::VolumeKey;
+use crate::key::secret::SecretMemoryError;
+use crate::key::wrapped::{EncryptionContext, KeyArn, WrappedKey};
+
+/// What an answer of KMS says about the customer's will.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// The key may be used: the answer proved it.
+    Allowed,
+    /// The customer took the key away.
+    Denied,
+    /// No verdict: KMS could not be asked, or could not answer.
+    Unavailable,
+    /// No verdict, and the fault is our own: credentials, signature, clock.
+    Credentials,
+    /// The answer does not fit the volume: header damaged or swapped.
+    Mismatch,
+}
+
+/// The operation of the KMS API that was tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// `DescribeKey`.
+    DescribeKey,
+    /// `GenerateDataKey`.
+    GenerateDataKey,
+    /// `Decrypt`.
+    Decrypt,
+}
+
+impl std::fmt::Display for Operation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::DescribeKey => "DescribeKey",
+            Self::GenerateDataKey => "GenerateDataKey",
+            Self::Decrypt => "Decrypt",
+        })
+    }
+}
+
+/// A call to KMS that did not succeed: what was tried, on which key, what came back.
+#[derive(Debug, Error)]
+#[error("KMS {operation} with {key} failed: {code}: {message}{}", request_id.as_deref().map(|id| format!(" (request id {id})")).unwrap_or_default())]
+pub struct KmsError {
+    /// What was tried.
+    pub operation: Operation,
+    /// On which key.
+    pub key: KeyArn,
+    /// The exception's name as KMS gave it (`DisabledException`), or our own word for a failure
+    /// below it (`Timeout`, `Connect`, `Tls`, `NoCredentials`, `EmptyAnswer`, ...).
+    pub code: String,
+    /// The message that came with it, verbatim.
+    pub message: String,
+    /// What joins this to the customer's CloudTrail event, if KMS answered at all.
+    pub request_id: Option<String>,
+    /// What it means for the customer's key (see [`verdict`]).
+    pub verdict: Verdict,
+    /// What a person should do about it, one sentence.
+    pub remedy: String,
+}
+
+/// A data key just made: the secret, and the same key wrapped.
+pub struct NewKey {
+    /// The secret.
+    pub key: VolumeKey,
+    /// What the token keeps.
+    pub wrapped: WrappedKey,
+}
+
+/// What `DescribeKey` says of a key, as far as byokd has rules about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyDescription {
+    /// The key's ARN as KMS gives it.
+    pub arn: String,
+    /// `KeyState`: `Enabled`, `Disabled`, `PendingDeletion`, ...
+    pub state: String,
+    /// `KeySpec`: must be `SYMMETRIC_DEFAULT`.
+    pub spec: String,
+    /// `KeyUsage`: must be `ENCRYPT_DECRYPT`.
+    pub usage: String,
+    /// `Origin`: `AWS_KMS`, `EXTERNAL`, `AWS_CLOUDHSM`, `EXTERNAL_KEY_STORE`.
+    pub origin: String,
+    /// Whether it is a multi-Region key (primary or replica).
+    pub multi_region: bool,
+    /// The request id of the answer.
+    pub request_id: Option<String>,
+}
+
+/// A proof that KMS let us use the key just now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Proof {
+    /// The request id of the answer, which joins it to the customer's CloudTrail.
+    pub request_id: Option<String>,
+}
+
+/// An error of the service, or of the secret memory its answer goes to.
+#[derive(Debug, Error)]
+pub enum ServiceError {
+    /// KMS refused, failed, or could not be asked.
+    #[error(transparent)]
+    Kms(#[from] KmsError),
+    /// There was no locked memory for the key.
+    #[error(transparent)]
+    Memory(#[from] SecretMemoryError),
+}
+
+/// A key service, as the rest of the program sees it. Every call ends within its time limit.
+pub trait KeyService: Send + Sync + 'static {
+    /// Makes a new 64-byte volume key wrapped by `arn` in `context`.
+    fn make_key(
+        &self,
+        arn: &KeyArn,
+        context: &EncryptionContext,
+    ) -> impl Future<Output = Result<NewKey, ServiceError>> + Send;
+
+    /// Unwraps a volume key. It succeeds only if the answer names the same key ARN and holds
+    /// exactly 64 bytes.
+    fn unwrap_key(
+        &self,
+        wrapped: &WrappedKey,
+    ) -> impl Future<Output = Result<(VolumeKey, Proof), ServiceError>> + Send;
+
+    /// Makes a canary: a 32-byte data key under the same key and context, of which only the blob
+    /// and the plaintext's SHA-256 are kept.
+    fn make_canary(
+        &self,
+        arn: &KeyArn,
+        context: &EncryptionContext,
+    ) -> impl Future<Output = Result<Canary, ServiceError>> + Send;
+
+    /// Asks whether the key may still be used, by decrypting `canary`: one attempt, no retries. It
+    /// succeeds only if key ARN and the plaintext's hash both match.
+    fn probe(
+        &self,
+        canary: &Canary,
+        connection: Connection,
+    ) -> impl Future<Output = Result<Proof, KmsError>> + Send;
+
+    /// What KMS says of the key itself.
+    fn describe(
+        &self,
+        arn: &KeyArn,
+    ) -> impl Future<Output = Result<KeyDescription, KmsError>> + Send;
+}
+
+/// Whether a probe may use a pooled connection or must open its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connection {
+    /// Any connection, a pooled one if there is one.
+    Pooled,
+    /// A new one: confirming a denial must not hear the same stale endpoint again.
+    Fresh,
+}
+
+/// What probes decrypt: a blob made beside the volume key under the same key and context.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Canary {
+    /// The wrapped canary.
+    pub wrapped: WrappedKey,
+    /// SHA-256 of its plaintext.
+    pub sha256: [u8; 32],
+}

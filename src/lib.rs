@@ -1,0 +1,48 @@
+//! byokd: AES-256-XTS encrypted NBD volumes under the customer's own AWS KMS key.
+//!
+//! # The map
+//!
+//! Two ways lead through the program, and they meet in [`fence`].
+//!
+//! ```text
+//! the data's way   client socket -> NBD frame -> export -> device -> fence (crypt) -> store
+//! the key's way    volume header -> KMS -> key custody -> lease -> fence
+//! ```
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`units`] | offsets, sectors, geometry: every range and overflow check |
+//! | [`exit`] | the exit codes of both programs |
+//! | [`buffer`] | aligned buffers: plaintext and ciphertext as two types |
+//! | [`key`] | key custody: secret memory, the volume key, the lease; public words of wrapping |
+//! | [`crypt`] | AES-256-XTS, two implementations and the start-up self-test |
+//! | [`fence`] | the one meeting point: who may use the key, and its destruction |
+//! | [`store`] | where ciphertext lies: a file or block device, or memory in tests |
+//! | [`device`] | the encrypted device: sectors, read-modify-write, zeroes, trim, flush |
+//! | [`nbd`] | the protocol: wire, handshake, transmission |
+//! | [`export`] | what is served: one volume with its limits and its clients |
+//! | [`luks2`] | the volume's header |
+//! | [`volume`] | create, open, unlock: crash-safe header updates |
+//! | [`kms`] | the customer's key service, its errors as verdicts, the development KMS |
+//! | [`keeper`] | probes, and what follows from them |
+//! | [`config`] | byokd.toml and volumes.d |
+//! | [`control`] | the control API: types, server, client |
+//! | [`daemon`] | puts the parts together |
+
+pub mod buffer;
+pub mod config;
+pub mod control;
+pub mod crypt;
+pub mod daemon;
+pub mod device;
+pub mod exit;
+pub mod export;
+pub mod fence;
+pub mod keeper;
+pub mod key;
+pub mod kms;
+pub mod luks2;
+pub mod nbd;
+pub mod store;
+pub mod units;
+pub mod volume;
