@@ -1,1 +1,373 @@
-//! (being written)
+//! The fence: the one place where the data's way meets the key's way.
+//!
+//! A [`Fence`] keeps a volume's key. Each connection has a [`Gate`] of its own, with a keyed cipher
+//! behind it; [`Gate::enter`] gives a [`Pass`] for one synchronous call of the cipher. Closing the
+//! fence takes the cipher out of every gate and destroys the key and all round keys; since a pass
+//! never lives across a system call, closing waits for microseconds of arithmetic, never for a disk
+//! or a peer, and a connection whose backing store hangs cannot hold the key back.
+//!
+//! ```text
+//!   open ──close()──> closed ──open_again(key)──> open
+//!                        └── every enter() is refused with the FenceReason
+//! ```
+//!
+//! The lock in a gate is its connection's own. Nobody else takes it but the one who closes, so on
+//! the data path it is an uncontended exchange on a private cache line.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::buffer::{Buffer, Ciphertext, Plaintext};
+use crate::crypt::awslc::Xts;
+use crate::crypt::{CryptError, Engine};
+use crate::key::VolumeKey;
+use crate::key::secret::SecretArena;
+use crate::units::SectorRange;
+
+/// Why a fence is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FenceReason {
+    /// KMS denied the use of the key, twice.
+    Denied,
+    /// KMS gave no verdict for longer than the outage allowance.
+    Expired,
+    /// KMS's answer does not fit the volume.
+    Mismatch,
+    /// An operator fenced it by hand.
+    Suspended,
+    /// The volume is being detached.
+    Detached,
+    /// The daemon is stopping.
+    Stopping,
+}
+
+impl FenceReason {
+    const ALL: [Self; 6] = [
+        Self::Denied,
+        Self::Expired,
+        Self::Mismatch,
+        Self::Suspended,
+        Self::Detached,
+        Self::Stopping,
+    ];
+
+    /// One sentence for people.
+    #[must_use]
+    pub fn explain(self) -> &'static str {
+        match self {
+            Self::Denied => "the customer's KMS key may not be used: KMS denied it",
+            Self::Expired => "KMS could not be asked for longer than the outage allowance",
+            Self::Mismatch => "KMS's answer does not fit this volume's header",
+            Self::Suspended => "an operator suspended the key",
+            Self::Detached => "the volume is being detached",
+            Self::Stopping => "the daemon is stopping",
+        }
+    }
+}
+
+/// The fence is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("the volume is fenced: {}", .0.explain())]
+pub struct Fenced(pub FenceReason);
+
+/// Why a gate gives no pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum EnterError {
+    /// The fence is closed.
+    #[error(transparent)]
+    Fenced(#[from] Fenced),
+    /// The fence is open, but this gate could not set up its cipher.
+    #[error(transparent)]
+    Crypt(#[from] CryptError),
+}
+
+/// The receipt of a closed fence: made only where the key, and every cipher keyed with it, has been
+/// dropped and wiped.
+#[derive(Debug)]
+#[must_use = "it is the proof that the key is gone"]
+pub struct KeyDestroyed(());
+
+struct Custody {
+    key: VolumeKey,
+    arena: Arc<SecretArena>,
+    /// Ciphers of gates that are gone, for gates to come: contexts are never freed one by one.
+    spare: Vec<Xts>,
+}
+
+const OPEN: u8 = u8::MAX;
+
+/// A volume's key behind a gate per connection.
+pub struct Fence {
+    /// [`OPEN`], or the index of the reason in [`FenceReason::ALL`].
+    state: AtomicU8,
+    /// Counts closings, so that a connection notices one it slept through.
+    closings: AtomicU64,
+    custody: Mutex<Option<Custody>>,
+    gates: Mutex<Vec<Weak<Slot>>>,
+}
+
+/// A gate's cipher; alone on its cache line.
+#[repr(align(128))]
+#[derive(Default)]
+struct Slot(Mutex<Option<Xts>>);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic ends the process (panic = "abort"); in tests the data is still whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Fence {
+    /// An open fence around `key`.
+    ///
+    /// # Errors
+    /// The key cannot be used, or there is no secret memory: told now rather than to the first
+    /// connection.
+    pub fn open(key: VolumeKey) -> Result<Arc<Self>, CryptError> {
+        Ok(Arc::new(Self {
+            state: AtomicU8::new(OPEN),
+            closings: AtomicU64::new(0),
+            custody: Mutex::new(Some(Custody::new(key)?)),
+            gates: Mutex::default(),
+        }))
+    }
+
+    /// A gate for one connection.
+    pub fn gate(self: &Arc<Self>) -> Gate {
+        let slot = Arc::new(Slot::default());
+        let mut gates = lock(&self.gates);
+        gates.retain(|g| g.strong_count() > 0);
+        gates.push(Arc::downgrade(&slot));
+        Gate { fence: Arc::clone(self), slot }
+    }
+
+    /// `Err` with the reason if the fence is closed. One load; the proof is [`Gate::enter`].
+    ///
+    /// # Errors
+    /// The fence is closed.
+    pub fn check(&self) -> Result<(), Fenced> {
+        match self.state.load(Ordering::Acquire) {
+            OPEN => Ok(()),
+            closed => Err(Fenced(
+                FenceReason::ALL.get(usize::from(closed)).copied().unwrap_or(FenceReason::Stopping),
+            )),
+        }
+    }
+
+    /// How often it has been closed.
+    pub fn closings(&self) -> u64 {
+        self.closings.load(Ordering::Acquire)
+    }
+
+    /// Closes the fence and destroys the key: every later [`Gate::enter`] is refused, and when this
+    /// returns no copy of the key or its round keys is left. Waits for at most one cipher call per
+    /// gate. Closing a closed fence changes its reason only.
+    pub fn close(&self, reason: FenceReason) -> KeyDestroyed {
+        let index = FenceReason::ALL.iter().position(|r| *r == reason).unwrap_or_default();
+        let index = u8::try_from(index).unwrap_or_default();
+        if self.state.swap(index, Ordering::AcqRel) == OPEN {
+            self.closings.fetch_add(1, Ordering::AcqRel);
+        }
+        // From here no gate can be keyed; one that is just being keyed still holds its slot's lock.
+        drop(lock(&self.custody).take());
+        let gates: Vec<_> = lock(&self.gates).iter().filter_map(Weak::upgrade).collect();
+        for slot in gates {
+            drop(lock(&slot.0).take());
+        }
+        KeyDestroyed(())
+    }
+
+    /// Opens a closed fence with the key unwrapped anew. The caller has checked the key against the
+    /// header. Gates key themselves at their next [`Gate::enter`].
+    ///
+    /// # Errors
+    /// The key cannot be used, or there is no secret memory; the fence stays closed.
+    pub fn open_again(&self, key: VolumeKey) -> Result<(), CryptError> {
+        let custody = Custody::new(key)?;
+        *lock(&self.custody) = Some(custody);
+        self.state.store(OPEN, Ordering::Release);
+        Ok(())
+    }
+}
+
+impl Custody {
+    fn new(key: VolumeKey) -> Result<Self, CryptError> {
+        let arena = Arc::new(SecretArena::new());
+        let spare = vec![Xts::new(&key, &arena)?];
+        Ok(Self { key, arena, spare })
+    }
+}
+
+/// One connection's way to the cipher.
+pub struct Gate {
+    fence: Arc<Fence>,
+    slot: Arc<Slot>,
+}
+
+/// Permission for one call of the cipher. It must not live across an await or a system call.
+pub struct Pass<'a> {
+    cipher: MutexGuard<'a, Option<Xts>>,
+}
+
+impl Gate {
+    /// Asks for a pass.
+    ///
+    /// # Errors
+    /// The fence is closed, or the cipher could not be set up.
+    #[inline]
+    pub fn enter(&self) -> Result<Pass<'_>, EnterError> {
+        let mut cipher = lock(&self.slot.0);
+        if cipher.is_none() {
+            *cipher = Some(self.key_cipher()?);
+        }
+        Ok(Pass { cipher })
+    }
+
+    /// The fence this gate is in.
+    #[must_use]
+    pub fn fence(&self) -> &Fence {
+        &self.fence
+    }
+
+    #[cold]
+    fn key_cipher(&self) -> Result<Xts, EnterError> {
+        self.fence.check()?;
+        let mut custody = lock(&self.fence.custody);
+        let Some(custody) = custody.as_mut() else {
+            self.fence.check()?;
+            return Err(Fenced(FenceReason::Stopping).into());
+        };
+        match custody.spare.pop() {
+            Some(cipher) => Ok(cipher),
+            None => Ok(Xts::new(&custody.key, &custody.arena)?),
+        }
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        let cipher = lock(&self.slot.0).take();
+        // A cipher outlives its key only if the fence closed and opened between the two lines; then
+        // it must not be handed on, and it is not: closing took it out of the slot.
+        if let (Some(cipher), Some(custody)) = (cipher, lock(&self.fence.custody).as_mut())
+            && cipher.is_in(&custody.arena)
+        {
+            custody.spare.push(cipher);
+        }
+    }
+}
+
+impl Pass<'_> {
+    /// Encrypts the sectors of `at`.
+    ///
+    /// # Panics
+    /// `data` is not as long as `at`: then data would reach the wrong place on disk.
+    #[inline]
+    #[must_use]
+    pub fn seal(mut self, mut data: Plaintext, at: SectorRange) -> Ciphertext {
+        let buffer = data.buffer_mut();
+        assert_eq!(buffer.len() as u64, at.len(), "the plaintext is exactly the sectors written");
+        self.engine().encrypt(buffer.bytes_mut(), at.first_tweak(), at.sector_size());
+        data.sealed()
+    }
+
+    /// Encrypts the sectors of `at` from where they were received into `buffer`: no copy between.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    #[inline]
+    #[must_use]
+    pub fn seal_from(mut self, data: &[u8], mut buffer: Buffer, at: SectorRange) -> Ciphertext {
+        assert_eq!(data.len() as u64, at.len(), "the plaintext is exactly the sectors written");
+        let to = buffer.bytes_mut();
+        self.engine().encrypt_to(data, to, at.first_tweak(), at.sector_size());
+        Ciphertext::new(buffer)
+    }
+
+    /// Decrypts the sectors of `at`.
+    ///
+    /// # Panics
+    /// `data` is not as long as `at`.
+    #[inline]
+    #[must_use]
+    pub fn unseal(mut self, data: Ciphertext, at: SectorRange) -> Plaintext {
+        let mut buffer = data.into_buffer();
+        assert_eq!(buffer.len() as u64, at.len(), "the ciphertext is exactly the sectors read");
+        self.engine().decrypt(buffer.bytes_mut(), at.first_tweak(), at.sector_size());
+        Plaintext::new(buffer)
+    }
+
+    fn engine(&mut self) -> &mut Xts {
+        self.cipher.as_mut().expect("enter put it there, and the guard has kept it since")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::Pool;
+    use crate::key::secret::SecretMemoryError;
+    use crate::units::{Geometry, SectorSize};
+
+    fn key(byte: u8) -> VolumeKey {
+        VolumeKey::init_with(|k| {
+            k.fill(byte);
+            k[0] ^= 0xff;
+            Ok::<_, SecretMemoryError>(())
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn a_closed_fence_gives_no_pass_and_says_why() {
+        let fence = Fence::open(key(1)).unwrap();
+        let gate = fence.gate();
+        drop(gate.enter().unwrap());
+        let _receipt = fence.close(FenceReason::Denied);
+        let refused = gate.enter().err();
+        assert_eq!(refused, Some(EnterError::Fenced(Fenced(FenceReason::Denied))));
+        assert!(fence.gate().enter().is_err(), "a gate made later is refused too");
+    }
+
+    #[test]
+    fn a_reopened_fence_uses_the_new_key_on_the_old_gates() {
+        let fence = Fence::open(key(1)).unwrap();
+        let gate = fence.gate();
+        let encrypt = || {
+            let at = Geometry::new(4096, SectorSize::B512).sectors(0, 512).unwrap();
+            let buffer = Pool::new().take(512).unwrap();
+            gate.enter().unwrap().seal_from(&[0; 512], buffer, at).bytes().to_vec()
+        };
+        let before = encrypt();
+        let _receipt = fence.close(FenceReason::Denied);
+        fence.open_again(key(1)).unwrap();
+        assert_eq!(encrypt(), before);
+        let _receipt = fence.close(FenceReason::Denied);
+        fence.open_again(key(2)).unwrap();
+        assert_ne!(encrypt(), before);
+    }
+
+    #[test]
+    fn closing_destroys_the_key_while_a_gate_is_busy_elsewhere() {
+        let fence = Fence::open(key(1)).unwrap();
+        let arena = Arc::downgrade(&lock(&fence.custody).as_ref().unwrap().arena);
+        let gate = fence.gate();
+        drop(gate.enter().unwrap());
+        let _receipt = fence.close(FenceReason::Denied);
+        assert!(arena.upgrade().is_none(), "nothing holds the round keys' memory any more");
+        drop(gate);
+    }
+
+    #[test]
+    fn connections_that_come_and_go_do_not_use_up_secret_memory() {
+        let fence = Fence::open(key(1)).unwrap();
+        for _ in 0..1000 {
+            let gate = fence.gate();
+            drop(gate.enter().unwrap());
+        }
+        assert_eq!(lock(&fence.custody).as_ref().unwrap().spare.len(), 1);
+    }
+}

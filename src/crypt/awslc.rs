@@ -43,6 +43,12 @@ impl Xts {
         })
     }
 
+    /// Whether its contexts lie in `arena`, that is, whether it belongs to that arena's key.
+    #[must_use]
+    pub fn is_in(&self, arena: &Arc<SecretArena>) -> bool {
+        Arc::ptr_eq(&self.encrypt.arena, arena)
+    }
+
     /// Encrypts `from` into `to`, of the same length: saves a copy where both exist.
     pub fn encrypt_to(&mut self, from: &[u8], to: &mut [u8], tweak: u64, sector: SectorSize) {
         assert_eq!(from.len(), to.len(), "input and output are the same sectors");
@@ -74,7 +80,7 @@ enum Direction {
 struct Context {
     raw: NonNull<lc::EVP_CIPHER_CTX>,
     /// Keeps the memory of `raw`; dropped after it.
-    _arena: Arc<SecretArena>,
+    arena: Arc<SecretArena>,
 }
 
 // SAFETY: an EVP context is not tied to the thread that made it; `&mut self` on every use keeps it
@@ -98,7 +104,7 @@ impl Context {
         let no_memory = || scope.failure().map_or(CryptError::WeakKey, CryptError::Memory);
         // SAFETY: no arguments; null means that there was no memory.
         let raw = NonNull::new(unsafe { lc::EVP_CIPHER_CTX_new() }).ok_or_else(no_memory)?;
-        let context = Self { raw, _arena: Arc::clone(arena) };
+        let context = Self { raw, arena: Arc::clone(arena) };
         let enc = match direction {
             Direction::Encrypt => 1,
             Direction::Decrypt => 0,
