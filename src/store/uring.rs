@@ -1,0 +1,327 @@
+//! A ring of one connection: backing I/O in flight, each with its buffer, and what its owner waits
+//! for besides: its socket and its waker.
+//!
+//! The ring owns a buffer from submission to completion, so whatever happens to the request or its
+//! client, the kernel never writes to memory that is used for something else. An operation whose
+//! request was given up (the fence closed, the backing store hangs) stays until the kernel is done;
+//! dropping the ring waits for all of them. Partial transfers are resubmitted for the rest.
+
+#![expect(unsafe_code, reason = "the kernel uses buffers that the ring's slots own")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
+
+use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+use nix::libc;
+
+use crate::buffer::Ciphertext;
+use crate::store::{Backing, Durability};
+use crate::units::SectorRange;
+
+/// Entries of a ring. Chosen over the queue depth clients use (128 for the kernel's client); more
+/// requests than that wait in the socket.
+const ENTRIES: u32 = 128;
+
+const SOCKET: u64 = u64::MAX;
+const WAKER: u64 = u64::MAX - 1;
+
+/// What to do with the sectors of a range.
+pub enum Op {
+    /// Read them into this buffer.
+    Read(Ciphertext),
+    /// Write this buffer to them.
+    Write(Ciphertext, Durability),
+    /// Put everything written so far on stable storage; the range says nothing.
+    Flush,
+    /// Give their blocks back.
+    Discard,
+}
+
+/// One operation has ended.
+pub struct Completion {
+    /// The number its owner gave it.
+    pub token: u64,
+    /// How it ended.
+    pub result: io::Result<()>,
+    /// Its buffer, if it had one.
+    pub buffer: Option<Ciphertext>,
+}
+
+/// What ended a wait, besides completions.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Woken {
+    /// The socket can be read, or has failed.
+    pub socket: bool,
+    /// The waker was written to.
+    pub waker: bool,
+}
+
+struct Slot {
+    token: u64,
+    op: Op,
+    fd: RawFd,
+    position: u64,
+    len: u32,
+    done: u32,
+    retries: u8,
+}
+
+/// How often an operation that says EAGAIN or EINTR is tried again before that is its result.
+const RETRIES: u8 = 16;
+
+/// See the module's text.
+pub struct Ring {
+    ring: IoUring,
+    slots: Vec<Option<Slot>>,
+    free: Vec<usize>,
+    in_flight: usize,
+    socket_armed: bool,
+    waker_armed: bool,
+}
+
+impl Ring {
+    /// A ring with nothing in flight.
+    ///
+    /// # Errors
+    /// The kernel gives none: io_uring is disabled (`kernel.io_uring_disabled`), or memory is short.
+    pub fn new() -> io::Result<Self> {
+        let tuned = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_cqsize(ENTRIES * 2)
+            .dontfork()
+            .build(ENTRIES);
+        let ring = match tuned {
+            Ok(ring) => ring,
+            // Kernels before 6.1 do not know the two flags.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::new(ENTRIES)?,
+            Err(error) => return Err(error),
+        };
+        Ok(Self {
+            ring,
+            slots: Vec::new(),
+            free: Vec::new(),
+            in_flight: 0,
+            socket_armed: false,
+            waker_armed: false,
+        })
+    }
+
+    /// Operations the kernel has.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Whether another operation fits.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        // Two entries stay for the socket and the waker.
+        self.in_flight + 2 < ENTRIES as usize
+    }
+
+    /// Queues an operation; [`Ring::wait`] or [`Ring::submit`] hands it to the kernel. `backing`
+    /// must outlive the ring. `token` comes back with the completion.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub fn push(&mut self, backing: &Backing, op: Op, at: SectorRange, token: u64) -> io::Result<()> {
+        if !self.has_room() {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        let len = u32::try_from(at.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let slot = Slot {
+            token,
+            op,
+            fd: backing.as_fd().as_raw_fd(),
+            position: backing.position(at),
+            len,
+            done: 0,
+            retries: 0,
+        };
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.slots[index] = Some(slot);
+        self.in_flight += 1;
+        self.queue(index)
+    }
+
+    fn queue(&mut self, index: usize) -> io::Result<()> {
+        let Some(slot) = self.slots[index].as_mut() else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        let fd = Fd(slot.fd);
+        let rest = slot.len - slot.done;
+        let position = slot.position + u64::from(slot.done);
+        let skip = slot.done as usize;
+        let entry = match &mut slot.op {
+            Op::Read(buffer) => {
+                let part = &mut buffer.bytes_mut()[skip..slot.len as usize];
+                opcode::Read::new(fd, part.as_mut_ptr(), rest).offset(position).build()
+            }
+            Op::Write(buffer, durability) => {
+                let flags = match durability {
+                    Durability::Cached => 0,
+                    Durability::Durable => libc::RWF_DSYNC,
+                };
+                let part = &buffer.bytes()[skip..slot.len as usize];
+                opcode::Write::new(fd, part.as_ptr(), rest).offset(position).rw_flags(flags).build()
+            }
+            Op::Flush => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            Op::Discard => opcode::Fallocate::new(fd, u64::from(rest))
+                .offset(position)
+                .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+                .build(),
+        };
+        self.enqueue(&entry.user_data(index as u64))
+    }
+
+    fn enqueue(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        loop {
+            // SAFETY: the descriptor is the caller's backing, socket or waker, which outlive the
+            // ring; a buffer named by the entry is owned by its slot until the completion.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                return Ok(());
+            }
+            self.ring.submit()?;
+        }
+    }
+
+    /// Hands what is queued to the kernel without waiting.
+    ///
+    /// # Errors
+    /// The kernel refused the whole call.
+    pub fn submit(&mut self) -> io::Result<()> {
+        self.enter(0, None)
+    }
+
+    fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
+        let entered = match timeout {
+            Some(timeout) => {
+                let timespec = Timespec::from(timeout);
+                let args = SubmitArgs::new().timespec(&timespec);
+                self.ring.submitter().submit_with_args(want, &args)
+            }
+            None => self.ring.submit_and_wait(want),
+        };
+        match entered {
+            Ok(_) => Ok(()),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN) => Ok(()),
+                _ => Err(error),
+            },
+        }
+    }
+
+    /// Hands what is queued to the kernel and waits for a completion, or for `socket` (if given) to
+    /// become readable, or for `waker`, or until `timeout`. Completions are added to `ended`.
+    ///
+    /// # Errors
+    /// The kernel refused the whole call.
+    pub fn wait(
+        &mut self,
+        socket: Option<BorrowedFd<'_>>,
+        waker: BorrowedFd<'_>,
+        timeout: Option<Duration>,
+        ended: &mut Vec<Completion>,
+    ) -> io::Result<Woken> {
+        let poll = |fd: RawFd, tag| {
+            let mask = libc::POLLIN as u32;
+            opcode::PollAdd::new(Fd(fd), mask).build().user_data(tag)
+        };
+        if let Some(socket) = socket
+            && !self.socket_armed
+        {
+            self.enqueue(&poll(socket.as_raw_fd(), SOCKET))?;
+            self.socket_armed = true;
+        }
+        if !self.waker_armed {
+            self.enqueue(&poll(waker.as_raw_fd(), WAKER))?;
+            self.waker_armed = true;
+        }
+        self.enter(1, timeout)?;
+        self.reap(ended)
+    }
+
+    fn reap(&mut self, ended: &mut Vec<Completion>) -> io::Result<Woken> {
+        let mut woken = Woken::default();
+        let mut again = Vec::new();
+        loop {
+            let Some(event) = self.ring.completion().next() else { break };
+            match event.user_data() {
+                SOCKET => {
+                    self.socket_armed = false;
+                    woken.socket = true;
+                }
+                WAKER => {
+                    self.waker_armed = false;
+                    woken.waker = true;
+                }
+                _ => self.ended(&event, ended, &mut again),
+            }
+        }
+        for index in again {
+            self.queue(index)?;
+        }
+        Ok(woken)
+    }
+
+    fn ended(&mut self, event: &cqueue::Entry, ended: &mut Vec<Completion>, again: &mut Vec<usize>) {
+        let Ok(index) = usize::try_from(event.user_data()) else { return };
+        let Some(slot) = self.slots.get_mut(index).and_then(Option::as_mut) else { return };
+        let transfers = matches!(slot.op, Op::Read(_) | Op::Write(..));
+        let result = match u32::try_from(event.result()) {
+            Ok(0) if transfers && slot.done < slot.len => {
+                Err(io::ErrorKind::UnexpectedEof.into())
+            }
+            Ok(n) if transfers => {
+                slot.done += n;
+                if slot.done < slot.len {
+                    again.push(index);
+                    return;
+                }
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+            Err(_) => {
+                let errno = -event.result();
+                if matches!(errno, libc::EAGAIN | libc::EINTR) && slot.retries < RETRIES {
+                    slot.retries += 1;
+                    again.push(index);
+                    return;
+                }
+                let advice = matches!(slot.op, Op::Discard)
+                    && matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS);
+                if advice { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
+            }
+        };
+        if let Some(slot) = self.slots[index].take() {
+            self.free.push(index);
+            self.in_flight -= 1;
+            let buffer = match slot.op {
+                Op::Read(buffer) | Op::Write(buffer, _) => Some(buffer),
+                Op::Flush | Op::Discard => None,
+            };
+            ended.push(Completion { token: slot.token, result, buffer });
+        }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        let mut ended = Vec::new();
+        while self.in_flight > 0 {
+            if self.enter(1, None).is_err() || self.reap(&mut ended).is_err() {
+                // The kernel may still write to the buffers: they must never be freed.
+                #[expect(clippy::mem_forget, reason = "leaking them is what keeps them valid")]
+                self.slots.drain(..).for_each(std::mem::forget);
+                return;
+            }
+            ended.clear();
+        }
+    }
+}
