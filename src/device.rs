@@ -121,7 +121,11 @@ impl Lane {
     ///
     /// # Errors
     /// `give_up` said so.
-    pub fn begin_waiting(&self, at: SectorRange, give_up: &impl Fn() -> bool) -> Result<Claim, Busy> {
+    pub fn begin_waiting(
+        &self,
+        at: SectorRange,
+        give_up: &impl Fn() -> bool,
+    ) -> Result<Claim, Busy> {
         match self.begin(at) {
             Ok(claim) => Ok(claim),
             Err(Busy) => self.order.claim((at.offset(), at.end()), give_up),

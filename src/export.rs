@@ -1,1 +1,472 @@
-//! (being written)
+//! What is served: one unlocked volume behind its fence, and the connections that use it.
+//!
+//! An [`Export`] is made by the daemon at attach and shared by its connections' threads. It starts
+//! and ends service for all of them at once: [`Export::fence`], [`Export::restore`],
+//! [`Export::stop`]. All three block, within the bounds they name, and are called from threads that
+//! may block.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{Shutdown, shutdown};
+use std::os::fd::AsRawFd;
+use thiserror::Error;
+use tracing::{info, warn};
+
+use crate::crypt::CryptError;
+use crate::device::WriteOrder;
+use crate::fence::{Fence, FenceReason, KeyDestroyed};
+use crate::key::VolumeKey;
+use crate::store::{Backing, DirectIo};
+use crate::units::Geometry;
+use crate::volume::{Access, UnlockedVolume, VolumeError};
+
+/// How long a connection has, after the fence closed, to answer what it holds and wipe it. Then it
+/// is cut off: its client takes no answers. Together with [`CUT_OFF`] under a second.
+const QUIESCE: Duration = Duration::from_millis(600);
+
+/// How long a connection that was cut off has to notice.
+const CUT_OFF: Duration = Duration::from_millis(200);
+
+/// How long the backing store may keep operations that were given up before a restore or a new
+/// connection is refused.
+const ORPHANS: Duration = Duration::from_secs(10);
+
+/// Memory for requests in flight over all connections of all exports, besides the one buffer that
+/// each connection may always have. Chosen for a node with 24 GiB that serves other things too.
+const BUDGET: usize = 512 << 20;
+
+/// How a volume is to be served.
+#[derive(Clone, Debug)]
+pub struct ExportOptions {
+    /// The export's name.
+    pub name: String,
+    /// Words for `NBD_INFO_DESCRIPTION`.
+    pub description: String,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// Offer `NBD_CMD_TRIM` and punch holes.
+    pub trim: bool,
+    /// Refuse more connections than this.
+    pub max_connections: usize,
+    /// Bypass the page cache where possible.
+    pub direct: DirectIo,
+}
+
+/// Why an export could not be opened or restored.
+#[derive(Debug, Error)]
+pub enum ExportError {
+    /// The backing store cannot be used for I/O.
+    #[error("cannot open the backing store for I/O: {0}")]
+    Backing(#[source] io::Error),
+    /// The cipher cannot be set up.
+    #[error(transparent)]
+    Crypt(#[from] CryptError),
+    /// The key does not belong to the volume.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    /// The backing store has not ended what was given up when the fence closed.
+    #[error("the backing store still holds {0} operations from before the fence; it is stalled")]
+    Stalled(usize),
+    /// The export is stopping.
+    #[error("the export is stopping")]
+    Stopping,
+}
+
+/// A volume in service.
+pub struct Export {
+    options: ExportOptions,
+    volume: UnlockedVolume,
+    backing: Backing,
+    geometry: Geometry,
+    fence: Arc<Fence>,
+    order: Arc<WriteOrder>,
+    clients: Mutex<Vec<Arc<Client>>>,
+    changed: Condvar,
+    stopping: AtomicBool,
+    orphans: AtomicUsize,
+    transition: Mutex<()>,
+}
+
+/// What an export knows of one of its connections.
+pub(crate) struct Client {
+    socket: OwnedFd,
+    waker: EventFd,
+    /// It waits for its peer and holds no plaintext.
+    idle: AtomicBool,
+    /// The closings of the fence after which it has held no plaintext from before.
+    clean_after: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Export {
+    /// Puts an unlocked volume into service.
+    ///
+    /// # Errors
+    /// The backing store cannot be opened for I/O, or the cipher not set up.
+    pub fn open(
+        volume: UnlockedVolume,
+        key: VolumeKey,
+        options: ExportOptions,
+    ) -> Result<Arc<Self>, ExportError> {
+        let geometry = volume.geometry();
+        let read_only = options.read_only || volume.access() == Access::ReadOnly;
+        let probe = geometry.sectors(0, geometry.capacity().min(4096)).unwrap_or_else(|_| {
+            unreachable!("the start of a volume lies within it");
+        });
+        let backing = Backing::open(
+            volume.file(),
+            volume.data_offset(),
+            probe,
+            volume.access() == Access::ReadOnly,
+            options.direct,
+        )
+        .map_err(ExportError::Backing)?;
+        let fence = Fence::open(key)?;
+        info!(
+            volume = options.name,
+            direct = backing.is_direct(),
+            speed = ?backing.speed(),
+            read_only,
+            "serving"
+        );
+        Ok(Arc::new(Self {
+            options: ExportOptions { read_only, ..options },
+            volume,
+            backing,
+            geometry,
+            fence,
+            order: Arc::default(),
+            clients: Mutex::default(),
+            changed: Condvar::new(),
+            stopping: AtomicBool::new(false),
+            orphans: AtomicUsize::new(0),
+            transition: Mutex::default(),
+        }))
+    }
+
+    /// Closes the fence: the key is destroyed when this returns, every request in flight has been
+    /// answered with an error, and no connection holds plaintext from before. A connection whose
+    /// client takes no answers is cut off. Takes less than a second, whatever the backing store
+    /// does.
+    pub fn fence(&self, reason: FenceReason) -> KeyDestroyed {
+        let _one_at_a_time = lock(&self.transition);
+        let receipt = self.fence.close(reason);
+        let closings = self.fence.closings();
+        self.each_client(Client::wake);
+        if !self.wait_clients(QUIESCE, |client| client.is_clean(closings)) {
+            let cut = self.each_client(|client| {
+                if !client.is_clean(closings) {
+                    client.shut(Shutdown::Both);
+                }
+            });
+            warn!(
+                volume = self.name(),
+                connections = cut,
+                "cut off connections that take no answers"
+            );
+            self.wait_clients(CUT_OFF, |client| client.is_clean(closings));
+        }
+        receipt
+    }
+
+    /// Opens a closed fence with the key unwrapped anew, after checking it against the header. The
+    /// same connections go on.
+    ///
+    /// # Errors
+    /// The key does not fit the volume, or the backing store still holds writes from before the
+    /// fence, which could overtake new ones; the fence stays closed.
+    pub fn restore(&self, key: VolumeKey) -> Result<(), ExportError> {
+        let _one_at_a_time = lock(&self.transition);
+        if self.is_stopping() {
+            return Err(ExportError::Stopping);
+        }
+        self.volume.verify(&key)?;
+        self.wait_for_orphans()?;
+        Ok(self.fence.open_again(key)?)
+    }
+
+    /// Ends service: new requests are answered `ESHUTDOWN`, those in flight are finished, all
+    /// connections end, the key is destroyed, and what was written is flushed. What does not end
+    /// `within` the time is cut off.
+    ///
+    /// # Errors
+    /// The flush failed or did not end in time: what was not flushed by its client may be lost.
+    pub fn stop(&self, reason: FenceReason, within: Duration) -> io::Result<KeyDestroyed> {
+        let _one_at_a_time = lock(&self.transition);
+        let started = Instant::now();
+        self.stopping.store(true, Ordering::Release);
+        self.each_client(|client| client.shut(Shutdown::Read));
+        if !self.wait_clients(within, |_| false) {
+            self.each_client(|client| {
+                client.shut(Shutdown::Both);
+                client.wake();
+            });
+        }
+        let receipt = self.fence.close(reason);
+        self.wait_clients(CUT_OFF, |_| false);
+        if self.options.read_only {
+            return Ok(receipt);
+        }
+        let left = within.saturating_sub(started.elapsed()).max(Duration::from_secs(1));
+        self.flush_within(left).map(|()| receipt)
+    }
+
+    fn flush_within(&self, within: Duration) -> io::Result<()> {
+        let file = self.backing.as_fd().try_clone_to_owned()?;
+        let (done, wait) = mpsc::sync_channel(1);
+        std::thread::Builder::new().name("flush".into()).spawn(move || {
+            // Nobody listens any more only if it took too long, which was said there.
+            let _sent = done.send(std::fs::File::from(file).sync_data());
+        })?;
+        wait.recv_timeout(within).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// Whether requests are being served.
+    pub fn is_serving(&self) -> bool {
+        !self.is_stopping() && self.fence.check().is_ok()
+    }
+
+    /// Whether service is ending.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// How many connections there are.
+    pub fn connections(&self) -> usize {
+        lock(&self.clients).len()
+    }
+
+    /// The export's name.
+    pub fn name(&self) -> &str {
+        &self.options.name
+    }
+
+    /// How it is served.
+    pub fn options(&self) -> &ExportOptions {
+        &self.options
+    }
+
+    /// The volume's size and sector size.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// The volume.
+    pub fn volume(&self) -> &UnlockedVolume {
+        &self.volume
+    }
+
+    /// The fence in front of its key.
+    pub fn gatekeeper(&self) -> &Arc<Fence> {
+        &self.fence
+    }
+
+    pub(crate) fn backing(&self) -> &Backing {
+        &self.backing
+    }
+
+    pub(crate) fn write_order(&self) -> &Arc<WriteOrder> {
+        &self.order
+    }
+
+    /// Registers a connection; `None` when there are too many, or service is ending.
+    pub(crate) fn join(&self, socket: BorrowedFd<'_>) -> io::Result<Option<Arc<Client>>> {
+        let waker = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let client = Arc::new(Client {
+            socket: socket.try_clone_to_owned()?,
+            waker,
+            idle: AtomicBool::new(false),
+            clean_after: AtomicU64::new(self.fence.closings()),
+        });
+        let mut clients = lock(&self.clients);
+        if self.is_stopping() || clients.len() >= self.options.max_connections {
+            return Ok(None);
+        }
+        clients.push(Arc::clone(&client));
+        Ok(Some(client))
+    }
+
+    pub(crate) fn leave(&self, client: &Arc<Client>) {
+        lock(&self.clients).retain(|c| !Arc::ptr_eq(c, client));
+        self.changed.notify_all();
+    }
+
+    /// Operations given up at a fence, or left by a connection that ended, that the kernel still
+    /// has.
+    pub(crate) fn orphaned(&self, count: usize) {
+        self.orphans.fetch_add(count, Ordering::AcqRel);
+    }
+
+    pub(crate) fn orphan_ended(&self) {
+        self.orphans.fetch_sub(1, Ordering::AcqRel);
+        self.changed.notify_all();
+    }
+
+    /// Waits until no write from before can overtake a new one.
+    pub(crate) fn wait_for_orphans(&self) -> Result<(), ExportError> {
+        let deadline = Instant::now() + ORPHANS;
+        let mut clients = lock(&self.clients);
+        loop {
+            let left = self.orphans.load(Ordering::Acquire);
+            let now = Instant::now();
+            if left == 0 {
+                return Ok(());
+            }
+            if now >= deadline || self.is_stopping() {
+                return Err(ExportError::Stalled(left));
+            }
+            // Counts change without the lock: a short wait covers a notice that was missed.
+            let wait = (deadline - now).min(Duration::from_millis(20));
+            clients =
+                self.changed.wait_timeout(clients, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn each_client(&self, act: impl Fn(&Client)) -> usize {
+        let clients = lock(&self.clients).clone();
+        clients.iter().for_each(|client| act(client));
+        clients.len()
+    }
+
+    /// Waits until every connection is `done` or gone; `false` if that takes longer.
+    fn wait_clients(&self, within: Duration, done: impl Fn(&Client) -> bool) -> bool {
+        let deadline = Instant::now() + within;
+        let mut clients = lock(&self.clients);
+        loop {
+            if clients.iter().all(|client| done(client)) {
+                return true;
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return false;
+            }
+            // Connections change their state without the lock: a short wait covers a missed notice.
+            let wait = (deadline - now).min(Duration::from_millis(1));
+            clients =
+                self.changed.wait_timeout(clients, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Client {
+    /// Interrupts its wait for the backing store.
+    fn wake(&self) {
+        // It fails only when the counter is full, and then it is awake already.
+        let _woken = self.waker.write(1);
+    }
+
+    fn shut(&self, how: Shutdown) {
+        // The socket may be gone already, which is what is wanted.
+        let _shut = shutdown(self.socket.as_raw_fd(), how);
+    }
+
+    fn is_clean(&self, closings: u64) -> bool {
+        self.idle.load(Ordering::SeqCst) || self.clean_after.load(Ordering::SeqCst) >= closings
+    }
+
+    pub(crate) fn waker(&self) -> BorrowedFd<'_> {
+        self.waker.as_fd()
+    }
+
+    /// Takes a wake-up.
+    pub(crate) fn awake(&self) {
+        // EAGAIN: somebody woke it for nothing.
+        let _count = self.waker.read();
+    }
+
+    /// It has wiped what it held and waits for its peer.
+    pub(crate) fn set_idle(&self, idle: bool) {
+        self.idle.store(idle, Ordering::SeqCst);
+    }
+
+    /// It holds no plaintext from before the fence closed for the `closings`-th time.
+    pub(crate) fn clean(&self, closings: u64) {
+        self.clean_after.store(closings, Ordering::SeqCst);
+    }
+}
+
+/// Memory for requests in flight, shared by all connections.
+#[derive(Debug)]
+pub(crate) struct Budget(AtomicUsize);
+
+impl Budget {
+    /// Takes `bytes` if they are there.
+    pub(crate) fn take(&self, bytes: usize) -> bool {
+        let take = |left: usize| left.checked_sub(bytes);
+        self.0.try_update(Ordering::AcqRel, Ordering::Relaxed, take).is_ok()
+    }
+
+    pub(crate) fn give(&self, bytes: usize) {
+        self.0.fetch_add(bytes, Ordering::AcqRel);
+    }
+}
+
+/// What is served at one place: the names a client can ask for there.
+#[derive(Clone)]
+pub struct ExportTable {
+    exports: Arc<Mutex<BTreeMap<String, Arc<Export>>>>,
+    budget: Arc<Budget>,
+}
+
+impl Default for ExportTable {
+    fn default() -> Self {
+        Self { exports: Arc::default(), budget: Arc::new(Budget(AtomicUsize::new(BUDGET))) }
+    }
+}
+
+impl ExportTable {
+    /// An empty table with its own memory budget.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A table of one export that shares this one's memory budget: what a volume's own socket
+    /// serves.
+    #[must_use]
+    pub fn only(&self, export: Arc<Export>) -> Self {
+        let table = Self { exports: Arc::default(), budget: Arc::clone(&self.budget) };
+        table.insert(export);
+        table
+    }
+
+    /// Adds an export under its name.
+    pub fn insert(&self, export: Arc<Export>) {
+        lock(&self.exports).insert(export.name().to_owned(), export);
+    }
+
+    /// Takes an export out.
+    pub fn remove(&self, name: &str) {
+        lock(&self.exports).remove(name);
+    }
+
+    /// The export of that name; the empty name means the only one there is.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<Arc<Export>> {
+        let exports = lock(&self.exports);
+        match exports.get(name) {
+            Some(export) => Some(Arc::clone(export)),
+            None if name.is_empty() && exports.len() == 1 => exports.values().next().cloned(),
+            None => None,
+        }
+    }
+
+    /// Every name, in order.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        lock(&self.exports).keys().cloned().collect()
+    }
+
+    pub(crate) fn budget(&self) -> &Arc<Budget> {
+        &self.budget
+    }
+}

@@ -161,7 +161,10 @@ impl Context {
             lc::EVP_CipherUpdate(self.raw.as_ptr(), to.as_mut_ptr(), &raw mut written, from, len)
         };
         // Data that was not encrypted must never reach a disk, whatever the reason.
-        assert!(set == 1 && done == 1 && written == len, "AES-256-XTS of a whole sector cannot fail");
+        assert!(
+            set == 1 && done == 1 && written == len,
+            "AES-256-XTS of a whole sector cannot fail"
+        );
     }
 }
 
@@ -284,9 +287,8 @@ unsafe extern "C" fn reallocate(
 extern "C" fn hook() {
     // SAFETY: the three functions are an allocator of the kind AWS-LC asks for, and before `main`
     // it has not allocated anything yet; it refuses (0) if it were set already.
-    let set = unsafe {
-        lc::CRYPTO_set_mem_functions(Some(allocate), Some(reallocate), Some(release))
-    };
+    let set =
+        unsafe { lc::CRYPTO_set_mem_functions(Some(allocate), Some(reallocate), Some(release)) };
     HOOKED.store(set == 1, Ordering::Relaxed);
 }
 

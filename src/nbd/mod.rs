@@ -1,1 +1,203 @@
-//! (being written)
+//! The NBD server: fixed newstyle, one thread per connection.
+//!
+//! What is spoken, of NBD's `proto.md`:
+//!
+//! | part | spoken |
+//! |---|---|
+//! | options | `EXPORT_NAME`, `GO`, `INFO`, `LIST`, `ABORT`, `STRUCTURED_REPLY`, `EXTENDED_HEADERS`, `LIST_META_CONTEXT`, `SET_META_CONTEXT`; others are answered `ERR_UNSUP` |
+//! | information | `EXPORT`, `NAME`, `DESCRIPTION`, `BLOCK_SIZE` (1, 4096, 64 MiB) |
+//! | commands | `READ` (`DF`), `WRITE`, `DISC`, `FLUSH`, `TRIM`, `CACHE`, `WRITE_ZEROES` (`NO_HOLE`, `FAST_ZERO`), `BLOCK_STATUS` (`REQ_ONE`); `FUA` on writes |
+//! | contexts | `base:allocation`; a hole is never said to read as zeroes |
+//! | replies | simple, structured, extended |
+//!
+//! [`serve`] is called by the listener for each accepted connection.
+
+pub mod handshake;
+pub mod stream;
+pub mod transmission;
+pub mod wire;
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use tracing::{debug, info, warn};
+
+use crate::export::{Client, Export, ExportTable};
+use crate::nbd::handshake::{
+    ExportFacts, Exports, GREETING, Handshake, HandshakeError, MAX_OPTION_DATA, MAX_OPTION_DRAIN,
+    Negotiated, Next, OPTION_HEADER_LEN, OptionHeader, Refusal,
+};
+use crate::nbd::stream::NbdStream;
+use crate::nbd::transmission::{MAX_REQUEST, Modes, Transmission, TransmissionError};
+
+/// How long a client may take for its handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection's thread holds no large values on its stack.
+const STACK: usize = 256 << 10;
+
+/// How a connection failed.
+#[derive(Debug, Error)]
+pub enum ConnectionError {
+    /// During the handshake, by the client's words.
+    #[error(transparent)]
+    Handshake(#[from] HandshakeError),
+    /// During the handshake, by the socket.
+    #[error("handshake: {0}")]
+    Io(#[from] io::Error),
+    /// The client took too long.
+    #[error("the handshake took longer than {} s", HANDSHAKE_TIMEOUT.as_secs())]
+    Slow,
+    /// The export took no more connections, or was stopping, between handshake and service.
+    #[error("export {0} takes no connection now")]
+    Refused(String),
+    /// During transmission.
+    #[error(transparent)]
+    Transmission(#[from] TransmissionError),
+}
+
+/// Serves one connection on a thread of its own; returns at once.
+///
+/// # Errors
+/// No thread could be started; the connection is dropped.
+pub fn serve(stream: NbdStream, table: ExportTable) -> io::Result<()> {
+    let body = move || match converse(stream, &table) {
+        Ok(()) => debug!("connection closed"),
+        Err(error @ ConnectionError::Transmission(TransmissionError::Io(_))) => {
+            debug!(%error, "connection lost");
+        }
+        Err(error) => info!(%error, "connection closed"),
+    };
+    std::thread::Builder::new().name("nbd".into()).stack_size(STACK).spawn(body)?;
+    Ok(())
+}
+
+fn converse(stream: NbdStream, table: &ExportTable) -> Result<(), ConnectionError> {
+    let Some(negotiated) = shake_hands(&stream, table)? else { return Ok(()) };
+    let Some(export) = table.find(&negotiated.export) else {
+        return Err(ConnectionError::Refused(negotiated.export));
+    };
+    if let Err(error) = export.wait_for_orphans() {
+        warn!(volume = export.name(), %error, "connection refused");
+        return Err(ConnectionError::Refused(negotiated.export));
+    }
+    let Some(client) = export.join(stream.as_fd())? else {
+        return Err(ConnectionError::Refused(negotiated.export));
+    };
+    let member = Member { export: Arc::clone(&export), client: Arc::clone(&client) };
+    stream.set_read_timeout(None)?;
+    let modes = Modes { style: negotiated.style, base_allocation: negotiated.base_allocation };
+    let budget = Arc::clone(table.budget());
+    let mut transmission = Transmission::new(stream, export, client, budget, modes);
+    let result = transmission.run();
+    drop(transmission);
+    drop(member);
+    Ok(result?)
+}
+
+/// A connection's entry in its export, for as long as it lives.
+struct Member {
+    export: Arc<Export>,
+    client: Arc<Client>,
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.export.leave(&self.client);
+    }
+}
+
+/// Negotiates; `None` when the client left politely.
+fn shake_hands(
+    stream: &NbdStream,
+    table: &ExportTable,
+) -> Result<Option<Negotiated>, ConnectionError> {
+    let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
+    stream.set_write_timeout(Some(HANDSHAKE_TIMEOUT))?;
+    stream.write_all(&GREETING)?;
+    let mut flags = [0; 4];
+    read_exact(stream, &mut flags, deadline)?;
+    let mut handshake = Handshake::new(u32::from_be_bytes(flags))?;
+    let mut data = Vec::new();
+    loop {
+        let mut header = [0; OPTION_HEADER_LEN];
+        read_exact(stream, &mut header, deadline)?;
+        let header = OptionHeader::parse(&header)?;
+        if header.len > MAX_OPTION_DATA {
+            drain(stream, header.len.min(MAX_OPTION_DRAIN), deadline)?;
+            stream.write_all(&handshake.oversized(header)?)?;
+            continue;
+        }
+        data.resize(usize::try_from(header.len).unwrap_or_default(), 0);
+        read_exact(stream, &mut data, deadline)?;
+        let (out, next) = handshake.option(header, &data, &Served(table))?;
+        stream.write_all(&out)?;
+        match next {
+            Next::Option => {}
+            Next::Transmission(negotiated) => return Ok(Some(negotiated)),
+            Next::Closed => return Ok(None),
+        }
+    }
+}
+
+fn read_exact(stream: &NbdStream, to: &mut [u8], deadline: Instant) -> Result<(), ConnectionError> {
+    let mut got = 0;
+    while got < to.len() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ConnectionError::Slow);
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut to[got..]) {
+            Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            Ok(n) => got += n,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn drain(stream: &NbdStream, len: u32, deadline: Instant) -> Result<(), ConnectionError> {
+    let mut left = usize::try_from(len).unwrap_or_default();
+    let mut scratch = [0; 4096];
+    while left > 0 {
+        let now = left.min(scratch.len());
+        read_exact(stream, &mut scratch[..now], deadline)?;
+        left -= now;
+    }
+    Ok(())
+}
+
+/// A table as the handshake sees it.
+struct Served<'a>(&'a ExportTable);
+
+impl Exports for Served<'_> {
+    fn names(&self) -> Vec<String> {
+        self.0.names()
+    }
+
+    fn find(&self, name: &str) -> Result<ExportFacts, Refusal> {
+        let export = self.0.find(name).ok_or(Refusal::Unknown)?;
+        if export.is_stopping() {
+            return Err(Refusal::Stopping);
+        }
+        export.gatekeeper().check().map_err(|fenced| Refusal::Policy(fenced.to_string()))?;
+        let options = export.options();
+        if export.connections() >= options.max_connections {
+            let most = options.max_connections;
+            return Err(Refusal::Policy(format!("the export has its {most} connections already")));
+        }
+        Ok(ExportFacts {
+            name: export.name().to_owned(),
+            description: options.description.clone(),
+            size: export.geometry().capacity(),
+            read_only: options.read_only,
+            trim: options.trim,
+            max_block: u32::try_from(MAX_REQUEST).unwrap_or(u32::MAX),
+        })
+    }
+}

@@ -86,9 +86,8 @@ impl Backing {
         let block_device = locked.metadata()?.file_type().is_block_device();
         let in_memory = !block_device && (kind == TMPFS_MAGIC || kind == RAMFS_MAGIC);
         let path = format!("/proc/self/fd/{}", locked.as_raw_fd());
-        let open = |flags| {
-            OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(&path)
-        };
+        let open =
+            |flags| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(&path);
         let mut backing = Self {
             file: open(0)?,
             data_offset,
@@ -140,7 +139,11 @@ impl Backing {
     ///
     /// # Errors
     /// The store failed or is shorter than it should be; the buffer comes back.
-    pub fn read(&self, at: SectorRange, mut buffer: Buffer) -> Result<Ciphertext, (io::Error, Buffer)> {
+    pub fn read(
+        &self,
+        at: SectorRange,
+        mut buffer: Buffer,
+    ) -> Result<Ciphertext, (io::Error, Buffer)> {
         match self.file.read_exact_at(buffer.bytes_mut(), self.position(at)) {
             Ok(()) => Ok(Ciphertext::new(buffer)),
             Err(error) => Err((error, buffer)),
@@ -151,7 +154,12 @@ impl Backing {
     ///
     /// # Errors
     /// The store failed; some of the sectors may have been written.
-    pub fn write(&self, at: SectorRange, data: &Ciphertext, durability: Durability) -> io::Result<()> {
+    pub fn write(
+        &self,
+        at: SectorRange,
+        data: &Ciphertext,
+        durability: Durability,
+    ) -> io::Result<()> {
         self.file.write_all_at(data.bytes(), self.position(at))?;
         match durability {
             Durability::Cached => Ok(()),

@@ -127,7 +127,13 @@ impl Ring {
     ///
     /// # Errors
     /// There is no room.
-    pub fn push(&mut self, backing: &Backing, op: Op, at: SectorRange, token: u64) -> io::Result<()> {
+    pub fn push(
+        &mut self,
+        backing: &Backing,
+        op: Op,
+        at: SectorRange,
+        token: u64,
+    ) -> io::Result<()> {
         if !self.has_room() {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
@@ -270,14 +276,17 @@ impl Ring {
         Ok(woken)
     }
 
-    fn ended(&mut self, event: &cqueue::Entry, ended: &mut Vec<Completion>, again: &mut Vec<usize>) {
+    fn ended(
+        &mut self,
+        event: &cqueue::Entry,
+        ended: &mut Vec<Completion>,
+        again: &mut Vec<usize>,
+    ) {
         let Ok(index) = usize::try_from(event.user_data()) else { return };
         let Some(slot) = self.slots.get_mut(index).and_then(Option::as_mut) else { return };
         let transfers = matches!(slot.op, Op::Read(_) | Op::Write(..));
         let result = match u32::try_from(event.result()) {
-            Ok(0) if transfers && slot.done < slot.len => {
-                Err(io::ErrorKind::UnexpectedEof.into())
-            }
+            Ok(0) if transfers && slot.done < slot.len => Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(n) if transfers => {
                 slot.done += n;
                 if slot.done < slot.len {
