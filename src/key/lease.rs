@@ -1,1 +1,492 @@
-//! (being written)
+//! The lease on a volume's key: verdicts and time go in, what to do comes out. Pure.
+//!
+//! ```text
+//!              Allowed                    Denied               Denied again
+//!   Held <------------------- Suspect <---------- Held/Unverified ---> Revoked
+//!    |  no verdict                 \ no verdict: confirm again            |
+//!    v                              \                                     | Allowed
+//!   Unverified -- allowance over --> Expired --- Allowed ---> Restoring <-+
+//!    ^   \-- Allowed --> Held                                   |   \-- Denied --> Revoked
+//!    |                                         enough successes |
+//!   Held <------------------------------------------------------+
+//!   any -- suspend --> Suspended -- resume --> Restoring
+//! ```
+//!
+//! A denial is confirmed by a second one on a new connection before the fence closes. After a
+//! confirmed denial one success does not open it again: KMS is eventually consistent and may
+//! answer by turns. Time is [`Moment`], which goes on while the machine sleeps.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::fence::FenceReason;
+use crate::kms::{Connection, Verdict};
+
+/// A point in time since boot, counting sleep (`CLOCK_BOOTTIME`): a step of the wall clock does not
+/// move it, and a suspended machine does not stop it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment(pub Duration);
+
+impl Moment {
+    /// How long it is since `earlier`; zero if that is later.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// For how long KMS may give no verdict before the volume is fenced all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allowance {
+    /// This long after the last success.
+    For(Duration),
+    /// For ever: an outage never fences.
+    Never,
+}
+
+/// How a lease is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeasePolicy {
+    /// Time between probes.
+    pub interval: Duration,
+    /// Time from a denial to its confirmation.
+    pub confirm: Duration,
+    /// The outage allowance.
+    pub allowance: Allowance,
+    /// Successes in a row that open a closed fence.
+    pub restore_after: u32,
+}
+
+impl Default for LeasePolicy {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(10),
+            confirm: Duration::from_millis(500),
+            allowance: Allowance::For(Duration::from_secs(3600)),
+            restore_after: 2,
+        }
+    }
+}
+
+/// Where a lease stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeaseState {
+    /// The last answer allowed it.
+    Held,
+    /// Denied once; being confirmed.
+    Suspect,
+    /// No verdict since the last success.
+    Unverified,
+    /// Denied twice: fenced.
+    Revoked(FenceReason),
+    /// No verdict for longer than the allowance: fenced.
+    Expired,
+    /// Allowed again, not yet often enough: still fenced.
+    Restoring(u32),
+    /// Fenced by an operator, whatever KMS says.
+    Suspended,
+}
+
+/// A lease's state in one word, for people and metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LeaseWord {
+    /// [`LeaseState::Held`].
+    Held,
+    /// [`LeaseState::Suspect`].
+    Suspect,
+    /// [`LeaseState::Unverified`].
+    Unverified,
+    /// [`LeaseState::Revoked`].
+    Revoked,
+    /// [`LeaseState::Expired`].
+    Expired,
+    /// [`LeaseState::Restoring`].
+    Restoring,
+    /// [`LeaseState::Suspended`].
+    Suspended,
+}
+
+impl LeaseState {
+    /// In one word.
+    #[must_use]
+    pub fn word(self) -> LeaseWord {
+        match self {
+            Self::Held => LeaseWord::Held,
+            Self::Suspect => LeaseWord::Suspect,
+            Self::Unverified => LeaseWord::Unverified,
+            Self::Revoked(_) => LeaseWord::Revoked,
+            Self::Expired => LeaseWord::Expired,
+            Self::Restoring(_) => LeaseWord::Restoring,
+            Self::Suspended => LeaseWord::Suspended,
+        }
+    }
+
+    /// Whether the volume may be served.
+    #[must_use]
+    pub fn serves(self) -> bool {
+        matches!(self, Self::Held | Self::Suspect | Self::Unverified)
+    }
+}
+
+/// What has to be done now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing.
+    None,
+    /// Close the fence.
+    Fence(FenceReason),
+    /// Unwrap the key and open the fence; tell [`KeyLease::restored`] or
+    /// [`KeyLease::restore_failed`].
+    Restore,
+}
+
+/// The lease on one volume's key.
+#[derive(Clone, Debug)]
+pub struct KeyLease {
+    policy: LeasePolicy,
+    state: LeaseState,
+    /// When it got into its state.
+    since: Moment,
+    last_success: Moment,
+    /// When the first denial of the current run was heard.
+    first_denial: Option<Moment>,
+    fenced: bool,
+}
+
+impl KeyLease {
+    /// A lease that begins with a success, that of the unwrapping, at `now`.
+    #[must_use]
+    pub fn new(policy: LeasePolicy, now: Moment) -> Self {
+        Self {
+            policy,
+            state: LeaseState::Held,
+            since: now,
+            last_success: now,
+            first_denial: None,
+            fenced: false,
+        }
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn state(&self) -> LeaseState {
+        self.state
+    }
+
+    /// When it got there.
+    #[must_use]
+    pub fn since(&self) -> Moment {
+        self.since
+    }
+
+    /// When KMS last allowed the key.
+    #[must_use]
+    pub fn last_success(&self) -> Moment {
+        self.last_success
+    }
+
+    /// When the first denial of the current run was heard.
+    #[must_use]
+    pub fn first_denial(&self) -> Option<Moment> {
+        self.first_denial
+    }
+
+    /// Time left of the allowance; `None` when it never ends, or does not run.
+    #[must_use]
+    pub fn allowance_left(&self, now: Moment) -> Option<Duration> {
+        match (self.policy.allowance, self.state) {
+            (Allowance::For(allowance), LeaseState::Unverified | LeaseState::Suspect) => {
+                Some(allowance.saturating_sub(now.since(self.last_success)))
+            }
+            _ => None,
+        }
+    }
+
+    /// How long after the last probe the next one is due, before jitter, and over which connection.
+    #[must_use]
+    pub fn next_probe(&self) -> (Duration, Connection) {
+        match self.state {
+            LeaseState::Suspect => (self.policy.confirm, Connection::Fresh),
+            LeaseState::Restoring(_) => {
+                (self.policy.confirm.min(self.policy.interval), Connection::Fresh)
+            }
+            LeaseState::Held
+            | LeaseState::Unverified
+            | LeaseState::Revoked(_)
+            | LeaseState::Expired
+            | LeaseState::Suspended => (self.policy.interval, Connection::Pooled),
+        }
+    }
+
+    /// An answer of KMS was heard at `now`.
+    pub fn observe(&mut self, now: Moment, verdict: Verdict) -> Step {
+        if self.state == LeaseState::Suspended {
+            if verdict == Verdict::Allowed {
+                self.last_success = now;
+            }
+            return Step::None;
+        }
+        let step = match verdict {
+            Verdict::Allowed => self.allowed(now),
+            Verdict::Denied => self.denied(now),
+            Verdict::Mismatch => self.fence(now, LeaseState::Revoked(FenceReason::Mismatch)),
+            Verdict::Unavailable | Verdict::Credentials => self.no_verdict(now),
+        };
+        if step == Step::None { self.tick(now) } else { step }
+    }
+
+    /// Time has passed. To be called at least as often as a probe is due, and when the machine
+    /// wakes, before anything is served.
+    pub fn tick(&mut self, now: Moment) -> Step {
+        let Allowance::For(allowance) = self.policy.allowance else { return Step::None };
+        // With an allowance of nothing, the time a probe takes must not count as an outage.
+        let patience = allowance.max(self.policy.interval.saturating_mul(2));
+        let over = match self.state {
+            LeaseState::Unverified | LeaseState::Suspect => allowance,
+            LeaseState::Held => patience,
+            LeaseState::Revoked(_)
+            | LeaseState::Expired
+            | LeaseState::Restoring(_)
+            | LeaseState::Suspended => return Step::None,
+        };
+        if now.since(self.last_success) > over {
+            return self.fence(now, LeaseState::Expired);
+        }
+        Step::None
+    }
+
+    /// An operator fences the volume by hand.
+    pub fn suspend(&mut self, now: Moment) -> Step {
+        self.fence(now, LeaseState::Suspended)
+    }
+
+    /// An operator takes his fence back; KMS has to allow the key anew.
+    pub fn resume(&mut self, now: Moment) {
+        if self.state == LeaseState::Suspended {
+            self.enter(now, LeaseState::Restoring(0));
+        }
+    }
+
+    /// The fence is open again.
+    pub fn restored(&mut self, now: Moment) {
+        self.fenced = false;
+        self.first_denial = None;
+        self.last_success = now;
+        self.enter(now, LeaseState::Held);
+    }
+
+    /// The key could not be unwrapped or the fence not opened: the run of successes begins anew.
+    pub fn restore_failed(&mut self, now: Moment) {
+        if !matches!(self.state, LeaseState::Suspended) {
+            self.enter(now, LeaseState::Restoring(0));
+        }
+    }
+
+    fn allowed(&mut self, now: Moment) -> Step {
+        self.last_success = now;
+        let successes = match self.state {
+            LeaseState::Held => return Step::None,
+            LeaseState::Suspect | LeaseState::Unverified => {
+                self.first_denial = None;
+                self.enter(now, LeaseState::Held);
+                return Step::None;
+            }
+            LeaseState::Restoring(successes) => successes.saturating_add(1),
+            LeaseState::Revoked(_) | LeaseState::Expired => 1,
+            LeaseState::Suspended => return Step::None,
+        };
+        self.enter(now, LeaseState::Restoring(successes));
+        if successes >= self.policy.restore_after { Step::Restore } else { Step::None }
+    }
+
+    fn denied(&mut self, now: Moment) -> Step {
+        match self.state {
+            LeaseState::Held | LeaseState::Unverified => {
+                self.first_denial = Some(now);
+                self.enter(now, LeaseState::Suspect);
+                Step::None
+            }
+            LeaseState::Suspect | LeaseState::Expired | LeaseState::Restoring(_) => {
+                self.first_denial.get_or_insert(now);
+                self.fence(now, LeaseState::Revoked(FenceReason::Denied))
+            }
+            LeaseState::Revoked(_) | LeaseState::Suspended => Step::None,
+        }
+    }
+
+    fn no_verdict(&mut self, now: Moment) -> Step {
+        match self.state {
+            LeaseState::Held => self.enter(now, LeaseState::Unverified),
+            // A run of successes has to be one.
+            LeaseState::Restoring(_) => self.enter(now, LeaseState::Restoring(0)),
+            LeaseState::Suspect
+            | LeaseState::Unverified
+            | LeaseState::Revoked(_)
+            | LeaseState::Expired
+            | LeaseState::Suspended => {}
+        }
+        Step::None
+    }
+
+    fn fence(&mut self, now: Moment, state: LeaseState) -> Step {
+        let reason = match state {
+            LeaseState::Revoked(reason) => reason,
+            LeaseState::Expired => FenceReason::Expired,
+            LeaseState::Suspended => FenceReason::Suspended,
+            LeaseState::Held
+            | LeaseState::Suspect
+            | LeaseState::Unverified
+            | LeaseState::Restoring(_) => return Step::None,
+        };
+        let news = self.state != state;
+        self.enter(now, state);
+        if std::mem::replace(&mut self.fenced, true) && !news {
+            Step::None
+        } else {
+            Step::Fence(reason)
+        }
+    }
+
+    fn enter(&mut self, now: Moment, state: LeaseState) {
+        if self.state.word() != state.word() {
+            self.since = now;
+        }
+        self.state = state;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn at(seconds: u64) -> Moment {
+        Moment(Duration::from_secs(1000 + seconds))
+    }
+
+    fn lease() -> KeyLease {
+        KeyLease::new(LeasePolicy::default(), at(0))
+    }
+
+    #[test]
+    fn a_second_denial_closes_the_fence_and_one_does_not() {
+        let mut lease = lease();
+        assert_eq!(lease.observe(at(10), Verdict::Denied), Step::None);
+        assert_eq!(lease.next_probe().1, Connection::Fresh);
+        assert!(lease.next_probe().0 <= Duration::from_secs(1));
+        assert_eq!(lease.observe(at(11), Verdict::Denied), Step::Fence(FenceReason::Denied));
+        assert_eq!(lease.first_denial(), Some(at(10)));
+    }
+
+    #[test]
+    fn a_denial_that_is_not_confirmed_changes_nothing() {
+        let mut lease = lease();
+        lease.observe(at(10), Verdict::Denied);
+        assert_eq!(lease.observe(at(11), Verdict::Allowed), Step::None);
+        assert_eq!(lease.state(), LeaseState::Held);
+    }
+
+    #[test]
+    fn trouble_that_is_no_denial_fences_only_after_the_allowance() {
+        for verdict in [Verdict::Unavailable, Verdict::Credentials] {
+            let mut lease = lease();
+            for second in (10..=3600).step_by(10) {
+                assert_eq!(lease.observe(at(second), verdict), Step::None, "{second}");
+            }
+            assert_eq!(lease.observe(at(3601), verdict), Step::Fence(FenceReason::Expired));
+        }
+    }
+
+    #[test]
+    fn a_machine_that_slept_longer_than_the_allowance_serves_nothing_before_a_fresh_success() {
+        let mut lease = lease();
+        lease.observe(at(10), Verdict::Allowed);
+        assert_eq!(lease.tick(at(10 + 3601)), Step::Fence(FenceReason::Expired));
+        assert_eq!(lease.observe(at(3612), Verdict::Allowed), Step::None);
+        assert_eq!(lease.observe(at(3613), Verdict::Allowed), Step::Restore);
+    }
+
+    #[test]
+    fn answers_by_turns_never_open_a_closed_fence() {
+        let mut lease = lease();
+        lease.observe(at(1), Verdict::Denied);
+        lease.observe(at(2), Verdict::Denied);
+        for second in 3..100 {
+            let verdict = if second % 2 == 0 { Verdict::Denied } else { Verdict::Allowed };
+            assert_ne!(lease.observe(at(second), verdict), Step::Restore);
+        }
+    }
+
+    #[test]
+    fn an_operators_fence_stays_whatever_kms_says() {
+        let mut lease = lease();
+        assert_eq!(lease.suspend(at(1)), Step::Fence(FenceReason::Suspended));
+        for second in 2..10 {
+            assert_eq!(lease.observe(at(second), Verdict::Allowed), Step::None);
+        }
+        lease.resume(at(10));
+        assert_eq!(lease.observe(at(11), Verdict::Allowed), Step::None);
+        assert_eq!(lease.observe(at(12), Verdict::Allowed), Step::Restore);
+    }
+
+    fn verdict() -> impl Strategy<Value = Verdict> {
+        prop_oneof![
+            3 => Just(Verdict::Allowed),
+            3 => Just(Verdict::Denied),
+            2 => Just(Verdict::Unavailable),
+            1 => Just(Verdict::Credentials),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_happens_the_promises_hold(
+            events in proptest::collection::vec((verdict(), 0u64..5000, any::<bool>()), 1..200),
+        ) {
+            let mut lease = lease();
+            let mut now = 0;
+            let (mut fenced, mut run) = (false, 0);
+            let mut last_success = 0;
+            let mut denials = 0;
+            for (verdict, pause, ticks) in events {
+                now += pause / 10;
+                if ticks && let Step::Fence(reason) = lease.tick(at(now)) {
+                    prop_assert_eq!(reason, FenceReason::Expired);
+                    prop_assert!(now - last_success > 20);
+                    (fenced, run) = (true, 0);
+                }
+                match verdict {
+                    Verdict::Allowed => { run += 1; last_success = now; denials = 0; }
+                    Verdict::Denied => { run = 0; denials += 1; }
+                    _ => run = 0,
+                }
+                match lease.observe(at(now), verdict) {
+                    Step::Fence(FenceReason::Denied) => {
+                        prop_assert_eq!(verdict, Verdict::Denied);
+                        prop_assert!(denials >= 2 || fenced, "one denial alone never fences");
+                        fenced = true;
+                    }
+                    Step::Fence(reason) => {
+                        prop_assert_eq!(reason, FenceReason::Expired);
+                        prop_assert!(now - last_success > 3600);
+                        fenced = true;
+                    }
+                    Step::Restore => {
+                        prop_assert!(fenced && run >= 2, "only a run of successes opens a fence");
+                        lease.restored(at(now));
+                        (fenced, run) = (false, 0);
+                    }
+                    Step::None => {}
+                }
+                prop_assert_eq!(lease.state().serves(), !fenced);
+                prop_assert!(fenced || denials < 2, "a confirmed denial always fences");
+                if !fenced && verdict != Verdict::Allowed {
+                    prop_assert!(now - last_success <= 3600, "the allowance is kept");
+                }
+            }
+        }
+    }
+}
