@@ -1,1 +1,403 @@
-//! (being written)
+//! `byokd.toml` and `volumes.d/NAME.toml`: as written, checked, as used.
+//!
+//! Strict: a key that is not known is an error that names file, line and the nearest known key, and
+//! all errors of all files are told at once.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::key::lease::{Allowance, LeasePolicy};
+
+/// What is wrong with the files, all of it.
+#[derive(Debug, Error)]
+#[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+pub struct ConfigErrors(pub Vec<ConfigError>);
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError {
+    /// In which file.
+    pub file: PathBuf,
+    /// On which line, counted from one, if it is on one.
+    pub line: Option<usize>,
+    /// What.
+    pub what: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            Some(line) => write!(f, "{}:{line}: {}", self.file.display(), self.what),
+            None => write!(f, "{}: {}", self.file.display(), self.what),
+        }
+    }
+}
+
+/// The daemon's settings.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where definitions of volumes lie; next to the file if relative.
+    pub volumes_dir: PathBuf,
+    /// The control socket.
+    pub control_socket: PathBuf,
+    /// Where each volume's NBD socket is made.
+    pub nbd_dir: PathBuf,
+    /// Group that may use the control socket and the NBD sockets besides their owner.
+    pub group: Option<String>,
+    /// Also listen for NBD here; loopback only.
+    pub tcp_listen: Option<SocketAddr>,
+    /// Connections to one volume.
+    pub max_connections: usize,
+    /// How AWS KMS is reached.
+    pub kms: KmsConfig,
+    /// How leases are kept.
+    pub lease: LeaseConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            volumes_dir: "/etc/byokd/volumes.d".into(),
+            control_socket: "/run/byokd/byokd.sock".into(),
+            nbd_dir: "/run/byokd/nbd".into(),
+            group: None,
+            tcp_listen: None,
+            max_connections: 1024,
+            kms: KmsConfig::default(),
+            lease: LeaseConfig::default(),
+        }
+    }
+}
+
+/// `[kms]`: how AWS KMS is reached. Credentials come from the SDK's ordinary chain.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct KmsConfig {
+    /// The region; the SDK's own if absent.
+    pub region: Option<String>,
+    /// Another endpoint than the region's.
+    pub endpoint: Option<String>,
+    /// Use the FIPS endpoint.
+    pub fips: bool,
+    /// A profile of the shared configuration files.
+    pub profile: Option<String>,
+}
+
+/// `[lease]`: how leases are kept; a volume may say otherwise for itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LeaseConfig {
+    /// Time between probes, at least 1 s; default 10 s.
+    pub probe_interval: Option<Seconds>,
+    /// The outage allowance, or `never`; default 1 h.
+    pub fail_closed_after: Option<FailClosedAfter>,
+    /// Successes in a row that open a closed fence; default 2.
+    pub restore_after: Option<u32>,
+}
+
+impl LeaseConfig {
+    /// The policy: what this says, else what `base` says.
+    #[must_use]
+    pub fn policy(&self, base: LeasePolicy) -> LeasePolicy {
+        LeasePolicy {
+            interval: self.probe_interval.map_or(base.interval, |s| s.0),
+            allowance: self.fail_closed_after.map_or(base.allowance, |f| f.0),
+            restore_after: self.restore_after.unwrap_or(base.restore_after).max(1),
+            confirm: base.confirm,
+        }
+    }
+}
+
+/// A duration written like `10s`, `5m`, `1h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Seconds(pub Duration);
+
+/// Why a text is not a duration.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("`{0}` is not a duration; write it like `10s`, `500ms`, `5m` or `1h`")]
+pub struct DurationError(String);
+
+impl std::str::FromStr for Seconds {
+    type Err = DurationError;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || DurationError(text.to_owned());
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let number: u64 = number.parse().map_err(|_| wrong())?;
+        let millis = match unit {
+            "ms" => 1,
+            "s" => 1000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            "" if number == 0 => 0,
+            _ => return Err(wrong()),
+        };
+        Ok(Self(Duration::from_millis(number.checked_mul(millis).ok_or_else(wrong)?)))
+    }
+}
+
+impl TryFrom<String> for Seconds {
+    type Error = DurationError;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+/// An outage allowance: a duration, or `never`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct FailClosedAfter(pub Allowance);
+
+impl TryFrom<String> for FailClosedAfter {
+    type Error = DurationError;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        if text == "never" {
+            return Ok(Self(Allowance::Never));
+        }
+        text.parse().map(|Seconds(duration)| Self(Allowance::For(duration)))
+    }
+}
+
+/// Whether something is done by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Auto {
+    /// It is.
+    #[default]
+    Auto,
+    /// Only when asked for.
+    Off,
+}
+
+/// When a volume is attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttachWhen {
+    /// When the daemon starts.
+    Auto,
+    /// When it is asked to.
+    #[default]
+    Manual,
+}
+
+/// A volume's definition. What the volume is, its key included, stands in its own header.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeConfig {
+    /// File or block device.
+    pub backing: PathBuf,
+    /// When to attach it.
+    #[serde(default)]
+    pub attach: AttachWhen,
+    /// Whether clients may trim; holes show which parts are in use to whoever sees the store.
+    #[serde(default = "yes")]
+    pub trim: bool,
+    /// Refuse writes.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Bypass the page cache where possible.
+    #[serde(default)]
+    pub direct: Auto,
+    /// A role to assume for this volume's key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role_arn: Option<String>,
+    /// The external id for that role.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub external_id: Option<String>,
+    /// Instead of the daemon's `[lease]`.
+    #[serde(default, skip_serializing)]
+    pub lease: LeaseConfig,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl VolumeConfig {
+    /// The definition that `volume create` writes.
+    #[must_use]
+    pub fn new(backing: PathBuf) -> Self {
+        Self {
+            backing,
+            attach: AttachWhen::Manual,
+            trim: true,
+            read_only: false,
+            direct: Auto::Auto,
+            role_arn: None,
+            external_id: None,
+            lease: LeaseConfig::default(),
+        }
+    }
+}
+
+/// Whether a volume's name can be the name of a file, a socket and an export: letters, digits, `-`,
+/// `_` and `.`, at most 64, beginning with a letter or digit.
+#[must_use]
+pub fn is_volume_name(name: &str) -> bool {
+    let mut bytes = name.bytes();
+    let first = bytes.next().is_some_and(|b| b.is_ascii_alphanumeric());
+    first && name.len() <= 64 && bytes.all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+}
+
+/// Reads the daemon's settings.
+///
+/// # Errors
+/// Everything that is wrong with the file.
+pub fn load(path: &Path) -> Result<Config, ConfigErrors> {
+    let mut config: Config = parse_file(path).map_err(|e| ConfigErrors(vec![e]))?;
+    let mut errors = Vec::new();
+    let mut wrong = |what: &str| {
+        errors.push(ConfigError { file: path.to_owned(), line: None, what: what.to_owned() });
+    };
+    if config.lease.probe_interval.is_some_and(|s| s.0 < Duration::from_secs(1)) {
+        wrong("lease.probe_interval is under 1s: KMS would throttle the account");
+    }
+    if config.tcp_listen.is_some_and(|address| !address.ip().is_loopback()) {
+        wrong("tcp_listen is not a loopback address; NBD without TLS stays on this machine");
+    }
+    if config.max_connections == 0 {
+        wrong("max_connections is 0: nobody could connect");
+    }
+    if config.kms.fips && config.kms.endpoint.is_some() {
+        wrong("kms.fips and kms.endpoint exclude each other: name the FIPS endpoint itself");
+    }
+    if !errors.is_empty() {
+        return Err(ConfigErrors(errors));
+    }
+    if config.volumes_dir.is_relative() {
+        config.volumes_dir = path.parent().unwrap_or(Path::new(".")).join(&config.volumes_dir);
+    }
+    Ok(config)
+}
+
+/// Reads every volume's definition, in order of their names.
+///
+/// # Errors
+/// Everything that is wrong with the files.
+pub fn load_volumes(dir: &Path) -> Result<Vec<(String, VolumeConfig)>, ConfigErrors> {
+    let one = |file: &Path, what: String| ConfigError { file: file.to_owned(), line: None, what };
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(ConfigErrors(vec![one(dir, error.to_string())])),
+    };
+    let (mut volumes, mut errors) = (Vec::new(), Vec::new());
+    for entry in entries {
+        let path = match entry {
+            Ok(entry) => entry.path(),
+            Err(error) => {
+                errors.push(one(dir, error.to_string()));
+                continue;
+            }
+        };
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
+        let name = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default().to_owned();
+        if !is_volume_name(&name) {
+            errors.push(one(&path, format!("`{name}` cannot be a volume's name")));
+            continue;
+        }
+        match parse_file::<VolumeConfig>(&path) {
+            Ok(volume) => volumes.push((name, volume)),
+            Err(error) => errors.push(error),
+        }
+    }
+    if !errors.is_empty() {
+        return Err(ConfigErrors(errors));
+    }
+    volumes.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(volumes)
+}
+
+fn parse_file<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, ConfigError> {
+    let fail = |line, what| ConfigError { file: path.to_owned(), line, what };
+    let text = std::fs::read_to_string(path).map_err(|e| fail(None, e.to_string()))?;
+    toml::from_str(&text).map_err(|error| {
+        let line = error.span().map(|span| {
+            text.get(..span.start).unwrap_or_default().bytes().filter(|b| *b == b'\n').count() + 1
+        });
+        fail(line, explain(error.message()))
+    })
+}
+
+/// Serde's words for an unknown key list all known ones; what helps is the nearest.
+fn explain(message: &str) -> String {
+    let Some(rest) = message.strip_prefix("unknown field `") else { return message.to_owned() };
+    let Some((unknown, rest)) = rest.split_once('`') else { return message.to_owned() };
+    let known = rest.split('`').skip(1).step_by(2);
+    let nearest = known.min_by_key(|known| strsim::damerau_levenshtein(unknown, known));
+    match nearest {
+        Some(nearest) => format!("unknown key `{unknown}`; did you mean `{nearest}`?"),
+        None => format!("unknown key `{unknown}`"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("byokd.toml");
+        std::fs::write(&path, text).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_with_file_line_and_the_nearest_key() {
+        let (_dir, path) = file("max_connections = 5\n\n[lease]\nprobe_intervall = \"5s\"\n");
+        let error = load(&path).unwrap_err().to_string();
+        assert!(error.contains("byokd.toml:4"), "{error}");
+        assert!(error.contains("did you mean `probe_interval`?"), "{error}");
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_all_at_once() {
+        let (_dir, path) = file(
+            "tcp_listen = \"0.0.0.0:10809\"\nmax_connections = 0\n[lease]\nprobe_interval = \"10ms\"\n",
+        );
+        let error = load(&path).unwrap_err();
+        assert_eq!(error.0.len(), 3, "{error}");
+        let (_dir, path) = file("[lease]\nfail_closed_after = \"soon\"\n");
+        assert!(load(&path).unwrap_err().to_string().contains("not a duration"));
+    }
+
+    #[test]
+    fn durations_and_allowances_are_read() {
+        let (_dir, path) =
+            file("[lease]\nprobe_interval = \"5s\"\nfail_closed_after = \"never\"\n");
+        let policy = load(&path).unwrap().lease.policy(LeasePolicy::default());
+        assert_eq!(policy.interval, Duration::from_secs(5));
+        assert_eq!(policy.allowance, Allowance::Never);
+        assert_eq!("90m".parse(), Ok(Seconds(Duration::from_secs(5400))));
+    }
+
+    #[test]
+    fn a_definition_that_was_written_is_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = VolumeConfig::new("/data/zeebe.img".into());
+        let text = toml::to_string(&volume).unwrap();
+        std::fs::write(dir.path().join("zeebe-0.toml"), text).unwrap();
+        assert_eq!(load_volumes(dir.path()).unwrap(), [("zeebe-0".to_owned(), volume)]);
+        std::fs::write(dir.path().join("-x.toml"), "").unwrap();
+        std::fs::write(dir.path().join("y.toml"), "backin = 1").unwrap();
+        assert_eq!(load_volumes(dir.path()).unwrap_err().0.len(), 2);
+    }
+
+    #[test]
+    fn names_that_could_leave_their_directory_are_refused() {
+        for name in ["", ".", "..", "a/b", "-x", "ä", "a b"] {
+            assert!(!is_volume_name(name), "{name}");
+        }
+        assert!(is_volume_name("zeebe-0.data_1"));
+    }
+}
