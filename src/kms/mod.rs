@@ -6,6 +6,7 @@
 
 pub mod aws;
 pub mod dev;
+mod http;
 pub mod verdict;
 
 use std::future::Future;

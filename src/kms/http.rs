@@ -1,0 +1,139 @@
+//! The HTTP client under the KMS client: bounded answers, wiped answers, and connections that are
+//! new when they must be.
+//!
+//! A Decrypt answer holds the volume key in base64. The SDK keeps the body of an answer in
+//! reference-counted buffers that it drops without wiping; here each body is read into a buffer of
+//! our own, which is wiped when the SDK drops it, and the frames it came in are wiped as soon as
+//! nobody else holds them.
+//!
+//! What is out of reach: rustls decrypts records in a buffer of its own and hands them on by copy.
+//! Both are freed, unwiped, when the connection ends. So calls that carry a volume key use
+//! [`Reuse::Never`]: their connection, and with it those buffers, ends with the call.
+
+use std::time::Duration;
+
+use aws_smithy_http_client::{Builder, tls};
+use aws_smithy_runtime_api::client::http::{
+    HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpClient,
+    SharedHttpConnector,
+};
+use aws_smithy_runtime_api::client::orchestrator::{HttpRequest, HttpResponse};
+use aws_smithy_runtime_api::client::result::ConnectorError;
+use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
+use aws_smithy_types::body::SdkBody;
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use zeroize::{Zeroize, Zeroizing};
+
+/// Whether connections are kept for the next call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reuse {
+    /// They are pooled.
+    Pooled,
+    /// Each call opens its own, which ends with the call.
+    Never,
+}
+
+/// The longest answer that is read. KMS's own are under 16 KiB; whatever is longer is not KMS.
+const LONGEST_ANSWER: usize = 256 << 10;
+
+/// An HTTP client for KMS.
+pub(super) fn client(reuse: Reuse) -> SharedHttpClient {
+    let builder = match reuse {
+        Reuse::Pooled => Builder::new(),
+        Reuse::Never => Builder::new().pool_max_idle_per_host(0),
+    };
+    let provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::AwsLc);
+    SharedHttpClient::new(Wiping { inner: builder.tls_provider(provider).build_https(), reuse })
+}
+
+#[derive(Debug)]
+struct Wiping {
+    inner: SharedHttpClient,
+    reuse: Reuse,
+}
+
+impl HttpClient for Wiping {
+    fn http_connector(
+        &self,
+        settings: &HttpConnectorSettings,
+        components: &RuntimeComponents,
+    ) -> SharedHttpConnector {
+        let inner = self.inner.http_connector(settings, components);
+        SharedHttpConnector::new(WipingConnector { inner, reuse: self.reuse })
+    }
+}
+
+#[derive(Debug)]
+struct WipingConnector {
+    inner: SharedHttpConnector,
+    reuse: Reuse,
+}
+
+impl HttpConnector for WipingConnector {
+    fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
+        let answer = self.inner.call(request);
+        let reuse = self.reuse;
+        HttpConnectorFuture::new(async move {
+            let mut response = answer.await?;
+            let body = response.take_body();
+            let (body, frames) = read(body).await?;
+            *response.body_mut() = body;
+            wipe(frames, reuse).await;
+            Ok::<HttpResponse, ConnectorError>(response)
+        })
+    }
+}
+
+/// The body in a buffer that wipes itself, and the frames it came in.
+async fn read(mut body: SdkBody) -> Result<(SdkBody, Vec<Bytes>), ConnectorError> {
+    let mut frames = Vec::new();
+    let mut len = 0usize;
+    while let Some(frame) = body.frame().await {
+        // Trailers are not of interest.
+        if let Ok(data) = frame.map_err(ConnectorError::io)?.into_data() {
+            len = len.saturating_add(data.len());
+            frames.push(data);
+        }
+        if len > LONGEST_ANSWER {
+            return Err(ConnectorError::io(
+                format!("the answer is longer than {LONGEST_ANSWER} bytes").into(),
+            ));
+        }
+    }
+    // Its full size from the start: growing would leave unwiped copies behind.
+    let mut whole = Zeroizing::new(Vec::with_capacity(len));
+    for frame in &frames {
+        whole.extend_from_slice(frame);
+    }
+    Ok((SdkBody::from(Bytes::from_owner(whole)), frames))
+}
+
+/// Wipes the frames that nobody else holds. A connection that is not reused lets go of them a
+/// moment after its last frame, so that is waited for, briefly.
+async fn wipe(frames: Vec<Bytes>, reuse: Reuse) {
+    let mut shared = frames;
+    for turn in 0..WIPE_TURNS {
+        shared = shared
+            .into_iter()
+            .filter_map(|frame| match frame.try_into_mut() {
+                Ok(mut ours) => {
+                    ours.zeroize();
+                    None
+                }
+                Err(shared) => Some(shared),
+            })
+            .collect();
+        if shared.is_empty() || reuse == Reuse::Pooled {
+            return;
+        }
+        match turn {
+            0..16 => tokio::task::yield_now().await,
+            _ => tokio::time::sleep(Duration::from_millis(1)).await,
+        }
+    }
+    tracing::debug!("a KMS answer's frames are still held by its connection and were not wiped");
+}
+
+/// How often it is tried: sixteen turns of the scheduler, which is enough in practice, then 20 ms.
+const WIPE_TURNS: u32 = 36;
