@@ -66,11 +66,7 @@ impl Drop for Keeper {
 
 impl Keeper {
     /// Starts keeping the lease on `export`'s key, which has just been unwrapped.
-    pub fn start<K: KeyService>(
-        export: Arc<Export>,
-        kms: Arc<K>,
-        policy: LeasePolicy,
-    ) -> Self {
+    pub fn start<K: KeyService>(export: Arc<Export>, kms: Arc<K>, policy: LeasePolicy) -> Self {
         let lease = KeyLease::new(policy, now());
         let told = Timestamp::now();
         let first = KeyReport {

@@ -1,0 +1,176 @@
+//! Unix and TCP sockets: made with the right owner and mode, and who may connect.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::unistd::{Gid, Group, User, getgrouplist};
+use tokio::net::unix::UCred;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::task::JoinHandle;
+use tracing::{info, warn};
+
+use crate::export::ExportTable;
+use crate::nbd::serve;
+use crate::nbd::stream::NbdStream;
+
+/// Mode of every socket: owner and group.
+const SOCKET_MODE: u32 = 0o660;
+
+/// Who may connect to a unix socket of ours: root, our own user, and members of a group. The mode
+/// says the same to the kernel; the peer's credentials say who it really was.
+#[derive(Clone, Debug, Default)]
+pub struct Peers {
+    group: Option<Gid>,
+}
+
+impl Peers {
+    /// Members of `group`, if one is named, besides root and ourselves.
+    ///
+    /// # Errors
+    /// There is no such group.
+    pub fn group(group: Option<&str>) -> io::Result<Self> {
+        let Some(name) = group else { return Ok(Self::default()) };
+        let found = Group::from_name(name)?;
+        let missing = || io::Error::new(io::ErrorKind::NotFound, format!("no group `{name}`"));
+        Ok(Self { group: Some(found.ok_or_else(missing)?.gid) })
+    }
+
+    /// Whether this peer may connect.
+    #[must_use]
+    pub fn may(&self, peer: &UCred) -> bool {
+        let own = nix::unistd::geteuid().as_raw();
+        if peer.uid() == 0 || peer.uid() == own {
+            return true;
+        }
+        let Some(group) = self.group else { return false };
+        peer.gid() == group.as_raw() || is_member(peer.uid(), group)
+    }
+}
+
+fn is_member(uid: u32, group: Gid) -> bool {
+    let Ok(Some(user)) = User::from_uid(uid.into()) else { return false };
+    let Ok(name) = std::ffi::CString::new(user.name) else { return false };
+    getgrouplist(&name, user.gid).is_ok_and(|groups| groups.contains(&group))
+}
+
+/// A unix socket that goes from the file system when it is dropped.
+pub struct BoundSocket {
+    path: PathBuf,
+}
+
+impl Drop for BoundSocket {
+    fn drop(&mut self) {
+        // It may have been removed by hand.
+        let _removed = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Makes a unix socket at `path`, in the place of one that a dead daemon left.
+///
+/// # Errors
+/// It cannot be made there.
+pub fn bind(path: &Path, peers: &Peers) -> io::Result<(UnixListener, BoundSocket)> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    let socket = BoundSocket { path: path.to_owned() };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE))?;
+    if let Some(group) = peers.group {
+        nix::unistd::chown(path, None, Some(group))?;
+    }
+    Ok((listener, socket))
+}
+
+/// A task that accepts connections; dropping it ends it and removes its socket.
+pub struct Listener {
+    task: JoinHandle<()>,
+    _socket: Option<BoundSocket>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Listener {
+    /// Serves NBD on a unix socket.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn nbd_unix(path: &Path, peers: Peers, table: ExportTable) -> io::Result<Self> {
+        let (listener, socket) = bind(path, &peers)?;
+        let task = tokio::spawn(async move {
+            loop {
+                match accept(&listener, &peers).await {
+                    Ok(Some(stream)) => hand_over(NbdStream::Unix(stream), &table),
+                    Ok(None) => {}
+                    Err(error) => pause_after(&error).await,
+                }
+            }
+        });
+        Ok(Self { task, _socket: Some(socket) })
+    }
+
+    /// Serves NBD on a TCP address of this machine.
+    ///
+    /// # Errors
+    /// The address is not loopback, or cannot be listened on.
+    pub async fn nbd_tcp(address: SocketAddr, table: ExportTable) -> io::Result<Self> {
+        if !address.ip().is_loopback() {
+            let text = format!("{address} is not a loopback address");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        let listener = TcpListener::bind(address).await?;
+        info!(address = %listener.local_addr()?, "NBD over TCP, without TLS, for this machine only");
+        let task = tokio::spawn(async move {
+            loop {
+                let accepted = listener.accept().await;
+                match accepted.and_then(|(stream, _)| stream.into_std()) {
+                    Ok(stream) => match stream.set_nonblocking(false) {
+                        Ok(()) => hand_over(NbdStream::Tcp(stream), &table),
+                        Err(error) => pause_after(&error).await,
+                    },
+                    Err(error) => pause_after(&error).await,
+                }
+            }
+        });
+        Ok(Self { task, _socket: None })
+    }
+}
+
+async fn accept(
+    listener: &UnixListener,
+    peers: &Peers,
+) -> io::Result<Option<std::os::unix::net::UnixStream>> {
+    let (stream, _) = listener.accept().await?;
+    let peer = stream.peer_cred()?;
+    if !peers.may(&peer) {
+        warn!(
+            uid = peer.uid(),
+            gid = peer.gid(),
+            pid = peer.pid(),
+            "connection refused: not a member of our group"
+        );
+        return Ok(None);
+    }
+    let stream = stream.into_std()?;
+    stream.set_nonblocking(false)?;
+    Ok(Some(stream))
+}
+
+fn hand_over(stream: NbdStream, table: &ExportTable) {
+    if let Err(error) = serve(stream, table.clone()) {
+        warn!(%error, "connection dropped: no thread for it");
+    }
+}
+
+/// Out of descriptors or memory: accepting again at once would only spin.
+async fn pause_after(error: &io::Error) {
+    warn!(%error, "cannot accept a connection");
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+}
