@@ -30,6 +30,7 @@
 //! | [`daemon`] | puts the parts together |
 
 pub mod buffer;
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod crypt;

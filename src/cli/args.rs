@@ -1,0 +1,264 @@
+//! The command line of `byokctl`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::Seconds;
+use crate::key::wrapped::{KeyArn, Purpose};
+use crate::units::SectorSize;
+
+/// Operates byokd: volumes, their keys, and trials.
+#[derive(Parser)]
+#[command(name = "byokctl", version, arg_required_else_help = true)]
+pub struct Args {
+    /// The daemon's control socket [default: /run/byokd/byokd.sock].
+    #[arg(long, global = true, env = "BYOKD_SOCKET")]
+    pub socket: Option<PathBuf>,
+    /// Answer in JSON, one object.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What can be done.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Show all of it in a minute: a key, a volume, the fence, and back. Needs nothing installed.
+    Demo,
+    /// Make, list, show and forget volumes.
+    Volume {
+        /// Which of these.
+        #[command(subcommand)]
+        command: VolumeCommand,
+    },
+    /// Unlock a volume and serve it.
+    Attach {
+        /// The volume's name.
+        name: String,
+        /// Refuse writes.
+        #[arg(long)]
+        read_only: bool,
+    },
+    /// Stop serving a volume: drain, flush, destroy the key in memory.
+    Detach {
+        /// The volume's name.
+        name: String,
+    },
+    /// Say how volumes and their keys are.
+    Status {
+        /// Only this volume.
+        name: Option<String>,
+    },
+    /// Look at a customer's key.
+    Key {
+        /// Which of these.
+        #[command(subcommand)]
+        command: KeyCommand,
+    },
+    /// The development KMS of `byokd --dev`.
+    Dev {
+        /// Which of these.
+        #[command(subcommand)]
+        command: DevCommand,
+    },
+    /// The daemon that `demo` starts.
+    #[command(hide = true)]
+    ServeDev {
+        /// Where everything goes.
+        #[arg(long)]
+        state_dir: PathBuf,
+        /// Time between probes.
+        #[arg(long, default_value = "1s")]
+        probe_interval: Seconds,
+    },
+}
+
+/// `byokctl volume`.
+#[derive(Subcommand)]
+pub enum VolumeCommand {
+    /// Make a volume under a customer's key.
+    Create(Box<CreateArgs>),
+    /// List all volumes.
+    List,
+    /// Show everything known of one.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Drop a volume's definition; its data stays.
+    Forget {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// `byokctl volume create`.
+#[derive(clap::Args)]
+pub struct CreateArgs {
+    /// Its name, also of its NBD export.
+    pub name: String,
+    /// The file (made if it is not there) or block device that holds the ciphertext.
+    #[arg(long)]
+    pub backing: PathBuf,
+    /// Bytes a client may use, like 10G; the header comes on top. 0 is all of a block device.
+    #[arg(long)]
+    pub size: Size,
+    /// ARN of the customer's KMS key.
+    #[arg(long)]
+    pub key: KeyArn,
+    /// What the volume is for; part of the encryption context.
+    #[arg(long)]
+    pub purpose: Purpose,
+    /// KEY=VALUE to add to the encryption context; stands in clear in CloudTrail.
+    #[arg(long, value_parser = context_pair)]
+    pub context: Vec<(String, String)>,
+    /// 4096 or 512.
+    #[arg(long, default_value = "4096", value_parser = sector_size)]
+    pub sector_size: SectorSize,
+    /// Format over data that is there.
+    #[arg(long)]
+    pub force: bool,
+    /// Allocate all blocks now.
+    #[arg(long)]
+    pub preallocate: bool,
+}
+
+/// `byokctl key`.
+#[derive(Subcommand)]
+pub enum KeyCommand {
+    /// Try a key step by step and say what works.
+    Check {
+        /// The key.
+        arn: KeyArn,
+    },
+    /// Print the least policy that the customer's key needs.
+    Policy(PolicyArgs),
+}
+
+/// `byokctl key policy`.
+#[derive(clap::Args)]
+pub struct PolicyArgs {
+    /// The key.
+    pub arn: KeyArn,
+    /// ARN of the role that byokd uses.
+    #[arg(long)]
+    pub principal: String,
+    /// Allow only volumes of this purpose.
+    #[arg(long)]
+    pub purpose: Option<Purpose>,
+}
+
+/// `byokctl dev`.
+#[derive(Subcommand)]
+pub enum DevCommand {
+    /// Keys of the development KMS.
+    Key {
+        /// Where `byokd --dev` keeps its state.
+        #[arg(long, global = true, env = "BYOKD_STATE_DIR")]
+        state_dir: Option<PathBuf>,
+        /// What to do with them.
+        #[command(subcommand)]
+        command: DevKeyCommand,
+    },
+}
+
+/// `byokctl dev key`.
+#[derive(Subcommand)]
+pub enum DevKeyCommand {
+    /// Make a key and print its ARN.
+    Create,
+    /// List keys with their states.
+    List,
+    /// Disable a key: what a customer does to take it away at once.
+    Disable {
+        /// The key.
+        arn: KeyArn,
+    },
+    /// Enable a disabled key.
+    Enable {
+        /// The key.
+        arn: KeyArn,
+    },
+    /// Deny its use by its policy.
+    Deny {
+        /// The key.
+        arn: KeyArn,
+    },
+    /// Allow its use by its policy again.
+    Allow {
+        /// The key.
+        arn: KeyArn,
+    },
+    /// Schedule its deletion.
+    Delete {
+        /// The key.
+        arn: KeyArn,
+    },
+    /// Cancel its deletion, and enable it.
+    Restore {
+        /// The key.
+        arn: KeyArn,
+    },
+}
+
+/// A size in bytes, written plainly or with K, M, G, T (powers of 1024).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || format!("`{text}` is not a size; write it like 10G, 512M or 1048576");
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let number: u64 = number.parse().map_err(|_| wrong())?;
+        let shift = match unit.trim_end_matches("iB").trim_end_matches('B') {
+            "" => 0,
+            "K" | "k" => 10,
+            "M" => 20,
+            "G" => 30,
+            "T" => 40,
+            _ => return Err(wrong()),
+        };
+        number.checked_mul(1 << shift).map(Self).ok_or_else(wrong)
+    }
+}
+
+fn context_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() && !value.is_empty() => {
+            Ok((key.to_owned(), value.to_owned()))
+        }
+        _ => Err("write it as KEY=VALUE".to_owned()),
+    }
+}
+
+fn sector_size(text: &str) -> Result<SectorSize, String> {
+    let bytes: u32 = text.parse().map_err(|_| "4096 or 512".to_owned())?;
+    SectorSize::try_from(bytes).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        let size = |text: &str| text.parse::<Size>().map(|s| s.0);
+        assert_eq!(size("10G"), Ok(10 << 30));
+        assert_eq!(size("512MiB"), Ok(512 << 20));
+        assert_eq!(size("4096"), Ok(4096));
+        assert!(size("G").is_err() && size("1X").is_err() && size("99999999999T").is_err());
+    }
+}

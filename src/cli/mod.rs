@@ -1,0 +1,89 @@
+//! `byokctl`: arguments in, one call to the daemon, words out.
+
+pub mod args;
+pub mod demo;
+pub mod dev_keys;
+pub mod key_policy;
+pub mod nbd_client;
+pub mod output;
+
+use std::path::{Path, PathBuf};
+
+use crate::cli::args::{Command, KeyCommand, VolumeCommand};
+use crate::cli::output::Output;
+use crate::control::client::Client;
+use crate::control::{Answer, ControlError, Request, VolumeCreate};
+use crate::exit::ExitCode;
+
+/// The control socket of an installed daemon.
+const SOCKET: &str = "/run/byokd/byokd.sock";
+
+/// Does what was asked for.
+///
+/// # Errors
+/// Why it could not be done.
+pub fn run(
+    command: Command,
+    socket: Option<PathBuf>,
+    out: &Output,
+) -> Result<ExitCode, ControlError> {
+    let socket = socket.unwrap_or_else(|| SOCKET.into());
+    match command {
+        Command::Demo => demo::run(out),
+        Command::ServeDev { state_dir, probe_interval } => {
+            demo::serve(&state_dir, probe_interval.0)
+        }
+        Command::Dev { command } => dev_keys::run(command, out),
+        Command::Key { command: KeyCommand::Policy(policy) } => {
+            out.key_policy(&policy.arn, &key_policy::statement(&policy));
+            Ok(ExitCode::Ok)
+        }
+        Command::Key { command: KeyCommand::Check { arn } } => {
+            let answer = ask(&socket, &Request::KeyCheck { arn })?;
+            out.answer(&answer);
+            let Answer::KeyCheck { steps } = answer else { return Ok(ExitCode::Failed) };
+            Ok(if steps.iter().all(|s| s.ok) { ExitCode::Ok } else { ExitCode::KeyDenied })
+        }
+        Command::Attach { name, read_only } => {
+            tell(&socket, &Request::Attach { name, read_only }, out)
+        }
+        Command::Detach { name } => tell(&socket, &Request::Detach { name }, out),
+        Command::Status { name } => tell(&socket, &Request::Status { name }, out),
+        Command::Volume { command } => match command {
+            VolumeCommand::Create(create) => {
+                let backing = std::path::absolute(&create.backing).map_err(|e| ControlError {
+                    exit: ExitCode::Usage,
+                    what: format!("create volume {}", create.name),
+                    why: e.to_string(),
+                    remedy: "Give --backing as a path.".to_owned(),
+                })?;
+                let request = Request::VolumeCreate(VolumeCreate {
+                    name: create.name,
+                    backing,
+                    size: create.size.0,
+                    key: create.key,
+                    purpose: create.purpose,
+                    context: create.context.into_iter().collect(),
+                    sector_size: create.sector_size,
+                    force: create.force,
+                    preallocate: create.preallocate,
+                });
+                out.progress("asking KMS for a key and writing the volume");
+                tell(&socket, &request, out)
+            }
+            VolumeCommand::List => tell(&socket, &Request::VolumeList, out),
+            VolumeCommand::Show { name } => tell(&socket, &Request::VolumeShow { name }, out),
+            VolumeCommand::Forget { name } => tell(&socket, &Request::VolumeForget { name }, out),
+        },
+    }
+}
+
+fn ask(socket: &Path, request: &Request) -> Result<Answer, ControlError> {
+    Client::connect(socket)?.ask(request)
+}
+
+fn tell(socket: &Path, request: &Request, out: &Output) -> Result<ExitCode, ControlError> {
+    let answer = ask(socket, request)?;
+    out.answer(&answer);
+    Ok(ExitCode::Ok)
+}

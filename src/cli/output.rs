@@ -1,0 +1,203 @@
+//! What `byokctl` prints: words for people, or JSON for programs.
+
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "printing is what this module is for"
+)]
+
+use std::io::IsTerminal;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::control::{Answer, ControlError, VolumeState, VolumeStatus};
+use crate::key::wrapped::KeyArn;
+
+/// Where and how to print.
+#[derive(Clone, Copy, Debug)]
+pub struct Output {
+    json: bool,
+}
+
+impl Output {
+    /// For people, or `json`.
+    #[must_use]
+    pub fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    /// One line, for people only.
+    pub fn line(&self, text: &str) {
+        if !self.json {
+            println!("{text}");
+        }
+    }
+
+    /// What takes long is going on; only where someone watches.
+    pub fn progress(&self, text: &str) {
+        if !self.json && std::io::stderr().is_terminal() {
+            eprintln!("{text} ...");
+        }
+    }
+
+    /// A value, for programs only.
+    pub fn value(&self, value: &impl Serialize) {
+        if self.json
+            && let Ok(text) = serde_json::to_string(value)
+        {
+            println!("{text}");
+        }
+    }
+
+    /// An error: what, why, what to do.
+    pub fn error(&self, error: &ControlError) {
+        self.value(&Answer::Error(error.clone()));
+        if !self.json {
+            eprintln!("error: cannot {}", error.what);
+            eprintln!("  why: {}", error.why);
+            eprintln!("  do:  {}", error.remedy);
+        }
+    }
+
+    /// A key policy; where it goes is said beside it.
+    pub fn key_policy(&self, arn: &KeyArn, policy: &Value) {
+        if let Ok(text) = serde_json::to_string_pretty(policy) {
+            println!("{text}");
+        }
+        if !self.json {
+            eprintln!("Add these statements to the key policy of {arn}.");
+            eprintln!("Removing them, or disabling the key, takes every volume under it away.");
+        }
+    }
+
+    /// An answer of the daemon.
+    pub fn answer(&self, answer: &Answer) {
+        self.value(answer);
+        if self.json {
+            return;
+        }
+        match answer {
+            Answer::Version { version, api } => println!("byokd {version}, API {api}"),
+            Answer::Done => println!("done"),
+            Answer::Volume(volume) => detail(volume),
+            Answer::Volumes { volumes } => match &volumes[..] {
+                [] => println!("There are no volumes. Make one with `byokctl volume create`."),
+                [one] => detail(one),
+                several => table(several),
+            },
+            Answer::KeyCheck { steps } => {
+                for step in steps {
+                    let mark = if step.ok { "ok    " } else { "FAILED" };
+                    println!("{mark}  {:<10} {}", step.step, step.detail);
+                    if let Some(remedy) = &step.remedy {
+                        println!("        do: {remedy}");
+                    }
+                }
+            }
+            Answer::Error(error) => self.error(error),
+        }
+    }
+}
+
+fn state(volume: &VolumeStatus) -> &'static str {
+    match volume.state {
+        VolumeState::Detached => "detached",
+        VolumeState::Serving => "serving",
+        VolumeState::Unverified => "unverified",
+        VolumeState::Fenced => "FENCED",
+    }
+}
+
+fn size(bytes: u64) -> String {
+    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    for (shift, unit) in units {
+        let whole = 1u64 << shift;
+        if bytes >= whole {
+            let tenths = bytes / (whole / 10).max(1);
+            return if bytes % whole == 0 {
+                format!("{} {unit}", bytes / whole)
+            } else {
+                format!("{}.{} {unit}", tenths / 10, tenths % 10)
+            };
+        }
+    }
+    format!("{bytes} B")
+}
+
+fn table(volumes: &[VolumeStatus]) {
+    let width = volumes.iter().map(|v| v.name.len()).max().unwrap_or(0).max(6);
+    println!(
+        "{:width$}  {:10}  {:13}  {:>9}  {:>5}  NOTE",
+        "VOLUME", "STATE", "PURPOSE", "SIZE", "CONNS"
+    );
+    for volume in volumes {
+        let purpose = volume.purpose.map(|p| p.as_str()).unwrap_or("-");
+        let evidence = volume.lease.as_ref().and_then(|l| l.evidence.as_ref());
+        let note = match (volume.state, evidence) {
+            (VolumeState::Fenced | VolumeState::Unverified, Some(evidence)) => {
+                format!("{}: {}", evidence.code, evidence.message)
+            }
+            _ => volume.header_note.clone().unwrap_or_default(),
+        };
+        println!(
+            "{:width$}  {:10}  {purpose:13}  {:>9}  {:>5}  {}",
+            volume.name,
+            state(volume),
+            volume.size.map(size).unwrap_or_else(|| "-".to_owned()),
+            volume.connections,
+            note.chars().take(80).collect::<String>(),
+        );
+    }
+    let fenced = volumes.iter().filter(|v| v.state == VolumeState::Fenced).count();
+    println!("{} volumes, {fenced} fenced", volumes.len());
+}
+
+fn detail(volume: &VolumeStatus) {
+    let line = |name: &str, value: String| println!("  {name:<12} {value}");
+    println!("{}: {}", volume.name, state(volume));
+    if let Some(purpose) = volume.purpose {
+        line("purpose", purpose.to_string());
+    }
+    if let (Some(bytes), Some(sector)) = (volume.size, volume.sector_size) {
+        let mode = if volume.read_only { ", read-only" } else { "" };
+        line(
+            "size",
+            format!("{} ({bytes} bytes), sectors of {}{mode}", size(bytes), sector.bytes()),
+        );
+    }
+    line("backing", volume.backing.display().to_string());
+    if let Some(uuid) = volume.uuid {
+        line("uuid", uuid.to_string());
+    }
+    if let Some(key) = &volume.key {
+        line("key", key.to_string());
+    }
+    if let Some(context) = &volume.context {
+        let pairs: Vec<_> = context.pairs().iter().map(|(k, v)| format!("{k}={v}")).collect();
+        line("context", pairs.join(" "));
+    }
+    if let Some(note) = &volume.header_note {
+        line("header", note.clone());
+    }
+    if let Some(uri) = &volume.uri {
+        line("uri", uri.clone());
+        line("connections", volume.connections.to_string());
+    }
+    let Some(lease) = &volume.lease else { return };
+    line("lease", format!("{} since {}", lease.state, lease.since));
+    if let Some(last) = &lease.last_success {
+        line("last success", last.clone());
+    }
+    if let Some(left) = lease.allowance_left {
+        line("allowance", format!("{left} s left, then the volume is fenced"));
+    }
+    if let Some(millis) = lease.fence_ms {
+        line("last fence", format!("{millis} ms from the first denial to the key's destruction"));
+    }
+    if let (Some(said), false) = (&lease.evidence, volume.state == VolumeState::Serving) {
+        let id = said.request_id.as_deref().unwrap_or("none");
+        line("KMS said", format!("{}: {} (request id {id}, {})", said.code, said.message, said.at));
+        line("do", said.remedy.clone());
+    }
+}
