@@ -272,6 +272,10 @@ async fn start_dev(dir: &Path, kms: &mut AwsSettings) -> Result<DevKms, StartErr
 
 type Answered<T> = Result<T, ControlError>;
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "texts are given as literals, errors and formats"
+)]
 fn error(exit: ExitCode, what: &str, why: impl ToString, remedy: impl ToString) -> ControlError {
     ControlError { exit, what: what.to_owned(), why: why.to_string(), remedy: remedy.to_string() }
 }

@@ -134,6 +134,7 @@ impl Lane {
 
     /// Ends a write.
     #[inline]
+    #[expect(clippy::needless_pass_by_value, reason = "a claim ends once")]
     pub fn end(&self, claim: Claim) {
         match claim.range {
             None => {

@@ -498,9 +498,12 @@ fn lock(file: File, path: &Path, access: Access) -> Result<Flock<File>, VolumeEr
         Access::ReadWrite => FlockArg::LockExclusiveNonblock,
         Access::ReadOnly => FlockArg::LockSharedNonblock,
     };
-    Flock::lock(file, how).map_err(|(_, errno)| match errno {
-        Errno::EWOULDBLOCK => VolumeError::Busy(path.to_owned()),
-        errno => VolumeError::io("lock", path, errno),
+    Flock::lock(file, how).map_err(|(_, errno)| {
+        if errno == Errno::EWOULDBLOCK {
+            VolumeError::Busy(path.to_owned())
+        } else {
+            VolumeError::io("lock", path, errno)
+        }
     })
 }
 
@@ -615,7 +618,7 @@ pub(crate) mod tests {
 
     pub(crate) fn key(byte: u8) -> VolumeKey {
         VolumeKey::init_with(|k| {
-            k.iter_mut().enumerate().for_each(|(i, b)| *b = byte.wrapping_add(i as u8));
+            k.iter_mut().zip(byte..).for_each(|(b, value)| *b = value);
             Ok::<_, SecretMemoryError>(())
         })
         .unwrap()
@@ -691,7 +694,7 @@ pub(crate) mod tests {
         make(&path);
         let again = NewVolume::prepare(options(path.clone()));
         assert_eq!(class(again), VolumeErrorClass::WouldOverwrite);
-        assert!(NewVolume::prepare(CreateOptions { force: true, ..options(path) }).is_ok());
+        NewVolume::prepare(CreateOptions { force: true, ..options(path) }).unwrap();
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `byokctl demo`: everything byokd is for, in a temporary directory, in under a minute.
 
+use std::fmt::Display;
 use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// `EPERM` on the wire.
 const EPERM: u32 = 1;
 
-fn failed(what: &str, why: impl ToString) -> ControlError {
+fn failed(what: &str, why: impl Display) -> ControlError {
     ControlError {
         exit: ExitCode::Failed,
         what: what.to_owned(),

@@ -115,7 +115,7 @@ fn size(bytes: u64) -> String {
         let whole = 1u64 << shift;
         if bytes >= whole {
             let tenths = bytes / (whole / 10).max(1);
-            return if bytes % whole == 0 {
+            return if bytes.is_multiple_of(whole) {
                 format!("{} {unit}", bytes / whole)
             } else {
                 format!("{}.{} {unit}", tenths / 10, tenths % 10)

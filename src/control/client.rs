@@ -19,16 +19,20 @@ impl Client {
     /// Nobody listens there, or we may not connect.
     pub fn connect(path: &Path) -> Result<Self, ControlError> {
         let stream = UnixStream::connect(path).map_err(|error| {
-            let (why, remedy) = match error.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => (
+            let kind = error.kind();
+            let nobody = matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+            let (why, remedy) = if nobody {
+                (
                     format!("no byokd listens at {} ({error})", path.display()),
                     "Start byokd, or name its control socket with --socket.",
-                ),
-                io::ErrorKind::PermissionDenied => (
+                )
+            } else if kind == io::ErrorKind::PermissionDenied {
+                (
                     format!("{}: {error}", path.display()),
                     "Run byokctl as root, or join the daemon's group.",
-                ),
-                _ => (format!("{}: {error}", path.display()), "Check the path given by --socket."),
+                )
+            } else {
+                (format!("{}: {error}", path.display()), "Check the path given by --socket.")
             };
             ControlError {
                 exit: ExitCode::WrongState,
@@ -59,9 +63,7 @@ impl Client {
         if got == 0 {
             return Err(lost("it closed the connection without an answer".to_owned()));
         }
-        match serde_json::from_str(&answer).map_err(|e| lost(e.to_string()))? {
-            Answer::Error(error) => Err(error),
-            answer => Ok(answer),
-        }
+        let answer = serde_json::from_str(&answer).map_err(|e| lost(e.to_string()))?;
+        if let Answer::Error(error) = answer { Err(error) } else { Ok(answer) }
     }
 }

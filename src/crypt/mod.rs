@@ -174,7 +174,7 @@ mod tests {
             let key = known_key(&bytes).unwrap();
             let arena = Arc::new(SecretArena::new());
             let plain: Vec<u8> =
-                (0..sectors * size.bytes_usize()).map(|i| seed.wrapping_add((i % 251) as u8)).collect();
+                (0..251).cycle().take(sectors * size.bytes_usize()).map(|i| seed.wrapping_add(i)).collect();
             let (mut a, mut b) = (plain.clone(), plain.clone());
             let mut fast = awslc::Xts::new(&key, &arena).unwrap();
             fast.encrypt(&mut a, tweak, size);

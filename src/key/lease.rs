@@ -461,7 +461,7 @@ mod tests {
                 match verdict {
                     Verdict::Allowed => { run += 1; last_success = now; denials = 0; }
                     Verdict::Denied => { run = 0; denials += 1; }
-                    _ => run = 0,
+                    Verdict::Unavailable | Verdict::Credentials | Verdict::Mismatch => run = 0,
                 }
                 match lease.observe(at(now), verdict) {
                     Step::Fence(FenceReason::Denied) => {

@@ -231,7 +231,7 @@ mod tests {
         let a = arena.allocate(100).expect("locked memory").as_ptr().addr();
         let b = arena.allocate(100_000).expect("locked memory").as_ptr().addr();
         let c = arena.allocate(1).expect("locked memory").as_ptr().addr();
-        assert!(a % 64 == 0 && b % 64 == 0 && c % 64 == 0);
+        assert!(a.is_multiple_of(64) && b.is_multiple_of(64) && c.is_multiple_of(64));
         assert!(a.abs_diff(b) >= 100 && b.abs_diff(c) >= 64);
     }
 }

@@ -291,7 +291,7 @@ mod tests {
         assert_eq!(context.purpose(), Some(Purpose::Zeebe));
         assert_eq!(context.pairs().len(), 3);
         for bad in [pair("byokd:purpose", "x"), pair("aws:x", "y"), pair("", "y"), pair("x", "")] {
-            assert!(EncryptionContext::for_volume(uuid, Purpose::Backup, bad).is_err());
+            EncryptionContext::for_volume(uuid, Purpose::Backup, bad).unwrap_err();
         }
     }
 }

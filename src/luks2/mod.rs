@@ -133,7 +133,7 @@ impl Header {
         let NewHeader { uuid, label, capacity, sector_size, created } = new;
         let segment = Segment { offset: DATA_OFFSET, size: None, sector_size, iv_tweak: 0 };
         let token = Token::seal(uuid, segment, capacity, created, wrapped, canary, key);
-        let metadata = Metadata::new(segment, key, token.encode()?, NEW_COPY_SIZE as u64)?;
+        let metadata = Metadata::new(segment, key, &token.encode()?, NEW_COPY_SIZE as u64)?;
         let copy = Copy {
             size: NEW_COPY_SIZE,
             seqid: 1,

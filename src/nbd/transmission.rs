@@ -210,7 +210,11 @@ impl Transmission {
                 self.notice_fence()?;
                 let pipelined = batch > 1;
                 batch = 0;
-                if !(pipelined && self.receive_more()?) && !self.receive_idle()? {
+                // A client that pipelines has more on its way: its buffers need not be wiped yet.
+                if pipelined && self.receive_more()? {
+                    continue;
+                }
+                if !self.receive_idle()? {
                     return Ok(());
                 }
             }
@@ -364,10 +368,9 @@ impl Transmission {
             Command::Disconnect | Command::Unknown(_) => return Err(Errno::Inval),
         };
         // Under extended headers a write says so; some clients allow themselves FUA on anything.
-        let ignored = match request.command {
-            Command::Write if self.modes.style == ReplyStyle::Extended => FLAG_PAYLOAD_LEN,
-            _ => 0,
-        };
+        let extended = self.modes.style == ReplyStyle::Extended;
+        let ignored =
+            if extended && request.command == Command::Write { FLAG_PAYLOAD_LEN } else { 0 };
         if request.flags & !(known | ignored | FLAG_FUA) != 0 {
             return Err(Errno::Inval);
         }
@@ -1098,9 +1101,9 @@ fn write_parts(offset: u64, len: u64, sector: u64) -> impl Iterator<Item = (u64,
         }
         let mut next = (at - at % sector + MAX_BUFFER as u64).min(end);
         // Only a head or tail that is not whole sectors pays for a read-modify-write.
-        if at % sector != 0 {
+        if !at.is_multiple_of(sector) {
             next = next.min(at - at % sector + sector);
-        } else if next == end && end % sector != 0 && end - at > sector {
+        } else if next == end && !end.is_multiple_of(sector) && end - at > sector {
             next = end - end % sector;
         }
         let part = (at, next - at);

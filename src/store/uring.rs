@@ -326,7 +326,6 @@ impl Drop for Ring {
         while self.in_flight > 0 {
             if self.enter(1, None).is_err() || self.reap(&mut ended).is_err() {
                 // The kernel may still write to the buffers: they must never be freed.
-                #[expect(clippy::mem_forget, reason = "leaking them is what keeps them valid")]
                 self.slots.drain(..).for_each(std::mem::forget);
                 return;
             }

@@ -1,1 +1,1 @@
-
+//! Tests of the built programs with the clients people use.
