@@ -34,7 +34,7 @@ use crate::keeper::{Keeper, KeyReport};
 use crate::key::lease::{LeasePolicy, LeaseWord};
 use crate::key::wrapped::{EncryptionContext, KeyArn};
 use crate::kms::aws::{AwsKms, AwsSettings, AwsSettingsError, RoleToAssume};
-use crate::kms::dev::{self, DevKms, DevKmsError};
+use crate::kms::dev::{DevKms, DevKmsError};
 use crate::kms::{KeyService, ServiceError, Verdict};
 use crate::listener::{Listener, Peers};
 use crate::luks2::Header;
@@ -262,7 +262,7 @@ fn alone(dir: &Path) -> Result<Flock<File>, StartError> {
 }
 
 async fn start_dev(dir: &Path, kms: &mut AwsSettings) -> Result<DevKms, StartError> {
-    let dev = dev::start(&dir.join("kms"), DEV_REGION).await?;
+    let dev = DevKms::start(&dir.join("kms"), DEV_REGION).await?;
     let path = dir.join("kms-endpoint");
     std::fs::write(&path, format!("{}\n", dev.endpoint()))
         .map_err(StartError::io("write", &path))?;

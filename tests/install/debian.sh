@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Debian packages: the NBD clients, cryptsetup, file systems and RocksDB that the tests use.
+set -euo pipefail
+packages=(
+    cmake gcc g++ make
+    nbdkit libnbd-bin python3-libnbd qemu-utils fio
+    cryptsetup-bin python3-cryptography
+    fuse3 e2fsprogs xfsprogs rocksdb-tools util-linux
+)
+missing=()
+for package in "${packages[@]}"; do
+    dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
+done
+[ "${#missing[@]}" -eq 0 ] && exit 0
+sudo=()
+[ "$(id -u)" -eq 0 ] || sudo=(sudo)
+"${sudo[@]}" apt-get update -qq
+DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}"
