@@ -1,7 +1,7 @@
 //! Keeps the lease on one attached volume's key: probes, tells the lease, does its steps.
 //!
 //! One task per attached volume. It owns the lease; others see [`KeyReport`]s and send
-//! [`Command`]s. A probe has its own time limit and never more than one is under way; fencing does
+//! `Command`s. A probe has its own time limit and never more than one is under way; fencing does
 //! not wait for KMS, and no I/O waits for either.
 
 use std::sync::Arc;

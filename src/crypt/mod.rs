@@ -1,7 +1,7 @@
 //! AES-256-XTS as LUKS2 and dm-crypt use it (IEEE 1619, `aes-xts-plain64`).
 //!
 //! One data unit is one sector. Its tweak is the little-endian number of 512-byte units before it
-//! in the data segment, also when sectors are 4096 bytes. [`awslc`] is what serves; [`reference`]
+//! in the data segment, also when sectors are 4096 bytes. [`awslc`] is what serves; [`mod@reference`]
 //! is an independent second implementation that [`self_test`] and the property tests hold it to.
 //! Nobody but [`crate::fence`] holds an engine for a volume in service.
 

@@ -8,7 +8,7 @@
 //! - A probe is one attempt, but for one more when our signature was refused: the SDK measures the
 //!   clock's error from the first answer and signs the second one right.
 //! - Whatever carries a volume key uses a connection of its own and wipes what it can reach (see
-//!   [`super::http`]): the body of the answer, its frames, and the decoded plaintext.
+//!   `super::http`): the body of the answer, its frames, and the decoded plaintext.
 //!
 //! Four SDK clients share one configuration, so one set of cached credentials: with and without
 //! retries, with pooled and with fresh connections.

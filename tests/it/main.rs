@@ -1,1 +1,6 @@
-//! Tests of the built programs with the clients people use.
+//! Tests of the built programs, with the clients people use.
+
+mod support;
+
+mod clients;
+mod volumes;

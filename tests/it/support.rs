@@ -1,0 +1,223 @@
+//! A daemon of a test's own, and the tools that look at it. Everything ends with its owner, also
+//! when a test fails.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How long anything that should happen may take before the test fails.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A running `byokd --dev` in a directory of its own.
+pub(crate) struct Daemon {
+    pub(crate) dir: TempDir,
+    child: Child,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _killed = self.child.kill();
+        let _ended = self.child.wait();
+    }
+}
+
+impl Daemon {
+    /// In memory: fast, and no test fills a disk.
+    pub(crate) fn start() -> Self {
+        Self::start_in(tempfile::tempdir_in("/dev/shm").expect("a directory in memory"))
+    }
+
+    /// On the disk that holds the target directory: `O_DIRECT` and the ring.
+    pub(crate) fn start_on_disk() -> Self {
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        Self::start_in(tempfile::tempdir_in(target).expect("a directory on disk"))
+    }
+
+    pub(crate) fn start_in(dir: TempDir) -> Self {
+        let child = spawn(dir.path());
+        let mut daemon = Self { dir, child };
+        daemon.wait_ready();
+        daemon
+    }
+
+    fn wait_ready(&mut self) {
+        let socket = self.socket();
+        until("the daemon listens", || {
+            if let Some(status) = self.child.try_wait().expect("our own child") {
+                panic!("the daemon ended with {status}: {}", self.log());
+            }
+            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+        });
+    }
+
+    /// Ends it as a crash would, and starts it again on the same directory.
+    pub(crate) fn crash_and_restart(&mut self) {
+        self.child.kill().expect("our own child");
+        self.child.wait().expect("our own child");
+        self.child = spawn(self.dir.path());
+        self.wait_ready();
+    }
+
+    /// Asks it to stop, and says how it ended.
+    pub(crate) fn terminate(&mut self) -> std::process::ExitStatus {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").arg(&pid).status().expect("kill").success());
+        until("the daemon stops", || self.child.try_wait().expect("our own child").is_some());
+        self.child.wait().expect("our own child")
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.path().join("byokd.sock")
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    pub(crate) fn backing(&self, name: &str) -> PathBuf {
+        self.dir.path().join(format!("{name}.img"))
+    }
+
+    /// The NBD URI of an attached volume.
+    pub(crate) fn uri(&self, name: &str) -> String {
+        let socket = self.dir.path().join("nbd").join(format!("{name}.sock"));
+        format!("nbd+unix:///{name}?socket={}", socket.display())
+    }
+
+    /// Runs byokctl: its exit code and its JSON answer.
+    pub(crate) fn ctl(&self, args: &[&str]) -> (i32, Value) {
+        let output = Command::new(env!("CARGO_BIN_EXE_byokctl"))
+            .arg("--socket")
+            .arg(self.socket())
+            .arg("--json")
+            .args(args)
+            .env("BYOKD_STATE_DIR", self.dir.path())
+            .output()
+            .expect("byokctl runs");
+        let text = String::from_utf8(output.stdout).expect("UTF-8");
+        let value = serde_json::from_str(text.trim()).unwrap_or(Value::Null);
+        (output.status.code().expect("an exit code"), value)
+    }
+
+    /// Runs byokctl, which has to succeed.
+    pub(crate) fn ok(&self, args: &[&str]) -> Value {
+        let (code, answer) = self.ctl(args);
+        assert_eq!(code, 0, "byokctl {args:?}: {answer}\n{}", self.log());
+        answer
+    }
+
+    /// A new key's ARN.
+    pub(crate) fn key(&self) -> String {
+        let answer = self.ok(&["dev", "key", "create"]);
+        answer["key_arn"].as_str().expect("an ARN").to_owned()
+    }
+
+    /// A new volume, attached.
+    pub(crate) fn volume(&self, name: &str, size: &str, key: &str) {
+        self.create(name, size, key);
+        self.ok(&["attach", name]);
+    }
+
+    pub(crate) fn create(&self, name: &str, size: &str, key: &str) {
+        let backing = self.backing(name);
+        let backing = backing.to_str().expect("UTF-8");
+        self.ok(&[
+            "volume",
+            "create",
+            name,
+            "--backing",
+            backing,
+            "--size",
+            size,
+            "--key",
+            key,
+            "--purpose",
+            "zeebe",
+        ]);
+    }
+
+    /// The word for a volume's state.
+    pub(crate) fn state(&self, name: &str) -> String {
+        let answer = self.ok(&["status", name]);
+        answer["volumes"][0]["state"].as_str().expect("a state").to_owned()
+    }
+}
+
+fn spawn(dir: &Path) -> Child {
+    let log = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(dir.join("log"))
+        .expect("a log file");
+    Command::new(env!("CARGO_BIN_EXE_byokd"))
+        .args(["--dev", "--probe-interval", "1s", "--state-dir"])
+        .arg(dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .expect("byokd starts")
+}
+
+/// Waits until something is so; fails the test when it is not in time.
+pub(crate) fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !so() {
+        assert!(Instant::now() < deadline, "waited {} s in vain: {what}", PATIENCE.as_secs());
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
+}
+
+/// Whether the tools are there. Where they are not, a test is skipped on a person's machine, and
+/// fails in CI.
+pub(crate) fn have(tools: &[&str]) -> bool {
+    let missing: Vec<_> = tools.iter().filter(|tool| find(tool).is_none()).collect();
+    if missing.is_empty() {
+        return true;
+    }
+    let why = format!("needs {missing:?}; tests/run installs them");
+    assert!(std::env::var_os("CI").is_none(), "{why}");
+    println!("skipped: {why}");
+    false
+}
+
+fn find(tool: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let mut places: Vec<_> = std::env::split_paths(&path).collect();
+    places.push("/usr/sbin".into());
+    places.into_iter().map(|place| place.join(tool)).find(|file| file.exists())
+}
+
+/// Runs a tool, which has to succeed.
+pub(crate) fn run(command: &mut Command) -> String {
+    let output = output(command);
+    assert!(
+        output.status.success(),
+        "{command:?} ended with {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs a tool.
+pub(crate) fn output(command: &mut Command) -> Output {
+    command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"))
+}
+
+/// nbdsh, by the Python that Debian's bindings belong to.
+pub(crate) fn python_nbd() -> Command {
+    let mut command = Command::new("/usr/bin/python3");
+    command.args(["-m", "nbd"]);
+    command
+}
+
+/// Runs nbdsh with a script on a connected handle `h`.
+pub(crate) fn nbdsh(uri: &str, script: &str) -> String {
+    run(python_nbd().args(["-u", uri, "-c", script]))
+}

@@ -1,0 +1,274 @@
+//! Volumes: made, attached, refused, and opened by others.
+
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::support::{Daemon, have, nbdsh, output, run};
+
+const DENIED: i32 = 3;
+const WRONG_STATE: i32 = 5;
+
+fn why(answer: &Value) -> &str {
+    answer["why"].as_str().unwrap_or_default()
+}
+
+fn create<'a>(name: &'a str, backing: &'a str, key: &'a str) -> Vec<&'a str> {
+    vec![
+        "volume",
+        "create",
+        name,
+        "--backing",
+        backing,
+        "--size",
+        "8M",
+        "--key",
+        key,
+        "--purpose",
+        "backup",
+    ]
+}
+
+#[test]
+fn a_volume_lives_from_create_to_forget() {
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.create("v", "8M", &key);
+    assert_eq!(daemon.state("v"), "detached");
+    daemon.ok(&["attach", "v"]);
+    assert_eq!(daemon.state("v"), "serving");
+    let (code, answer) = daemon.ctl(&["attach", "v"]);
+    assert_eq!(code, WRONG_STATE, "a second attach is refused: {answer}");
+    assert_eq!(daemon.ctl(&["volume", "forget", "v"]).0, WRONG_STATE);
+    daemon.ok(&["detach", "v"]);
+    assert_eq!(daemon.ctl(&["detach", "v"]).0, WRONG_STATE);
+    daemon.ok(&["volume", "forget", "v"]);
+    assert_eq!(daemon.ctl(&["volume", "show", "v"]).0, WRONG_STATE);
+    assert!(daemon.backing("v").exists(), "forgetting keeps the data");
+}
+
+#[test]
+fn a_key_that_may_not_be_used_makes_no_volume_and_attaches_none() {
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    let backing = daemon.backing("v");
+    let backing = backing.to_str().unwrap();
+    daemon.ok(&["dev", "key", "disable", &key]);
+    let (code, answer) = daemon.ctl(&create("v", backing, &key));
+    assert_eq!(code, DENIED, "{answer}");
+    assert!(!daemon.backing("v").exists(), "no half-made volume is left");
+    let unknown = format!("{}0", &key[..key.len() - 1]);
+    assert_eq!(daemon.ctl(&create("v", backing, &unknown)).0, DENIED);
+    let elsewhere = key.replace("eu-central-1", "us-east-1");
+    let (code, answer) = daemon.ctl(&create("v", backing, &elsewhere));
+    assert_ne!(code, 0);
+    assert!(why(&answer).contains("region"), "{answer}");
+    assert!(!daemon.backing("v").exists());
+    daemon.ok(&["dev", "key", "enable", &key]);
+    daemon.ok(&create("v", backing, &key));
+    daemon.ok(&["dev", "key", "disable", &key]);
+    let (code, answer) = daemon.ctl(&["attach", "v"]);
+    assert_eq!(code, DENIED, "{answer}");
+    assert_eq!(daemon.state("v"), "detached");
+    daemon.ok(&["dev", "key", "enable", &key]);
+    daemon.ok(&["attach", "v"]);
+}
+
+#[test]
+fn what_is_no_volume_of_ours_is_refused_and_left_alone() {
+    if !have(&["mkfs.ext4", "cryptsetup"]) {
+        return;
+    }
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.create("v", "8M", &key);
+    let backing = daemon.backing("v");
+    let good = std::fs::read(&backing).unwrap();
+    let attach = || {
+        let (code, answer) = daemon.ctl(&["attach", "v"]);
+        assert_ne!(code, 0);
+        why(&answer).to_owned()
+    };
+    std::fs::write(&backing, &good[..good.len() - 4096]).unwrap();
+    assert!(attach().contains("cut off"));
+    std::fs::write(&backing, &good[..9000]).unwrap();
+    attach();
+    std::fs::write(&backing, vec![0xa5; good.len()]).unwrap();
+    assert!(attach().contains("no LUKS2 header"));
+    run(Command::new("/usr/sbin/mkfs.ext4").args(["-q", "-F"]).arg(&backing));
+    assert!(attach().contains("no LUKS2 header"));
+    let path = backing.to_str().unwrap();
+    daemon.ok(&["volume", "forget", "v"]);
+    let (code, answer) = daemon.ctl(&create("v", path, &key));
+    assert_eq!(code, WRONG_STATE);
+    assert!(why(&answer).contains("ext2/3/4"), "{answer}");
+    // One damaged copy is repaired and reported.
+    let mut damaged = good.clone();
+    damaged[4096..5000].fill(0xff);
+    std::fs::write(&backing, &damaged).unwrap();
+    std::fs::write(daemon.dir.path().join("volumes.d/v.toml"), format!("backing = \"{path}\"\n"))
+        .unwrap();
+    let mut daemon = daemon;
+    daemon.crash_and_restart();
+    let answer = daemon.ok(&["attach", "v"]);
+    assert!(answer["header_note"].as_str().unwrap().contains("repaired"), "{answer}");
+    daemon.ok(&["detach", "v"]);
+    assert!(
+        std::fs::read(&backing).unwrap() == good || {
+            // The repaired copy has a salt of its own.
+            daemon.ok(&["volume", "show", "v"])["header_note"].is_null()
+        }
+    );
+}
+
+#[test]
+fn a_full_file_system_leaves_no_half_made_volume() {
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    let dir = tempfile::tempdir().unwrap();
+    let mount = Mount::tmpfs(dir.path(), "4m");
+    let backing = dir.path().join("v.img");
+    let mut args = create("v", backing.to_str().unwrap(), &key);
+    args.push("--preallocate");
+    let (code, answer) = daemon.ctl(&args);
+    assert_ne!(code, 0);
+    assert!(why(&answer).contains("space"), "{answer}");
+    assert!(!backing.exists());
+    drop(mount);
+}
+
+struct Mount(std::path::PathBuf);
+
+impl Mount {
+    fn tmpfs(at: &std::path::Path, size: &str) -> Self {
+        let option = format!("size={size}");
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", &option, "tmpfs"]).arg(at));
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _unmounted = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn cryptsetup_opens_our_volumes_and_we_open_what_it_made_of_them() {
+    if !have(&["cryptsetup", "nbdsh"]) {
+        return;
+    }
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.volume("v", "8M", &key);
+    nbdsh(&daemon.uri("v"), "h.pwrite(b'k' * 8192, 0)");
+    daemon.ok(&["detach", "v"]);
+    let backing = daemon.backing("v");
+    let dir = daemon.dir.path();
+    let cryptsetup =
+        |args: &[&str]| run(Command::new("/usr/sbin/cryptsetup").args(args).arg(&backing));
+    cryptsetup(&["isLuks", "--type", "luks2"]);
+    let dump = cryptsetup(&["luksDump"]);
+    assert!(dump.contains("byokd-aws-kms") && dump.contains("aes-xts-plain64"), "{dump}");
+    // What a customer without byokd does: KMS Decrypt of the token's blob, then cryptsetup.
+    let token = cryptsetup(&["token", "export", "--token-id", "0"]);
+    let volume_key = dir.join("volume-key");
+    std::fs::write(&volume_key, unwrap_token(&daemon, &token)).unwrap();
+    let keyed = ["--key-size", "512", "--volume-key-file", volume_key.to_str().unwrap()];
+    let mut open = vec!["open", "--test-passphrase"];
+    open.extend(keyed);
+    cryptsetup(&open);
+    // A break-glass passphrase, added and removed, and a header backup restored.
+    let passphrase = dir.join("passphrase");
+    std::fs::write(&passphrase, "break the glass").unwrap();
+    let mut add =
+        vec!["luksAddKey", "--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
+    add.extend(keyed);
+    run(Command::new("/usr/sbin/cryptsetup").args(&add).arg(&backing).arg(&passphrase));
+    cryptsetup(&["open", "--test-passphrase", "--key-file", passphrase.to_str().unwrap()]);
+    let attach_and_check = || {
+        daemon.ok(&["attach", "v"]);
+        nbdsh(&daemon.uri("v"), "assert h.pread(8192, 0) == b'k' * 8192");
+        daemon.ok(&["detach", "v"]);
+    };
+    attach_and_check();
+    let backup = dir.join("header-backup");
+    cryptsetup(&["luksHeaderBackup", "--header-backup-file", backup.to_str().unwrap()]);
+    run(Command::new("/usr/sbin/cryptsetup")
+        .args(["luksKillSlot", "--batch-mode"])
+        .arg(&backing)
+        .arg("0"));
+    attach_and_check();
+    cryptsetup(&[
+        "luksHeaderRestore",
+        "--batch-mode",
+        "--header-backup-file",
+        backup.to_str().unwrap(),
+    ]);
+    attach_and_check();
+}
+
+/// The volume key, by AWS's own wire protocol.
+fn unwrap_token(daemon: &Daemon, token: &str) -> Vec<u8> {
+    use base64::Engine as _;
+    use base64::prelude::BASE64_STANDARD;
+    let token: Value = serde_json::from_str(token).unwrap();
+    let endpoint = std::fs::read_to_string(daemon.dir.path().join("kms-endpoint")).unwrap();
+    let blob = token["ciphertext_blob"].as_str().unwrap();
+    let context: std::collections::HashMap<String, String> =
+        serde_json::from_value(token["encryption_context"].clone()).unwrap();
+    let config = aws_sdk_kms::Config::builder()
+        .behavior_version(aws_config::BehaviorVersion::latest())
+        .region(aws_config::Region::new("eu-central-1"))
+        .endpoint_url(endpoint.trim())
+        .credentials_provider(aws_sdk_kms::config::Credentials::new("a", "b", None, None, "test"))
+        .build();
+    let client = aws_sdk_kms::Client::from_conf(config);
+    let decrypt = client
+        .decrypt()
+        .ciphertext_blob(aws_sdk_kms::primitives::Blob::new(BASE64_STANDARD.decode(blob).unwrap()))
+        .set_encryption_context(Some(context));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let answer = runtime.block_on(decrypt.send()).unwrap();
+    answer.plaintext.unwrap().into_inner()
+}
+
+#[test]
+fn flushed_data_survives_a_crash_of_the_daemon() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let mut daemon = Daemon::start_on_disk();
+    let key = daemon.key();
+    daemon.volume("v", "8M", &key);
+    nbdsh(&daemon.uri("v"), "h.pwrite(b'd' * 65536, 4096)\nh.flush()");
+    daemon.crash_and_restart();
+    daemon.ok(&["attach", "v"]);
+    nbdsh(&daemon.uri("v"), "assert h.pread(65536, 4096) == b'd' * 65536");
+}
+
+#[test]
+fn sigterm_stops_cleanly_and_leaves_no_sockets() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let mut daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.volume("v", "8M", &key);
+    nbdsh(&daemon.uri("v"), "h.pwrite(b'd' * 65536, 4096)");
+    assert!(daemon.terminate().success());
+    assert!(!daemon.socket().exists());
+    assert!(!daemon.dir.path().join("nbd/v.sock").exists());
+    assert!(daemon.log().contains("the key is destroyed"), "{}", daemon.log());
+}
+
+#[test]
+fn a_second_daemon_on_the_same_state_is_refused() {
+    let daemon = Daemon::start();
+    let second = output(
+        Command::new(env!("CARGO_BIN_EXE_byokd"))
+            .args(["--dev", "--state-dir"])
+            .arg(daemon.dir.path()),
+    );
+    assert_eq!(second.status.code(), Some(WRONG_STATE));
+}
