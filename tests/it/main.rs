@@ -1,4 +1,10 @@
 //! Tests of the built programs, with the clients people use.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "what a test leans on may fail it and say why, in helpers too"
+)]
 
 mod support;
 
