@@ -173,15 +173,19 @@ impl AwsKms {
                 return Err(AwsSettingsError::Endpoint(endpoint.clone()));
             }
         }
-        let shared = shared_config(&settings).await;
+        Self::over(&shared_config(&settings).await, &settings)
+    }
+
+    /// The clients over a configuration whose region and credentials are known.
+    fn over(shared: &SdkConfig, settings: &AwsSettings) -> Result<Self, AwsSettingsError> {
         let Some(region) = shared.region().map(ToString::to_string) else {
             return Err(AwsSettingsError::NoRegion);
         };
         let client = |reuse, retries: RetryConfig, limit: Duration| {
-            let mut config = aws_sdk_kms::config::Builder::from(&shared)
+            let mut config = aws_sdk_kms::config::Builder::from(shared)
                 .http_client(http::client(reuse))
                 .retry_config(retries)
-                .timeout_config(timeouts(&settings, limit));
+                .timeout_config(timeouts(settings, limit));
             // Not in the shared configuration: there it would move STS to that address too.
             if let Some(endpoint) = &settings.endpoint {
                 config = config.endpoint_url(endpoint);
@@ -882,4 +886,132 @@ fn said_short(error: &KmsError) -> String {
 
 fn request(id: Option<&str>) -> String {
     id.map(|id| format!(" (request id {id})")).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use aws_credential_types::credential_fn::provide_credentials_fn;
+
+    use super::*;
+    use crate::kms::dev::{DevKms, Fault};
+
+    fn settings(kms: &DevKms) -> AwsSettings {
+        AwsSettings {
+            region: Some("eu-central-1".to_owned()),
+            endpoint: Some(kms.endpoint().to_owned()),
+            attempt_timeout: Duration::from_millis(500),
+            static_credentials: Some(("dev".to_owned(), "dev".to_owned())),
+            ..AwsSettings::default()
+        }
+    }
+
+    fn some_arn() -> KeyArn {
+        "arn:aws:kms:eu-central-1:000000000000:key/00000000-0000-4000-8000-000000000000"
+            .parse()
+            .expect("an ARN")
+    }
+
+    async fn dev(dir: &std::path::Path) -> DevKms {
+        DevKms::start(dir, "eu-central-1").await.expect("the development KMS")
+    }
+
+    /// With this provider of credentials instead of the static ones.
+    async fn with_provider<F, Fut>(kms: &DevKms, provide: F) -> AwsKms
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Credentials, CredentialsError>> + Send + 'static,
+    {
+        let settings = settings(kms);
+        let shared = shared_config(&settings)
+            .await
+            .into_builder()
+            .credentials_provider(SharedCredentialsProvider::new(provide_credentials_fn(provide)))
+            .build();
+        AwsKms::over(&shared, &settings).expect("settings that fit")
+    }
+
+    #[tokio::test]
+    async fn missing_and_hanging_credentials_are_ours_not_the_customers() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = dev(dir.path()).await;
+        let none = with_provider(&server, || async {
+            Err(CredentialsError::not_loaded("the metadata service is down"))
+        })
+        .await;
+        let slow = with_provider(&server, || async {
+            std::future::pending::<()>().await;
+            Err(CredentialsError::unhandled("never"))
+        })
+        .await;
+        for kms in [none, slow] {
+            let error = kms.describe(&some_arn()).await.expect_err("no credentials");
+            assert_eq!(
+                (error.verdict, error.code.as_str()),
+                (Verdict::Credentials, "NoCredentials"),
+                "{error}"
+            );
+        }
+        assert!(server.requests().is_empty(), "nothing is sent unsigned");
+    }
+
+    #[tokio::test]
+    async fn expired_credentials_are_ours_and_fresh_ones_work_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = dev(dir.path()).await;
+        let given = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&given);
+        let kms =
+            with_provider(&server, move || {
+                let n = count.fetch_add(1, Ordering::Relaxed);
+                // The first ones run out at once.
+                let life = if n == 0 { Duration::ZERO } else { Duration::from_secs(3600) };
+                let expiry = std::time::SystemTime::now() + life;
+                async move {
+                    Ok(Credentials::new(format!("AKID{n}"), "secret", None, Some(expiry), "test"))
+                }
+            })
+            .await;
+        server.inject(Fault::error(400, "ExpiredTokenException", "The token expired").times(1));
+        let error = kms.describe(&some_arn()).await.expect_err("expired");
+        assert_eq!(error.verdict, Verdict::Credentials, "{error}");
+        let error = kms.describe(&some_arn()).await.expect_err("no such key");
+        assert_eq!(error.code, "NotFoundException", "{error}");
+        let keys: Vec<_> = server.requests().into_iter().filter_map(|r| r.access_key).collect();
+        assert_eq!(keys, ["AKID0", "AKID1"], "the second call asked for credentials again");
+    }
+
+    #[tokio::test]
+    async fn settings_that_cannot_work_are_refused() {
+        let both = AwsSettings {
+            fips: true,
+            region: Some("eu-central-1".to_owned()),
+            endpoint: Some("https://kms.example.com".to_owned()),
+            ..AwsSettings::default()
+        };
+        assert!(matches!(
+            AwsKms::connect(both).await,
+            Err(AwsSettingsError::FipsWithEndpoint(endpoint)) if endpoint.contains("example")
+        ));
+        for endpoint in ["kms.example.com", "http://", "ftp://x", "https:///x"] {
+            let wrong =
+                AwsSettings { endpoint: Some(endpoint.to_owned()), ..AwsSettings::default() };
+            assert!(
+                matches!(AwsKms::connect(wrong).await, Err(AwsSettingsError::Endpoint(_))),
+                "{endpoint}"
+            );
+        }
+    }
+
+    #[test]
+    fn settings_show_no_secret() {
+        let settings = AwsSettings {
+            static_credentials: Some(("AKID".to_owned(), "hidden".to_owned())),
+            ..AwsSettings::default()
+        };
+        let shown = format!("{settings:?}");
+        assert!(shown.contains("AKID") && !shown.contains("hidden"), "{shown}");
+    }
 }

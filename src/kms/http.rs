@@ -79,7 +79,10 @@ impl HttpConnector for WipingConnector {
             let body = response.take_body();
             let (body, frames) = read(body).await?;
             *response.body_mut() = body;
-            wipe(frames, reuse).await;
+            let held = wipe(frames, reuse).await;
+            if held > 0 && reuse == Reuse::Never {
+                tracing::debug!(held, "frames of a KMS answer are held by its connection");
+            }
             Ok::<HttpResponse, ConnectorError>(response)
         })
     }
@@ -111,7 +114,9 @@ async fn read(mut body: SdkBody) -> Result<(SdkBody, Vec<Bytes>), ConnectorError
 
 /// Wipes the frames that nobody else holds. A connection that is not reused lets go of them a
 /// moment after its last frame, so that is waited for, briefly.
-async fn wipe(frames: Vec<Bytes>, reuse: Reuse) {
+///
+/// Returns how many of them are still held.
+async fn wipe(frames: Vec<Bytes>, reuse: Reuse) -> usize {
     let mut shared = frames;
     for turn in 0..WIPE_TURNS {
         shared = shared
@@ -125,15 +130,51 @@ async fn wipe(frames: Vec<Bytes>, reuse: Reuse) {
             })
             .collect();
         if shared.is_empty() || reuse == Reuse::Pooled {
-            return;
+            return shared.len();
         }
         match turn {
             0..16 => tokio::task::yield_now().await,
             _ => tokio::time::sleep(Duration::from_millis(1)).await,
         }
     }
-    tracing::debug!("a KMS answer's frames are still held by its connection and were not wiped");
+    shared.len()
 }
 
 /// How often it is tried: sixteen turns of the scheduler, which is enough in practice, then 20 ms.
 const WIPE_TURNS: u32 = 36;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_body_is_bounded() {
+        let fits = SdkBody::from(vec![1; LONGEST_ANSWER]);
+        let (body, _) = read(fits).await.expect("it fits");
+        assert_eq!(body.bytes().map(<[u8]>::len), Some(LONGEST_ANSWER));
+        read(SdkBody::from(vec![1; LONGEST_ANSWER + 1])).await.expect_err("too long");
+    }
+
+    #[tokio::test]
+    async fn frames_are_wiped_once_nobody_else_holds_them() {
+        let ours = Bytes::from(vec![7; 100]);
+        assert_eq!(wipe(vec![ours], Reuse::Never).await, 0);
+        let shared = Bytes::from(vec![7; 100]);
+        let other = shared.clone();
+        assert_eq!(wipe(vec![shared], Reuse::Pooled).await, 1);
+        // Let go of a little later, as a closing connection does.
+        let held = tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(3)).await;
+            drop(other);
+        });
+        let again = Bytes::from(vec![7; 100]);
+        let late = again.clone();
+        let letting_go = tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(3)).await;
+            drop(late);
+        });
+        assert_eq!(wipe(vec![again], Reuse::Never).await, 0);
+        letting_go.await.unwrap();
+        held.await.unwrap();
+    }
+}
