@@ -4,9 +4,11 @@ set -euo pipefail
 packages=(
     cmake gcc g++ make
     nbdkit libnbd-bin python3-libnbd qemu-utils fio
-    cryptsetup-bin python3-cryptography
+    cryptsetup-bin python3-cryptography python3-venv
     fuse3 e2fsprogs xfsprogs rocksdb-tools util-linux
 )
+# local-kms is built with it; any newer Go that is there already does as well.
+command -v go >/dev/null || packages+=(golang-go)
 missing=()
 for package in "${packages[@]}"; do
     dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
