@@ -92,6 +92,21 @@ struct Task {
     errno: Option<Errno>,
     /// The reply has gone out; its parts only have to end.
     answered: bool,
+    /// A read whose data goes out whole or not at all: what has been read of it, part by part.
+    whole: Vec<Option<Data>>,
+}
+
+impl Task {
+    fn new(request: Request, parts: usize) -> Self {
+        Self { request, parts, errno: None, answered: false, whole: Vec::new() }
+    }
+}
+
+/// Bytes that were asked for, in the buffer that they were read with.
+struct Data {
+    plain: Plaintext,
+    wanted: Range<usize>,
+    held: usize,
 }
 
 /// One part of a task that the ring has.
@@ -108,7 +123,7 @@ struct Part {
 
 enum Reply {
     Head(Head),
-    Data(Head, Plaintext, Range<usize>, usize),
+    Data(Head, Data),
     Body(Vec<u8>),
 }
 
@@ -429,9 +444,9 @@ impl Transmission {
             };
         }
         if self.modes.style == ReplyStyle::Simple && !self.fits_one_part(&request) {
-            return self.read_in_order(request);
+            return self.read_whole(request);
         }
-        let task = self.tasks.insert(Task { request, parts: 1, errno: None, answered: false });
+        let task = self.tasks.insert(Task::new(request, 1));
         for (offset, len) in read_parts(request.offset, request.len, self.sector()) {
             if let Some(errno) = self.tasks.get(task).and_then(|t| t.errno) {
                 debug!(?errno, "rest of a read given up");
@@ -446,8 +461,40 @@ impl Transmission {
         self.part_ended(task, Ok(()))
     }
 
-    /// A large read for a client that knows only simple replies: the data must follow the header
-    /// whole and in order, so it is read part by part.
+    /// A large read for a client that knows only simple replies. After a header that promises data
+    /// there is no way to report an error, so all of it is read and decrypted before the header
+    /// goes out: a fence that closes meanwhile is an error, not a broken connection.
+    fn read_whole(&mut self, request: Request) -> Outcome {
+        self.settle()?;
+        self.send()?;
+        let covered = self.export.geometry().sectors(request.offset, request.len);
+        let total = covered.map(|at| index(at.len())).unwrap_or(usize::MAX);
+        if !self.budget.take(total) {
+            return self.read_in_order(request);
+        }
+        self.from_budget += total;
+        self.held += total;
+        let mut left = total;
+        let mut task = Task::new(request, 1);
+        task.whole.resize_with(total.div_ceil(MAX_BUFFER), || None);
+        let task = self.tasks.insert(task);
+        for (offset, len) in read_parts(request.offset, request.len, self.sector()) {
+            if self.tasks.get(task).is_some_and(|t| t.errno.is_some()) {
+                break;
+            }
+            let Ok(at) = self.export.geometry().sectors(offset, len) else { continue };
+            let buffer = self.pool.take(index(at.len())).map_err(io::Error::from)?;
+            left -= buffer.len();
+            let skip = index(offset - at.offset());
+            let wanted = skip..skip + index(len);
+            self.start(task, at, wanted, None, Op::Read(Ciphertext::new(buffer)))?;
+        }
+        self.release(left);
+        self.part_ended(task, Ok(()))
+    }
+
+    /// The same while all the memory that connections share is in use: part by part, each sent
+    /// before the next is read. An error after the first can only break the connection.
     fn read_in_order(&mut self, request: Request) -> Outcome {
         self.settle()?;
         self.send()?;
@@ -464,7 +511,7 @@ impl Transmission {
                         Head::nothing()
                     };
                     first = false;
-                    self.reply(Reply::Data(head, plain, wanted, held))?;
+                    self.reply(Reply::Data(head, Data { plain, wanted, held }))?;
                     self.send()?;
                 }
                 Err(errno) if first => {
@@ -497,7 +544,7 @@ impl Transmission {
     }
 
     fn write(&mut self, request: Request, source: Source) -> Outcome {
-        let task = self.tasks.insert(Task { request, parts: 1, errno: None, answered: false });
+        let task = self.tasks.insert(Task::new(request, 1));
         let durability =
             if request.flags & FLAG_FUA != 0 { Durability::Durable } else { Durability::Cached };
         let mut received = 0;
@@ -642,7 +689,7 @@ impl Transmission {
         let Ok(nothing) = self.export.geometry().sectors(0, 0) else {
             return Err(TransmissionError::CutReply);
         };
-        let task = self.tasks.insert(Task { request, parts: 0, errno: None, answered: false });
+        let task = self.tasks.insert(Task::new(request, 0));
         self.start(task, nothing, 0..0, None, Op::Flush)
     }
 
@@ -775,7 +822,7 @@ impl Transmission {
         let answered = self.tasks.expect(task).answered;
         let result = match (ended.result, ended.buffer) {
             (Ok(()), Some(data)) if reads && !answered => match unseal(&self.gate, data, at) {
-                Ok(plain) => return self.data_ready(task, at, plain, wanted, held),
+                Ok(plain) => return self.data_ready(task, at, Data { plain, wanted, held }),
                 Err((error, data)) => {
                     self.give_back(data.into_buffer(), held);
                     Err(self.refused(error))
@@ -796,28 +843,25 @@ impl Transmission {
         self.part_ended(task, result)
     }
 
-    fn data_ready(
-        &mut self,
-        task: usize,
-        at: SectorRange,
-        plain: Plaintext,
-        wanted: Range<usize>,
-        held: usize,
-    ) -> Outcome {
-        let style = self.modes.style;
-        let (request, last) = {
-            let task = self.tasks.expect(task);
-            (task.request, task.parts == 1 && task.errno.is_none())
-        };
-        let single = request.len == wanted.len() as u64;
-        let offset = at.offset() + wanted.start as u64;
-        let chunk = if single || last { Chunk::Done } else { Chunk::More };
-        let head = Head::data(style, chunk, &request, offset, wanted.len() as u64);
-        if chunk == Chunk::Done {
-            self.tasks.expect(task).answered = true;
+    fn data_ready(&mut self, index: usize, at: SectorRange, data: Data) -> Outcome {
+        let (style, sector) = (self.modes.style, self.sector());
+        let task = self.tasks.expect(index);
+        if !task.whole.is_empty() {
+            let first = task.request.offset - task.request.offset % sector;
+            let part = (at.offset() - first) / MAX_BUFFER as u64;
+            task.whole[usize::try_from(part).unwrap_or_default()] = Some(data);
+            return self.part_ended(index, Ok(()));
         }
-        self.reply(Reply::Data(head, plain, wanted, held))?;
-        self.part_ended(task, Ok(()))
+        let single = task.request.len == data.wanted.len() as u64;
+        let last = task.parts == 1 && task.errno.is_none();
+        let chunk = if single || last { Chunk::Done } else { Chunk::More };
+        if chunk == Chunk::Done {
+            task.answered = true;
+        }
+        let offset = at.offset() + data.wanted.start as u64;
+        let head = Head::data(style, chunk, &task.request, offset, data.wanted.len() as u64);
+        self.reply(Reply::Data(head, data))?;
+        self.part_ended(index, Ok(()))
     }
 
     /// Counts one part of a task down; with the last one the task is answered.
@@ -830,17 +874,37 @@ impl Transmission {
         if task.parts > 0 {
             return Ok(());
         }
-        let Some(task) = self.tasks.remove(index) else { return Ok(()) };
-        if task.answered {
+        let Some(Task { request, errno, answered, whole, .. }) = self.tasks.remove(index) else {
+            return Ok(());
+        };
+        if answered {
             return Ok(());
         }
         let style = self.modes.style;
-        let head = match (task.errno, task.request.command) {
-            (Some(errno), _) => Head::error(style, &task.request, errno),
-            (None, Command::Read) => Head::end(style, &task.request),
-            (None, _) => Head::done(style, &task.request),
+        let head = match (errno, request.command) {
+            (Some(errno), _) => {
+                self.drop_data(whole);
+                Head::error(style, &request, errno)
+            }
+            (None, Command::Read) if !whole.is_empty() => {
+                let mut head =
+                    Head::data(style, Chunk::Done, &request, request.offset, request.len);
+                for data in whole.into_iter().flatten() {
+                    self.reply(Reply::Data(std::mem::replace(&mut head, Head::nothing()), data))?;
+                }
+                return Ok(());
+            }
+            (None, Command::Read) => Head::end(style, &request),
+            (None, _) => Head::done(style, &request),
         };
         self.reply(Reply::Head(head))
+    }
+
+    fn drop_data(&mut self, whole: Vec<Option<Data>>) {
+        for data in whole.into_iter().flatten() {
+            self.pool.give_plaintext(data.plain);
+            self.release(data.held);
+        }
     }
 
     fn tasks_in_flight(&self) -> bool {
@@ -899,6 +963,9 @@ impl Transmission {
                 Head::error(style, &task.request, Errno::Perm)
             })
             .collect();
+        let read: Vec<_> =
+            self.tasks.iter_mut().flat_map(|task| std::mem::take(&mut task.whole)).collect();
+        self.drop_data(read);
         for head in waiting {
             self.reply(Reply::Head(head))?;
         }
@@ -974,7 +1041,7 @@ impl Transmission {
     fn reply(&mut self, reply: Reply) -> Outcome {
         self.outbox_bytes += match &reply {
             Reply::Head(_) => 0,
-            Reply::Data(_, _, wanted, _) => wanted.len(),
+            Reply::Data(_, data) => data.wanted.len(),
             Reply::Body(body) => body.len(),
         };
         self.outbox.push(reply);
@@ -996,7 +1063,7 @@ impl Transmission {
         for reply in &self.outbox {
             match reply {
                 Reply::Head(head) => parts.push(IoSlice::new(head.bytes())),
-                Reply::Data(head, plain, wanted, _) => {
+                Reply::Data(head, Data { plain, wanted, .. }) => {
                     parts.push(IoSlice::new(head.bytes()));
                     parts.push(IoSlice::new(&plain.bytes()[wanted.clone()]));
                 }
@@ -1008,9 +1075,9 @@ impl Transmission {
         self.outbox_bytes = 0;
         let mut outbox = std::mem::take(&mut self.outbox);
         for reply in outbox.drain(..) {
-            if let Reply::Data(_, plain, _, held) = reply {
-                self.pool.give_plaintext(plain);
-                self.release(held);
+            if let Reply::Data(_, data) = reply {
+                self.pool.give_plaintext(data.plain);
+                self.release(data.held);
             }
         }
         self.outbox = outbox;

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::support::{Daemon, have, nbdsh, python_nbd, run, until};
+use crate::support::{Daemon, have, nbdsh, nbdsh_unconnected, python_nbd, run, until};
 
 #[test]
 fn nbdinfo_sees_what_is_promised() {
@@ -43,7 +43,8 @@ fn fio_verifies_what_it_wrote_in_many_sizes_over_many_connections() {
             jobs("small", "192m", "bs=512\nsize=2m"),
         );
         std::fs::write(&file, text).unwrap();
-        run(Command::new("fio").arg(&file));
+        // It leaves its state in the directory it runs in.
+        run(Command::new("fio").arg(&file).current_dir(daemon.dir.path()));
     }
 }
 
@@ -205,6 +206,50 @@ while not works():
             ),
         );
         assert_eq!(daemon.state("v"), "serving");
+    }
+}
+
+/// After the header of a simple reply there is no way to report an error, so it may go out only
+/// once all data is there; the kernel's client speaks nothing else.
+#[test]
+fn a_fence_that_closes_during_large_simple_reads_breaks_no_connection() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    for daemon in [Daemon::start(), Daemon::start_on_disk()] {
+        let key = daemon.key();
+        daemon.volume("v", "32M", &key);
+        let ctl = env!("CARGO_BIN_EXE_byokctl");
+        let dir = daemon.dir.path().display();
+        nbdsh_unconnected(&format!(
+            r"
+import subprocess, time
+def key(word):
+    subprocess.run(['{ctl}', '--json', 'dev', 'key', '--state-dir', '{dir}', word, '{key}'], check=True, stdout=subprocess.DEVNULL)
+h.set_request_structured_replies(False)
+h.connect_uri('{uri}')
+assert not h.get_structured_replies_negotiated()
+data = bytes(i * 7 % 251 for i in range(1 << 16)) * 400
+h.pwrite(data, 1000)
+def works():
+    try:
+        assert h.pread(len(data), 1000) == data
+        return True
+    except nbd.Error as error:
+        assert error.errno == 'EPERM', error
+        return False
+for _ in range(2):
+    key('disable')
+    start = time.monotonic()
+    while works():
+        assert time.monotonic() < start + 3.3, 'fenced within the probe interval and 2 s'
+    key('enable')
+    start = time.monotonic()
+    while not works():
+        assert time.monotonic() < start + 30, 'served again'
+",
+            uri = daemon.uri("v")
+        ));
     }
 }
 

@@ -221,3 +221,8 @@ pub(crate) fn python_nbd() -> Command {
 pub(crate) fn nbdsh(uri: &str, script: &str) -> String {
     run(python_nbd().args(["-u", uri, "-c", script]))
 }
+
+/// Runs nbdsh with a script that connects its handle `h` itself.
+pub(crate) fn nbdsh_unconnected(script: &str) -> String {
+    run(python_nbd().args(["-c", script]))
+}
