@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::key::lease::{Allowance, LeasePolicy};
+use crate::key::wrapped::Role;
 
 /// What is wrong with the files, all of it.
 #[derive(Debug, Error)]
@@ -48,8 +49,14 @@ pub struct Config {
     pub control_socket: PathBuf,
     /// Where each volume's NBD socket is made.
     pub nbd_dir: PathBuf,
-    /// Group that may use the control socket and the NBD sockets besides their owner.
+    /// User that owns the control socket; the daemon's own if absent.
+    pub owner: Option<String>,
+    /// Group that may use the control socket, and so all of byokd.
     pub group: Option<String>,
+    /// User that owns the NBD sockets; the daemon's own if absent. A volume may say otherwise.
+    pub nbd_owner: Option<String>,
+    /// Group that may use the NBD sockets. A volume may say otherwise.
+    pub nbd_group: Option<String>,
     /// Also listen for NBD here; loopback only.
     pub tcp_listen: Option<SocketAddr>,
     /// Connections to one volume.
@@ -66,7 +73,10 @@ impl Default for Config {
             volumes_dir: "/etc/byokd/volumes.d".into(),
             control_socket: "/run/byokd/byokd.sock".into(),
             nbd_dir: "/run/byokd/nbd".into(),
+            owner: None,
             group: None,
+            nbd_owner: None,
+            nbd_group: None,
             tcp_listen: None,
             max_connections: 1024,
             kms: KmsConfig::default(),
@@ -212,6 +222,12 @@ pub struct VolumeConfig {
     /// The external id for that role.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub external_id: Option<String>,
+    /// User that owns this volume's socket, instead of the daemon's `nbd_owner`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// Group that may use this volume's socket, instead of the daemon's `nbd_group`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// Instead of the daemon's `[lease]`.
     #[serde(default, skip_serializing)]
     pub lease: LeaseConfig,
@@ -233,8 +249,17 @@ impl VolumeConfig {
             direct: Auto::Auto,
             role_arn: None,
             external_id: None,
+            owner: None,
+            group: None,
             lease: LeaseConfig::default(),
         }
+    }
+
+    /// The role to assume, if one is named.
+    #[must_use]
+    pub fn role(&self) -> Option<Role> {
+        let arn = self.role_arn.clone()?;
+        Some(Role { arn, external_id: self.external_id.clone() })
     }
 }
 
@@ -257,7 +282,7 @@ pub fn load(path: &Path) -> Result<Config, ConfigErrors> {
     let mut wrong = |what: &str| {
         errors.push(ConfigError { file: path.to_owned(), line: None, what: what.to_owned() });
     };
-    if config.lease.probe_interval.is_some_and(|s| s.0 < Duration::from_secs(1)) {
+    if config.lease.probe_interval.is_some_and(|s| s.0 < SHORTEST_INTERVAL) {
         wrong("lease.probe_interval is under 1s: KMS would throttle the account");
     }
     if config.tcp_listen.is_some_and(|address| !address.ip().is_loopback()) {
@@ -306,8 +331,10 @@ pub fn load_volumes(dir: &Path) -> Result<Vec<(String, VolumeConfig)>, ConfigErr
             errors.push(one(&path, format!("`{name}` cannot be a volume's name")));
             continue;
         }
-        match parse_file::<VolumeConfig>(&path) {
-            Ok(volume) => volumes.push((name, volume)),
+        match load_volume(&path) {
+            Ok(Some(volume)) => volumes.push((name, volume)),
+            // Removed since the directory was read.
+            Ok(None) => {}
             Err(error) => errors.push(error),
         }
     }
@@ -317,6 +344,32 @@ pub fn load_volumes(dir: &Path) -> Result<Vec<(String, VolumeConfig)>, ConfigErr
     volumes.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(volumes)
 }
+
+/// Reads one volume's definition; none if there is no such file.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn load_volume(path: &Path) -> Result<Option<VolumeConfig>, ConfigError> {
+    if matches!(path.try_exists(), Ok(false)) {
+        return Ok(None);
+    }
+    let volume: VolumeConfig = parse_file(path)?;
+    let wrong =
+        |what: &str| ConfigError { file: path.to_owned(), line: None, what: what.to_owned() };
+    if volume.external_id.is_some() && volume.role_arn.is_none() {
+        return Err(wrong("external_id without role_arn: it goes with the role that is assumed"));
+    }
+    if volume.lease.probe_interval.is_some_and(|s| s.0 < SHORTEST_INTERVAL) {
+        return Err(wrong("lease.probe_interval is under 1s: KMS would throttle the account"));
+    }
+    if volume.backing.is_relative() {
+        return Err(wrong("backing is a relative path; the daemon has no directory of its own"));
+    }
+    Ok(Some(volume))
+}
+
+/// More often than this, KMS would throttle.
+const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 
 fn parse_file<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, ConfigError> {
     let fail = |line, what| ConfigError { file: path.to_owned(), line, what };

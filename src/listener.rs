@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{Gid, Group, User, getgrouplist};
+use nix::unistd::{Gid, Group, Uid, User, getgrouplist};
 use tokio::net::unix::UCred;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::task::JoinHandle;
@@ -18,39 +18,48 @@ use crate::nbd::stream::NbdStream;
 /// Mode of every socket: owner and group.
 const SOCKET_MODE: u32 = 0o660;
 
-/// Who may connect to a unix socket of ours: root, our own user, and members of a group. The mode
-/// says the same to the kernel; the peer's credentials say who it really was.
+/// Whose a unix socket is, and who may connect to it: root, our own user, its owner, and members of
+/// its group. The mode says the same to the kernel; the peer's credentials say who it really was.
 #[derive(Clone, Debug, Default)]
 pub struct Peers {
+    owner: Option<Uid>,
     group: Option<Gid>,
 }
 
 impl Peers {
-    /// Members of `group`, if one is named, besides root and ourselves.
+    /// The user `owner` and members of `group`, where named, besides root and ourselves.
     ///
     /// # Errors
-    /// There is no such group.
-    pub fn group(group: Option<&str>) -> io::Result<Self> {
-        let Some(name) = group else { return Ok(Self::default()) };
-        let found = Group::from_name(name)?;
-        let missing = || io::Error::new(io::ErrorKind::NotFound, format!("no group `{name}`"));
-        Ok(Self { group: Some(found.ok_or_else(missing)?.gid) })
+    /// There is no such user or group.
+    pub fn of(owner: Option<&str>, group: Option<&str>) -> io::Result<Self> {
+        let missing = |what, name| {
+            io::Error::new(io::ErrorKind::NotFound, format!("there is no {what} `{name}`"))
+        };
+        let owner = match owner {
+            Some(name) => Some(User::from_name(name)?.ok_or_else(|| missing("user", name))?.uid),
+            None => None,
+        };
+        let group = match group {
+            Some(name) => Some(Group::from_name(name)?.ok_or_else(|| missing("group", name))?.gid),
+            None => None,
+        };
+        Ok(Self { owner, group })
     }
 
     /// Whether this peer may connect.
     #[must_use]
     pub fn may(&self, peer: &UCred) -> bool {
-        let own = nix::unistd::geteuid().as_raw();
-        if peer.uid() == 0 || peer.uid() == own {
+        let uid = Uid::from_raw(peer.uid());
+        if uid.is_root() || uid == nix::unistd::geteuid() || self.owner == Some(uid) {
             return true;
         }
         let Some(group) = self.group else { return false };
-        peer.gid() == group.as_raw() || is_member(peer.uid(), group)
+        peer.gid() == group.as_raw() || is_member(uid, group)
     }
 }
 
-fn is_member(uid: u32, group: Gid) -> bool {
-    let Ok(Some(user)) = User::from_uid(uid.into()) else { return false };
+fn is_member(uid: Uid, group: Gid) -> bool {
+    let Ok(Some(user)) = User::from_uid(uid) else { return false };
     let Ok(name) = std::ffi::CString::new(user.name) else { return false };
     getgrouplist(&name, user.gid).is_ok_and(|groups| groups.contains(&group))
 }
@@ -78,10 +87,9 @@ pub fn bind(path: &Path, peers: &Peers) -> io::Result<(UnixListener, BoundSocket
     }
     let listener = UnixListener::bind(path)?;
     let socket = BoundSocket { path: path.to_owned() };
+    // Ours alone until here, by the umask.
+    nix::unistd::chown(path, peers.owner, peers.group)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE))?;
-    if let Some(group) = peers.group {
-        nix::unistd::chown(path, None, Some(group))?;
-    }
     Ok((listener, socket))
 }
 

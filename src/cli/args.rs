@@ -6,7 +6,7 @@ use std::str::FromStr;
 use clap::{Parser, Subcommand};
 
 use crate::config::Seconds;
-use crate::key::wrapped::{KeyArn, Purpose};
+use crate::key::wrapped::{KeyArn, Purpose, Role};
 use crate::units::SectorSize;
 
 /// Operates byokd: volumes, their keys, and trials.
@@ -113,6 +113,9 @@ pub struct CreateArgs {
     /// What the volume is for; part of the encryption context.
     #[arg(long)]
     pub purpose: Purpose,
+    /// As whom to use the key.
+    #[command(flatten)]
+    pub role: RoleArgs,
     /// KEY=VALUE to add to the encryption context; stands in clear in CloudTrail.
     #[arg(long, value_parser = context_pair)]
     pub context: Vec<(String, String)>,
@@ -127,6 +130,25 @@ pub struct CreateArgs {
     pub preallocate: bool,
 }
 
+/// A role to assume for a key, if it is not the daemon's own.
+#[derive(clap::Args)]
+pub struct RoleArgs {
+    /// ARN of a role to assume for the key, for example in the customer's account.
+    #[arg(long, value_name = "ARN")]
+    role_arn: Option<String>,
+    /// The external id that the role's trust policy asks for.
+    #[arg(long, value_name = "ID", requires = "role_arn")]
+    external_id: Option<String>,
+}
+
+impl RoleArgs {
+    /// The role, if one is named.
+    #[must_use]
+    pub fn role(self) -> Option<Role> {
+        Some(Role { arn: self.role_arn?, external_id: self.external_id })
+    }
+}
+
 /// `byokctl key`.
 #[derive(Subcommand)]
 pub enum KeyCommand {
@@ -134,6 +156,9 @@ pub enum KeyCommand {
     Check {
         /// The key.
         arn: KeyArn,
+        /// As whom to ask.
+        #[command(flatten)]
+        role: RoleArgs,
     },
     /// Print the least policy that the customer's key needs.
     Policy(PolicyArgs),

@@ -160,6 +160,7 @@ pub fn run(out: &Output) -> Result<ExitCode, ControlError> {
 
     let backing = trial.dir.join("volume.img");
     trial.ask(&Request::VolumeCreate(VolumeCreate {
+        role: None,
         name: "demo".to_owned(),
         backing: backing.clone(),
         size: SIZE,

@@ -38,11 +38,13 @@ pub fn run(
             out.key_policy(&policy.arn, &key_policy::statement(&policy));
             Ok(ExitCode::Ok)
         }
-        Command::Key { command: KeyCommand::Check { arn } } => {
-            let answer = ask(&socket, &Request::KeyCheck { arn })?;
+        Command::Key { command: KeyCommand::Check { arn, role } } => {
+            let role = role.role();
+            let answer = ask(&socket, &Request::KeyCheck { arn, role }, out)?;
             out.answer(&answer);
             let Answer::KeyCheck { steps } = answer else { return Ok(ExitCode::Failed) };
-            Ok(if steps.iter().all(|s| s.ok) { ExitCode::Ok } else { ExitCode::KeyDenied })
+            let failed = steps.iter().find_map(|step| step.verdict);
+            Ok(failed.map_or(ExitCode::Ok, ExitCode::from))
         }
         Command::Attach { name, read_only } => {
             tell(&socket, &Request::Attach { name, read_only }, out)
@@ -63,12 +65,12 @@ pub fn run(
                     size: create.size.0,
                     key: create.key,
                     purpose: create.purpose,
+                    role: create.role.role(),
                     context: create.context.into_iter().collect(),
                     sector_size: create.sector_size,
                     force: create.force,
                     preallocate: create.preallocate,
                 });
-                out.progress("asking KMS for a key and writing the volume");
                 tell(&socket, &request, out)
             }
             VolumeCommand::List => tell(&socket, &Request::VolumeList, out),
@@ -78,12 +80,13 @@ pub fn run(
     }
 }
 
-fn ask(socket: &Path, request: &Request) -> Result<Answer, ControlError> {
-    Client::connect(socket)?.ask(request)
+fn ask(socket: &Path, request: &Request, out: &Output) -> Result<Answer, ControlError> {
+    let mut client = Client::connect(socket)?;
+    out.patiently(|| client.ask(request))
 }
 
 fn tell(socket: &Path, request: &Request, out: &Output) -> Result<ExitCode, ControlError> {
-    let answer = ask(socket, request)?;
+    let answer = ask(socket, request, out)?;
     out.answer(&answer);
     Ok(ExitCode::Ok)
 }

@@ -7,6 +7,8 @@
 )]
 
 use std::io::IsTerminal;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -34,11 +36,27 @@ impl Output {
         }
     }
 
-    /// What takes long is going on; only where someone watches.
-    pub fn progress(&self, text: &str) {
-        if !self.json && std::io::stderr().is_terminal() {
-            eprintln!("{text} ...");
+    /// Waits for something, and says so where someone watches once it takes long.
+    pub fn patiently<T: Send>(&self, wait: impl FnOnce() -> T + Send) -> T {
+        if self.json || !std::io::stderr().is_terminal() {
+            return wait();
         }
+        std::thread::scope(|scope| {
+            let (done, waiting) = mpsc::channel::<()>();
+            scope.spawn(move || {
+                let mut seconds = 0;
+                while let Err(RecvTimeoutError::Timeout) = waiting.recv_timeout(A_SECOND) {
+                    seconds += 1;
+                    eprint!("\rwaiting for the daemon: {seconds} s ");
+                }
+                if seconds > 0 {
+                    eprintln!();
+                }
+            });
+            let answer = wait();
+            drop(done);
+            answer
+        })
     }
 
     /// A value, for programs only.
@@ -100,9 +118,13 @@ impl Output {
     }
 }
 
+const A_SECOND: Duration = Duration::from_secs(1);
+
 fn state(volume: &VolumeStatus) -> &'static str {
     match volume.state {
         VolumeState::Detached => "detached",
+        VolumeState::Attaching => "attaching",
+        VolumeState::Detaching => "detaching",
         VolumeState::Serving => "serving",
         VolumeState::Unverified => "unverified",
         VolumeState::Fenced => "FENCED",
@@ -138,7 +160,10 @@ fn table(volumes: &[VolumeStatus]) {
             (VolumeState::Fenced | VolumeState::Unverified, Some(evidence)) => {
                 format!("{}: {}", evidence.code, evidence.message)
             }
-            _ => volume.header_note.clone().unwrap_or_default(),
+            _ => match &volume.problem {
+                Some(problem) => problem.why.clone(),
+                None => volume.header_note.clone().unwrap_or_default(),
+            },
         };
         println!(
             "{:width$}  {:10}  {purpose:13}  {:>9}  {:>5}  {}",
@@ -183,6 +208,10 @@ fn detail(volume: &VolumeStatus) {
     if let Some(uri) = &volume.uri {
         line("uri", uri.clone());
         line("connections", volume.connections.to_string());
+    }
+    if let Some(problem) = &volume.problem {
+        line("not attached", format!("{} ({})", problem.why, problem.at));
+        line("do", problem.remedy.clone());
     }
     let Some(lease) = &volume.lease else { return };
     line("lease", format!("{} since {}", lease.state, lease.since));

@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::exit::ExitCode;
-use crate::key::wrapped::{EncryptionContext, KeyArn, Purpose};
+use crate::key::wrapped::{EncryptionContext, KeyArn, Purpose, Role};
+use crate::kms::Verdict;
 use crate::units::SectorSize;
 
 /// The version of this API, part of [`Answer::Version`].
@@ -63,6 +64,9 @@ pub enum Request {
     KeyCheck {
         /// The key.
         arn: KeyArn,
+        /// As whom to ask.
+        #[serde(default)]
+        role: Option<Role>,
     },
 }
 
@@ -80,6 +84,9 @@ pub struct VolumeCreate {
     pub key: KeyArn,
     /// What the volume is for.
     pub purpose: Purpose,
+    /// As whom to use the key, now and at each attach.
+    #[serde(default)]
+    pub role: Option<Role>,
     /// Pairs added to the encryption context.
     #[serde(default)]
     pub context: BTreeMap<String, String>,
@@ -136,6 +143,17 @@ pub struct ControlError {
     pub remedy: String,
 }
 
+impl From<Verdict> for ExitCode {
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Allowed => Self::Ok,
+            Verdict::Denied => Self::KeyDenied,
+            Verdict::Unavailable | Verdict::Credentials => Self::KmsUnavailable,
+            Verdict::Mismatch => Self::Failed,
+        }
+    }
+}
+
 /// One step of [`Request::KeyCheck`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckStep {
@@ -148,6 +166,9 @@ pub struct CheckStep {
     /// What to do, if it did not work.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
+    /// What its failure means, if it did not work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<Verdict>,
 }
 
 /// Whether a volume is being served, and if not, why.
@@ -156,6 +177,10 @@ pub struct CheckStep {
 pub enum VolumeState {
     /// Known, not attached.
     Detached,
+    /// KMS is being asked for its key.
+    Attaching,
+    /// Requests in flight are drained and flushed.
+    Detaching,
     /// Attached and serving.
     Serving,
     /// Attached; KMS gave no verdict lately, the outage allowance is running.
@@ -197,6 +222,19 @@ pub struct VolumeStatus {
     pub connections: usize,
     /// The lease, while attached.
     pub lease: Option<LeaseStatus>,
+    /// Why it is not attached, if that was tried and failed.
+    pub problem: Option<Problem>,
+}
+
+/// Why a volume could not be attached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// When it was tried last, RFC 3339.
+    pub at: String,
+    /// Why it failed.
+    pub why: String,
+    /// What to do about it.
+    pub remedy: String,
 }
 
 /// The lease of an attached volume's key.
@@ -228,7 +266,7 @@ pub struct Evidence {
     /// What joins it to CloudTrail.
     pub request_id: Option<String>,
     /// `denied`, `unavailable`, `credentials`, `mismatch`.
-    pub verdict: crate::kms::Verdict,
+    pub verdict: Verdict,
     /// What to do about it.
     pub remedy: String,
 }

@@ -241,6 +241,17 @@ impl EncryptionContext {
     }
 }
 
+/// A role to assume for a key, in the customer's account or ours.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Role {
+    /// The role's ARN.
+    pub arn: String,
+    /// The external id that its trust policy asks for.
+    #[serde(default)]
+    pub external_id: Option<String>,
+}
+
 /// A key as KMS wrapped it: public, useless without `kms:Decrypt` in the same context.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WrappedKey {

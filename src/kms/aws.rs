@@ -214,7 +214,12 @@ impl AwsKms {
     pub async fn check(&self, arn: &KeyArn) -> Vec<CheckStep> {
         match EncryptionContext::for_volume(Uuid::new_v4(), Purpose::Zeebe, []) {
             Ok(context) => self.check_in(arn, &context).await,
-            Err(error) => vec![failed("context", error.to_string(), "report this as a bug")],
+            Err(error) => vec![failed(
+                "context",
+                error.to_string(),
+                "report this as a bug",
+                Verdict::Mismatch,
+            )],
         }
     }
 
@@ -233,8 +238,9 @@ impl AwsKms {
         context: &EncryptionContext,
         steps: &mut Vec<CheckStep>,
     ) -> Result<(), CheckStep> {
-        let said =
-            |step: &'static str| move |error: KmsError| failed(step, said(&error), &error.remedy);
+        let said = |step: &'static str| {
+            move |error: KmsError| failed(step, said(&error), &error.remedy, error.verdict)
+        };
 
         self.check_region(Operation::DescribeKey, arn).map_err(said("region"))?;
         steps.push(passed("region", format!("the key lies in {}, as configured", self.region)));
@@ -289,6 +295,7 @@ impl AwsKms {
                 "context",
                 "the data key was unwrapped in a context it was not made in".to_owned(),
                 "this is not AWS KMS: check the endpoint setting",
+                Verdict::Mismatch,
             )),
         }
     }
@@ -869,11 +876,17 @@ fn excerpt(answer: &HttpResponse) -> String {
 const EXCERPT: usize = 120;
 
 fn passed(step: &str, detail: String) -> CheckStep {
-    CheckStep { step: step.to_owned(), ok: true, detail, remedy: None }
+    CheckStep { step: step.to_owned(), ok: true, detail, remedy: None, verdict: None }
 }
 
-fn failed(step: &str, detail: String, remedy: &str) -> CheckStep {
-    CheckStep { step: step.to_owned(), ok: false, detail, remedy: Some(remedy.to_owned()) }
+fn failed(step: &str, detail: String, remedy: &str, verdict: Verdict) -> CheckStep {
+    CheckStep {
+        step: step.to_owned(),
+        ok: false,
+        detail,
+        remedy: Some(remedy.to_owned()),
+        verdict: Some(verdict),
+    }
 }
 
 fn said(error: &KmsError) -> String {

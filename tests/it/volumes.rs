@@ -62,7 +62,7 @@ fn a_key_that_may_not_be_used_makes_no_volume_and_attaches_none() {
     let elsewhere = key.replace("eu-central-1", "us-east-1");
     let (code, answer) = daemon.ctl(&create("v", backing, &elsewhere));
     assert_ne!(code, 0);
-    assert!(why(&answer).contains("region"), "{answer}");
+    assert!(why(&answer).contains("WrongRegion"), "{answer}");
     assert!(!daemon.backing("v").exists());
     daemon.ok(&["dev", "key", "enable", &key]);
     daemon.ok(&create("v", backing, &key));

@@ -1,0 +1,355 @@
+//! Puts the parts together: start, serve the control API, stop.
+//!
+//! A [`Daemon`] is shared by the control connections. It keeps the definitions of volumes and what
+//! is attached; what is done to them stands in `volumes`, what is said of them in `status`.
+
+mod refusals;
+mod status;
+mod volumes;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{DirBuilder, File, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+
+use crate::config::{Config, ConfigErrors, VolumeConfig, load_volumes};
+use crate::control::server::ControlServer;
+use crate::control::{API_VERSION, Answer, Problem, Request, VolumeStatus};
+use crate::crypt::{SelfTestError, self_test};
+use crate::daemon::refusals::Answered;
+use crate::exit::ExitCode;
+use crate::export::{Export, ExportTable};
+use crate::keeper::Keeper;
+use crate::key::lease::LeasePolicy;
+use crate::key::wrapped::Role;
+use crate::kms::aws::{AwsKms, AwsSettings, AwsSettingsError};
+use crate::kms::dev::{DevKms, DevKmsError};
+use crate::listener::{Listener, Peers};
+
+/// The region of the development KMS.
+pub const DEV_REGION: &str = "eu-central-1";
+
+/// Why the daemon could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The cipher is wrong.
+    #[error(transparent)]
+    SelfTest(#[from] SelfTestError),
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+    /// KMS cannot be set up.
+    #[error(transparent)]
+    Kms(#[from] AwsSettingsError),
+    /// The development KMS cannot be started.
+    #[error(transparent)]
+    DevKms(#[from] DevKmsError),
+    /// Another daemon is there.
+    #[error("another byokd runs with {}", .0.display())]
+    Running(PathBuf),
+    /// A file or socket.
+    #[error("cannot {doing} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        doing: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+impl StartError {
+    fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { doing, path, source }
+    }
+
+    /// What the process exits with.
+    #[must_use]
+    pub fn exit(&self) -> ExitCode {
+        match self {
+            Self::Config(_) => ExitCode::Usage,
+            Self::Running(_) => ExitCode::WrongState,
+            Self::SelfTest(_) | Self::Kms(_) | Self::DevKms(_) | Self::Io { .. } => {
+                ExitCode::Failed
+            }
+        }
+    }
+
+    /// What to do about it, one sentence.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::SelfTest(_) => "Do not serve volumes with this machine or this build; report it.",
+            Self::Config(_) => "Mend the lines named above.",
+            Self::Kms(_) => "Set `region` under [kms] in byokd.toml.",
+            Self::DevKms(_) => "Check the state directory.",
+            Self::Running(_) => "Stop that one first, or use another directory.",
+            Self::Io { .. } => "Check the path and its permissions.",
+        }
+    }
+}
+
+/// How the daemon is run.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Settings.
+    pub config: Config,
+    /// How KMS is reached.
+    pub kms: AwsSettings,
+    /// The policy of leases where nothing else says otherwise.
+    pub policy: LeasePolicy,
+    /// Run the development KMS with its state here.
+    pub dev_state: Option<PathBuf>,
+}
+
+impl Setup {
+    /// From a configuration file.
+    #[must_use]
+    pub fn from_config(config: Config) -> Self {
+        let kms = AwsSettings {
+            region: config.kms.region.clone(),
+            endpoint: config.kms.endpoint.clone(),
+            fips: config.kms.fips,
+            profile: config.kms.profile.clone(),
+            ..AwsSettings::default()
+        };
+        let policy = config.lease.policy(LeasePolicy::default());
+        Self { config, kms, policy, dev_state: None }
+    }
+
+    /// For trials: everything under `dir`, with the development KMS.
+    #[must_use]
+    pub fn dev(dir: &Path, probe_interval: Duration) -> Self {
+        let config = Config {
+            volumes_dir: dir.join("volumes.d"),
+            control_socket: dir.join("byokd.sock"),
+            nbd_dir: dir.join("nbd"),
+            ..Config::default()
+        };
+        let kms = AwsSettings {
+            region: Some(DEV_REGION.to_owned()),
+            // The development KMS accepts any credentials; these are no secret.
+            static_credentials: Some(("dev".to_owned(), "dev".to_owned())),
+            ..AwsSettings::default()
+        };
+        let policy = LeasePolicy { interval: probe_interval, ..LeasePolicy::default() };
+        Self { config, kms, policy, dev_state: Some(dir.to_owned()) }
+    }
+}
+
+/// A running daemon.
+pub struct Daemon {
+    setup: Setup,
+    kms: Arc<AwsKms>,
+    /// KMS by way of each role that a volume names.
+    roles: tokio::sync::Mutex<BTreeMap<Role, Arc<AwsKms>>>,
+    table: ExportTable,
+    volumes: Mutex<BTreeMap<String, Arc<Volume>>>,
+    /// Names of volumes that are being made.
+    creating: Mutex<BTreeSet<String>>,
+}
+
+/// A volume that is known.
+struct Volume {
+    /// Held while it is attached, detached or forgotten: one at a time.
+    changing: tokio::sync::Mutex<()>,
+    now: Mutex<Now>,
+}
+
+/// How a volume is at this moment.
+struct Now {
+    config: VolumeConfig,
+    service: Service,
+    /// Why it was not attached the last time that was tried.
+    problem: Option<Problem>,
+}
+
+/// Whether a volume is in service.
+enum Service {
+    Detached,
+    Attaching,
+    Attached(Attached),
+    Detaching,
+}
+
+/// A volume in service. Dropped, it stops probing and listening.
+struct Attached {
+    export: Arc<Export>,
+    keeper: Keeper,
+    socket: PathBuf,
+    _listener: Listener,
+}
+
+impl Volume {
+    fn new(config: VolumeConfig) -> Self {
+        let now = Now { config, service: Service::Detached, problem: None };
+        Self { changing: tokio::sync::Mutex::default(), now: Mutex::new(now) }
+    }
+
+    /// Looks at it, or changes it, without waiting for anybody.
+    fn with<T>(&self, look: impl FnOnce(&mut Now) -> T) -> T {
+        look(&mut self.now.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Runs a daemon until it is told to stop, and stops it cleanly.
+///
+/// # Errors
+/// It could not start.
+pub async fn run(mut setup: Setup) -> Result<(), StartError> {
+    self_test()?;
+    let mut directories = vec![setup.config.volumes_dir.clone(), setup.config.nbd_dir.clone()];
+    directories.extend(setup.dev_state.clone());
+    directories.extend(setup.config.control_socket.parent().map(Path::to_owned));
+    for dir in directories {
+        make_dir(&dir).map_err(StartError::io("make the directory", &dir))?;
+    }
+    let _alone = alone(&setup.config.nbd_dir)?;
+    let dev = match &setup.dev_state {
+        Some(dir) => Some(start_dev(dir, &mut setup.kms).await?),
+        None => None,
+    };
+    let volumes = load_volumes(&setup.config.volumes_dir)?;
+    let control = setup.config.control_socket.clone();
+    let settings = &setup.config;
+    let peers = Peers::of(settings.owner.as_deref(), settings.group.as_deref())
+        .map_err(StartError::io("find the owner of", &control))?;
+    Peers::of(settings.nbd_owner.as_deref(), settings.nbd_group.as_deref())
+        .map_err(StartError::io("find the owner of sockets in", &settings.nbd_dir))?;
+    let table = ExportTable::new();
+    let tcp = match setup.config.tcp_listen {
+        Some(address) => Some(
+            Listener::nbd_tcp(address, table.clone())
+                .await
+                .map_err(StartError::io("listen on", Path::new(&address.to_string())))?,
+        ),
+        None => None,
+    };
+    let kms = Arc::new(AwsKms::connect(setup.kms.clone()).await?);
+    let known = volumes.into_iter().map(|(name, config)| (name, Arc::new(Volume::new(config))));
+    let daemon = Arc::new(Daemon {
+        kms,
+        roles: tokio::sync::Mutex::default(),
+        table,
+        volumes: Mutex::new(known.collect()),
+        creating: Mutex::default(),
+        setup,
+    });
+    let mut term =
+        signal(SignalKind::terminate()).map_err(StartError::io("watch signals for", &control))?;
+    let mut int =
+        signal(SignalKind::interrupt()).map_err(StartError::io("watch signals for", &control))?;
+    let server = ControlServer::start(&control, peers, Arc::clone(&daemon))
+        .map_err(StartError::io("listen on", &control))?;
+    info!(control = %control.display(), version = env!("CARGO_PKG_VERSION"), "ready");
+    let attaching = tokio::spawn(Arc::clone(&daemon).attach_all());
+    tokio::select! {
+        _ = term.recv() => info!("stopping: SIGTERM"),
+        _ = int.recv() => info!("stopping: SIGINT"),
+    }
+    attaching.abort();
+    // It was cut off, or had nothing left to do.
+    let _ended = attaching.await;
+    drop((server, tcp));
+    daemon.stop().await;
+    drop(dev);
+    info!("stopped");
+    Ok(())
+}
+
+/// Makes a directory that is not there. Others may pass through it to the sockets that are theirs
+/// to use, and list nothing.
+fn make_dir(dir: &Path) -> io::Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    DirBuilder::new().recursive(true).mode(0o711).create(dir)?;
+    // Against the umask.
+    std::fs::set_permissions(dir, Permissions::from_mode(0o711))
+}
+
+/// Makes sure that no other daemon uses the same sockets.
+fn alone(dir: &Path) -> Result<Flock<File>, StartError> {
+    let path = dir.join(".lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(StartError::io("open", &path))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| StartError::Running(dir.to_owned()))
+}
+
+async fn start_dev(dir: &Path, kms: &mut AwsSettings) -> Result<DevKms, StartError> {
+    let dev = DevKms::start(&dir.join("kms"), DEV_REGION).await?;
+    let path = dir.join("kms-endpoint");
+    std::fs::write(&path, format!("{}\n", dev.endpoint()))
+        .map_err(StartError::io("write", &path))?;
+    kms.endpoint = Some(dev.endpoint().to_owned());
+    Ok(dev)
+}
+
+impl Daemon {
+    /// Answers one request of the control API.
+    pub async fn answer(self: &Arc<Self>, request: Request) -> Answer {
+        let answered = match request {
+            Request::Version => Ok(Answer::Version {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                api: API_VERSION,
+            }),
+            Request::VolumeCreate(create) => self.create(create).await.map(Answer::Volume),
+            Request::VolumeList => Ok(self.every_status().await),
+            Request::Status { name: None } => Ok(self.every_status().await),
+            Request::Status { name: Some(name) } => {
+                self.one_status(&name).await.map(|one| Answer::Volumes { volumes: vec![one] })
+            }
+            Request::VolumeShow { name } => {
+                self.one_status(&name).await.map(|one| Answer::Volume(Box::new(one)))
+            }
+            Request::VolumeForget { name } => self.forget(&name).await.map(|()| Answer::Done),
+            Request::Attach { name, read_only } => {
+                self.attach(&name, read_only).await.map(Answer::Volume)
+            }
+            Request::Detach { name } => self.detach(&name).await.map(Answer::Volume),
+            Request::KeyCheck { arn, role } => {
+                match self.kms_for("check a key", role.as_ref()).await {
+                    Ok(kms) => Ok(Answer::KeyCheck { steps: kms.check(&arn).await }),
+                    Err(refused) => Err(refused),
+                }
+            }
+        };
+        answered.unwrap_or_else(Answer::Error)
+    }
+
+    async fn one_status(&self, name: &str) -> Answered<VolumeStatus> {
+        let volume = self.find(&format!("show volume {name}"), name).await?;
+        Ok(status::status(name, &volume).await)
+    }
+
+    async fn every_status(&self) -> Answer {
+        let all = self.volumes().clone();
+        let mut volumes = Vec::with_capacity(all.len());
+        for (name, volume) in all {
+            volumes.push(status::status(&name, &volume).await);
+        }
+        Answer::Volumes { volumes }
+    }
+
+    fn volumes(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Volume>>> {
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn creating(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.creating.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

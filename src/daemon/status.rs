@@ -1,0 +1,99 @@
+//! What the daemon says of its volumes. Nothing here waits for KMS or holds a volume's lock while
+//! a disk is read.
+
+use tokio::task::spawn_blocking;
+
+use crate::control::{LeaseStatus, VolumeState, VolumeStatus};
+use crate::daemon::{Attached, Now, Service, Volume};
+use crate::keeper::KeyReport;
+use crate::key::lease::LeaseWord;
+use crate::luks2::Header;
+use crate::units::SectorSize;
+use crate::volume::inspect;
+
+/// Everything known of a volume.
+pub(super) async fn status(name: &str, volume: &Volume) -> VolumeStatus {
+    let mut status = volume.with(|now| known(name, now));
+    if !matches!(status.state, VolumeState::Serving | VolumeState::Unverified | VolumeState::Fenced)
+    {
+        let backing = status.backing.clone();
+        match spawn_blocking(move || inspect(&backing)).await {
+            Ok(Ok((header, note))) => {
+                describe(&mut status, &header);
+                status.header_note = note;
+            }
+            Ok(Err(error)) => status.header_note = Some(error.to_string()),
+            Err(error) => status.header_note = Some(error.to_string()),
+        }
+    }
+    status
+}
+
+fn known(name: &str, now: &Now) -> VolumeStatus {
+    let mut status = VolumeStatus {
+        name: name.to_owned(),
+        state: VolumeState::Detached,
+        uuid: None,
+        purpose: None,
+        size: None,
+        sector_size: None,
+        backing: now.config.backing.clone(),
+        key: None,
+        context: None,
+        header_seqid: None,
+        header_note: None,
+        read_only: now.config.read_only,
+        uri: None,
+        connections: 0,
+        lease: None,
+        problem: now.problem.clone(),
+    };
+    match &now.service {
+        Service::Detached => {}
+        Service::Attaching => status.state = VolumeState::Attaching,
+        Service::Detaching => status.state = VolumeState::Detaching,
+        Service::Attached(attached) => in_service(&mut status, attached),
+    }
+    status
+}
+
+fn in_service(status: &mut VolumeStatus, attached: &Attached) {
+    let report = attached.keeper.report();
+    let unlocked = attached.export.volume();
+    describe(status, unlocked.header());
+    status.header_note = unlocked.recovery().map(str::to_owned);
+    status.read_only = attached.export.options().read_only;
+    status.connections = attached.export.connections();
+    let (name, socket) = (&status.name, attached.socket.display());
+    status.uri = Some(format!("nbd+unix:///{name}?socket={socket}"));
+    status.state = match (report.serves, report.state) {
+        (false, _) => VolumeState::Fenced,
+        (true, LeaseWord::Unverified) => VolumeState::Unverified,
+        (true, _) => VolumeState::Serving,
+    };
+    status.lease = Some(lease(report));
+}
+
+fn describe(status: &mut VolumeStatus, header: &Header) {
+    let token = header.token();
+    let sector_size: SectorSize = header.segment().sector_size;
+    status.uuid = Some(header.uuid());
+    status.purpose = token.wrapped.context.purpose();
+    status.size = Some(token.capacity);
+    status.sector_size = Some(sector_size);
+    status.key = Some(token.wrapped.key_arn.clone());
+    status.context = Some(token.wrapped.context.clone());
+    status.header_seqid = Some(header.seqid());
+}
+
+fn lease(report: KeyReport) -> LeaseStatus {
+    let word = serde_json::to_value(report.state).ok();
+    LeaseStatus {
+        state: word.and_then(|w| w.as_str().map(str::to_owned)).unwrap_or_default(),
+        since: report.since.to_string(),
+        last_success: Some(report.last_success.to_string()),
+        allowance_left: report.allowance_left.map(|left| left.as_secs()),
+        fence_ms: report.fenced_after.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
+        evidence: report.evidence,
+    }
+}

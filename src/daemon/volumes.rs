@@ -1,0 +1,419 @@
+//! What is done to volumes: create, attach, detach, forget.
+//!
+//! Each volume has one lock that orders these; none is held while another volume is asked for, so
+//! that one whose KMS is slow never delays another.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::task::{JoinSet, spawn_blocking};
+use tracing::{error, info, warn};
+
+use crate::config::{AttachWhen, Auto, VolumeConfig, is_volume_name, load_volume};
+use crate::control::{Problem, VolumeCreate, VolumeStatus};
+use crate::daemon::refusals::{Answered, by_export, by_panic, by_service, by_volume, refused};
+use crate::daemon::status::status;
+use crate::daemon::{Attached, Daemon, Service, Volume};
+use crate::exit::ExitCode;
+use crate::export::{Export, ExportOptions};
+use crate::fence::FenceReason;
+use crate::keeper::Keeper;
+use crate::key::wrapped::{EncryptionContext, Role};
+use crate::kms::aws::{AwsKms, AwsSettings, RoleToAssume};
+use crate::kms::{Connection, KeyService, ServiceError};
+use crate::listener::{Listener, Peers};
+use crate::store::DirectIo;
+use crate::volume::{Access, CreateOptions, LockedVolume, NewVolume};
+
+/// How long requests in flight may take when a volume is detached or the daemon stops.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// How long to wait before a volume that should be attached is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// A name that a volume being made has for itself.
+struct Reserved<'a> {
+    daemon: &'a Daemon,
+    name: String,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.daemon.creating().remove(&self.name);
+    }
+}
+
+impl Daemon {
+    /// The volume of that name: one that is known, or whose definition was put there since.
+    pub(super) async fn find(&self, what: &str, name: &str) -> Answered<Arc<Volume>> {
+        if let Some(volume) = self.volumes().get(name) {
+            return Ok(Arc::clone(volume));
+        }
+        let definition = if is_volume_name(name) { self.read_definition(name) } else { Ok(None) };
+        match definition {
+            Ok(Some(config)) => {
+                let mut volumes = self.volumes();
+                let volume = volumes.entry(name.to_owned());
+                Ok(Arc::clone(volume.or_insert_with(|| Arc::new(Volume::new(config)))))
+            }
+            Ok(None) => Err(refused(
+                ExitCode::WrongState,
+                what,
+                format!("there is no volume `{name}`"),
+                "See `byokctl volume list` for those that there are.",
+            )),
+            Err(why) => Err(refused(ExitCode::Usage, what, why, "Mend the lines named above.")),
+        }
+    }
+
+    fn definition(&self, name: &str) -> PathBuf {
+        self.setup.config.volumes_dir.join(format!("{name}.toml"))
+    }
+
+    fn read_definition(&self, name: &str) -> Result<Option<VolumeConfig>, String> {
+        load_volume(&self.definition(name)).map_err(|e| e.to_string())
+    }
+
+    fn reserve(&self, what: &str, name: &str) -> Answered<Reserved<'_>> {
+        let mut creating = self.creating();
+        let taken = self.volumes().contains_key(name)
+            || self.definition(name).exists()
+            || !creating.insert(name.to_owned());
+        if taken {
+            return Err(refused(
+                ExitCode::WrongState,
+                what,
+                "there is a volume of that name",
+                "Choose another name, or `byokctl volume forget` that one (its data stays).",
+            ));
+        }
+        Ok(Reserved { daemon: self, name: name.to_owned() })
+    }
+
+    pub(super) async fn create(&self, create: VolumeCreate) -> Answered<Box<VolumeStatus>> {
+        let what = format!("create volume {}", create.name);
+        if !is_volume_name(&create.name) {
+            return Err(refused(
+                ExitCode::Usage,
+                &what,
+                "that cannot be a volume's name",
+                "Use letters, digits, `-`, `_` and `.`, at most 64, beginning with a letter or digit.",
+            ));
+        }
+        if create.backing.is_relative() {
+            return Err(refused(
+                ExitCode::Usage,
+                &what,
+                format!("{} is a relative path", create.backing.display()),
+                "Give the backing file or device as an absolute path.",
+            ));
+        }
+        let reserved = self.reserve(&what, &create.name)?;
+        self.make(&what, &create).await?;
+        let mut config = VolumeConfig::new(create.backing);
+        config.role_arn = create.role.as_ref().map(|role| role.arn.clone());
+        config.external_id = create.role.and_then(|role| role.external_id);
+        self.define(&create.name, &config).map_err(|e| {
+            let why = format!("the volume is made, but its definition is not written: {e}");
+            refused(
+                ExitCode::Failed,
+                &what,
+                why,
+                "Write the definition by hand, or create it again with --force.",
+            )
+        })?;
+        info!(volume = create.name, key = %create.key, purpose = %create.purpose, "volume created");
+        let volume = Arc::new(Volume::new(config));
+        self.volumes().insert(create.name.clone(), Arc::clone(&volume));
+        drop(reserved);
+        Ok(Box::new(status(&create.name, &volume).await))
+    }
+
+    /// Writes the volume to its store. The key has proved by then that it can be used in the
+    /// volume's context, also for unwrapping.
+    async fn make(&self, what: &str, create: &VolumeCreate) -> Answered<()> {
+        let options = CreateOptions {
+            backing: create.backing.clone(),
+            capacity: create.size,
+            sector_size: create.sector_size,
+            label: create.name.clone(),
+            force: create.force,
+            preallocate: create.preallocate,
+        };
+        let prepared = spawn_blocking(move || NewVolume::prepare(options)).await;
+        let new = prepared.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
+        let pairs = create.context.clone();
+        let context = EncryptionContext::for_volume(new.uuid(), create.purpose, pairs)
+            .map_err(|e| refused(ExitCode::Usage, what, e, "Mend the --context options."))?;
+        let kms = self.kms_for(what, create.role.as_ref()).await?;
+        let by_kms = |error: ServiceError| by_service(what, &error);
+        let key = kms.make_key(&create.key, &context).await.map_err(by_kms)?;
+        let canary = kms.make_canary(&create.key, &context).await.map_err(by_kms)?;
+        let probed = kms.probe(&canary, Connection::Fresh).await;
+        probed.map_err(|e| by_kms(e.into()))?;
+        let committed = spawn_blocking(move || new.commit(&key.key, key.wrapped, canary)).await;
+        committed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))
+    }
+
+    /// Writes a definition so that it is there whole or not at all.
+    fn define(&self, name: &str, config: &VolumeConfig) -> io::Result<()> {
+        let path = self.definition(name);
+        let text = toml::to_string(config).map_err(io::Error::other)?;
+        let new = path.with_extension("toml.new");
+        let mut file = File::create(&new)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&new, &path)?;
+        File::open(&self.setup.config.volumes_dir)?.sync_all()
+    }
+
+    pub(super) async fn forget(&self, name: &str) -> Answered<()> {
+        let what = format!("forget volume {name}");
+        let volume = self.find(&what, name).await?;
+        let _alone = volume.changing.lock().await;
+        if volume.with(|now| !matches!(now.service, Service::Detached)) {
+            return Err(refused(
+                ExitCode::WrongState,
+                &what,
+                "it is attached",
+                format!("Detach it first: byokctl detach {name}"),
+            ));
+        }
+        match std::fs::remove_file(self.definition(name)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(refused(ExitCode::Failed, &what, e, "Check the volumes directory."));
+            }
+            _ => {}
+        }
+        self.volumes().remove(name);
+        info!(volume = name, "volume forgotten; its data stays");
+        Ok(())
+    }
+
+    /// KMS, by way of a role if there is one. Volumes of one role share its credentials.
+    pub(super) async fn kms_for(&self, what: &str, role: Option<&Role>) -> Answered<Arc<AwsKms>> {
+        let Some(role) = role else { return Ok(Arc::clone(&self.kms)) };
+        let mut roles = self.roles.lock().await;
+        if let Some(kms) = roles.get(role) {
+            return Ok(Arc::clone(kms));
+        }
+        let assume = RoleToAssume {
+            arn: role.arn.clone(),
+            external_id: role.external_id.clone(),
+            session_name: None,
+        };
+        let settings = AwsSettings { role: Some(assume), ..self.setup.kms.clone() };
+        let connected = AwsKms::connect(settings).await;
+        let kms = connected
+            .map(Arc::new)
+            .map_err(|e| refused(ExitCode::Usage, what, e, "Mend the volume's role."))?;
+        roles.insert(role.clone(), Arc::clone(&kms));
+        Ok(kms)
+    }
+
+    pub(super) async fn attach(&self, name: &str, read_only: bool) -> Answered<Box<VolumeStatus>> {
+        let what = format!("attach volume {name}");
+        let volume = self.find(&what, name).await?;
+        let _alone = volume.changing.lock().await;
+        if volume.with(|now| matches!(now.service, Service::Attached(_))) {
+            return Err(refused(
+                ExitCode::WrongState,
+                &what,
+                "it is attached already",
+                format!("See `byokctl status {name}`."),
+            ));
+        }
+        let config = match self.read_definition(name) {
+            Ok(Some(config)) => config,
+            Ok(None) => {
+                let why = format!("its definition {} is gone", self.definition(name).display());
+                let remedy = format!("Put it back, or `byokctl volume forget {name}`.");
+                return Err(refused(ExitCode::WrongState, &what, why, remedy));
+            }
+            Err(why) => {
+                return Err(refused(ExitCode::Usage, &what, why, "Mend the lines named above."));
+            }
+        };
+        volume.with(|now| {
+            now.config = config.clone();
+            now.service = Service::Attaching;
+        });
+        let attached = self.unlock(&what, name, &config, read_only).await;
+        volume.with(|now| match attached {
+            Ok(attached) => {
+                now.problem = None;
+                now.service = Service::Attached(attached);
+                Ok(())
+            }
+            Err(error) => {
+                let at = Timestamp::now().to_string();
+                let (why, remedy) = (error.why.clone(), error.remedy.clone());
+                now.problem = Some(Problem { at, why, remedy });
+                now.service = Service::Detached;
+                Err(error)
+            }
+        })?;
+        Ok(Box::new(status(name, &volume).await))
+    }
+
+    async fn unlock(
+        &self,
+        what: &str,
+        name: &str,
+        config: &VolumeConfig,
+        read_only: bool,
+    ) -> Answered<Attached> {
+        let peers = self.peers_of(config).map_err(|e| {
+            refused(ExitCode::Usage, what, e, "Mend `owner` and `group` of the definition.")
+        })?;
+        let read_only = read_only || config.read_only;
+        let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let backing = config.backing.clone();
+        let opened = spawn_blocking(move || LockedVolume::open(&backing, access)).await;
+        let locked = opened.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
+        let kms = self.kms_for(what, config.role().as_ref()).await?;
+        let unwrapped = kms.unwrap_key(&locked.header().token().wrapped).await;
+        let (key, proof) = unwrapped.map_err(|e| by_service(what, &e))?;
+        let options = ExportOptions {
+            name: name.to_owned(),
+            description: String::new(),
+            read_only,
+            trim: config.trim,
+            max_connections: self.setup.config.max_connections,
+            direct: match config.direct {
+                Auto::Auto => DirectIo::Auto,
+                Auto::Off => DirectIo::Off,
+            },
+        };
+        let tried = what.to_owned();
+        let opened = spawn_blocking(move || {
+            let unlocked = locked.unlock(&key).map_err(|(_, e)| by_volume(&tried, &e))?;
+            let purpose = unlocked.header().token().wrapped.context.purpose();
+            let description = purpose.map(|p| format!("byokd volume for {p}")).unwrap_or_default();
+            Export::open(unlocked, key, ExportOptions { description, ..options })
+                .map_err(|e| by_export(&tried, &e))
+        });
+        let export = opened.await.map_err(|e| by_panic(what, e))??;
+        let socket = self.setup.config.nbd_dir.join(format!("{name}.sock"));
+        let table = self.table.only(Arc::clone(&export));
+        let listener = Listener::nbd_unix(&socket, peers, table).map_err(|e| {
+            let why = format!("cannot listen on {}: {e}", socket.display());
+            refused(ExitCode::Failed, what, why, "Check the nbd_dir of byokd.toml.")
+        })?;
+        self.table.insert(Arc::clone(&export));
+        let policy = config.lease.policy(self.setup.policy);
+        let keeper = Keeper::start(Arc::clone(&export), kms, policy);
+        info!(volume = name, request_id = proof.request_id, socket = %socket.display(), "attached");
+        Ok(Attached { export, keeper, socket, _listener: listener })
+    }
+
+    /// Who may connect to a volume: what its definition says, else what the daemon's settings say.
+    fn peers_of(&self, config: &VolumeConfig) -> io::Result<Peers> {
+        let settings = &self.setup.config;
+        let owner = config.owner.as_ref().or(settings.nbd_owner.as_ref());
+        let group = config.group.as_ref().or(settings.nbd_group.as_ref());
+        Peers::of(owner.map(String::as_str), group.map(String::as_str))
+    }
+
+    pub(super) async fn detach(&self, name: &str) -> Answered<Box<VolumeStatus>> {
+        let what = format!("detach volume {name}");
+        let volume = self.find(&what, name).await?;
+        let _alone = volume.changing.lock().await;
+        if !self.end(name, &volume, FenceReason::Detached).await.map_err(|e| {
+            let why = format!("it is detached and its key destroyed, but the last flush failed: {e}");
+            refused(
+                ExitCode::Failed,
+                &what,
+                why,
+                "What was written since a client's last flush may be lost; check the backing store.",
+            )
+        })? {
+            return Err(refused(
+                ExitCode::WrongState,
+                &what,
+                "it is not attached",
+                format!("See `byokctl status {name}`."),
+            ));
+        }
+        Ok(Box::new(status(name, &volume).await))
+    }
+
+    /// Ends the service of a volume, if it is in service; says whether it was.
+    async fn end(&self, name: &str, volume: &Volume, reason: FenceReason) -> io::Result<bool> {
+        let taken =
+            volume.with(|now| match std::mem::replace(&mut now.service, Service::Detaching) {
+                Service::Attached(attached) => Some(attached),
+                other @ (Service::Detached | Service::Attaching | Service::Detaching) => {
+                    now.service = other;
+                    None
+                }
+            });
+        let Some(Attached { export, keeper, _listener: listener, .. }) = taken else {
+            return Ok(false);
+        };
+        self.table.remove(name);
+        drop((listener, keeper));
+        let stopped = spawn_blocking(move || export.stop(reason, DRAIN)).await;
+        volume.with(|now| now.service = Service::Detached);
+        match stopped.unwrap_or_else(|e| Err(io::Error::other(e))) {
+            Ok(_key_destroyed) => {
+                info!(volume = name, ?reason, "detached: flushed, the key is destroyed");
+                Ok(true)
+            }
+            Err(e) => {
+                error!(volume = name, error = %e, "detached: the key is destroyed, the last flush failed");
+                Err(e)
+            }
+        }
+    }
+
+    /// Attaches what should be attached, again and again while KMS gives no verdict or says no.
+    /// Dropping this ends the tries.
+    pub(super) async fn attach_all(self: Arc<Self>) {
+        let all = self.volumes().clone();
+        let waiting =
+            all.into_iter().filter(|(_, v)| v.with(|now| now.config.attach == AttachWhen::Auto));
+        let mut tries = JoinSet::new();
+        for (name, _) in waiting {
+            tries.spawn(Arc::clone(&self).attach_patiently(name));
+        }
+        while tries.join_next().await.is_some() {}
+    }
+
+    async fn attach_patiently(self: Arc<Self>, name: String) {
+        let attached = || {
+            self.volumes()
+                .get(&name)
+                .is_none_or(|volume| volume.with(|now| matches!(now.service, Service::Attached(_))))
+        };
+        // An operator may have attached or forgotten it meanwhile.
+        while !attached()
+            && let Err(e) = self.attach(&name, false).await
+        {
+            if e.exit != ExitCode::KmsUnavailable && e.exit != ExitCode::KeyDenied {
+                error!(volume = name, why = e.why, remedy = e.remedy, "not attached");
+                return;
+            }
+            warn!(volume = name, why = e.why, remedy = e.remedy, "not attached yet");
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Ends service of every volume, all at the same time.
+    pub(super) async fn stop(self: &Arc<Self>) {
+        let mut ends = JoinSet::new();
+        for (name, volume) in self.volumes().clone() {
+            let daemon = Arc::clone(self);
+            ends.spawn(async move {
+                let _alone = volume.changing.lock().await;
+                // What failed was logged.
+                let _ended = daemon.end(&name, &volume, FenceReason::Stopping).await;
+            });
+        }
+        while ends.join_next().await.is_some() {}
+    }
+}
