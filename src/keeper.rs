@@ -13,7 +13,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep_until};
 use tracing::{error, info, warn};
 
-use crate::control::Evidence;
+use crate::control::{Evidence, at};
 use crate::export::Export;
 use crate::fence::FenceReason;
 use crate::key::lease::{KeyLease, LeasePolicy, LeaseState, LeaseWord, Moment, Step};
@@ -207,7 +207,7 @@ impl<K: KeyService> Keeping<K> {
             );
         }
         self.report.evidence = Some(Evidence {
-            at: Timestamp::now().to_string(),
+            at: at(Timestamp::now()),
             code: error.code.clone(),
             message: error.message.clone(),
             request_id: error.request_id.clone(),

@@ -10,6 +10,7 @@ pub mod server;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -17,6 +18,12 @@ use crate::exit::ExitCode;
 use crate::key::wrapped::{EncryptionContext, KeyArn, Purpose, Role};
 use crate::kms::Verdict;
 use crate::units::SectorSize;
+
+/// A time as this API gives it: RFC 3339, UTC, milliseconds.
+#[must_use]
+pub fn at(time: Timestamp) -> String {
+    time.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string()
+}
 
 /// The version of this API, part of [`Answer::Version`].
 pub const API_VERSION: u32 = 1;

@@ -3,7 +3,7 @@
 
 use tokio::task::spawn_blocking;
 
-use crate::control::{LeaseStatus, VolumeState, VolumeStatus};
+use crate::control::{LeaseStatus, VolumeState, VolumeStatus, at};
 use crate::daemon::{Attached, Now, Service, Volume};
 use crate::keeper::KeyReport;
 use crate::key::lease::LeaseWord;
@@ -90,8 +90,8 @@ fn lease(report: KeyReport) -> LeaseStatus {
     let word = serde_json::to_value(report.state).ok();
     LeaseStatus {
         state: word.and_then(|w| w.as_str().map(str::to_owned)).unwrap_or_default(),
-        since: report.since.to_string(),
-        last_success: Some(report.last_success.to_string()),
+        since: at(report.since),
+        last_success: Some(at(report.last_success)),
         allowance_left: report.allowance_left.map(|left| left.as_secs()),
         fence_ms: report.fenced_after.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
         evidence: report.evidence,

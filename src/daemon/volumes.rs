@@ -14,7 +14,7 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tracing::{error, info, warn};
 
 use crate::config::{AttachWhen, Auto, VolumeConfig, is_volume_name, load_volume};
-use crate::control::{Problem, VolumeCreate, VolumeStatus};
+use crate::control::{Problem, VolumeCreate, VolumeStatus, at};
 use crate::daemon::refusals::{Answered, by_export, by_panic, by_service, by_volume, refused};
 use crate::daemon::status::status;
 use crate::daemon::{Attached, Daemon, Service, Volume};
@@ -250,7 +250,7 @@ impl Daemon {
                 Ok(())
             }
             Err(error) => {
-                let at = Timestamp::now().to_string();
+                let at = at(Timestamp::now());
                 let (why, remedy) = (error.why.clone(), error.remedy.clone());
                 now.problem = Some(Problem { at, why, remedy });
                 now.service = Service::Detached;

@@ -9,4 +9,6 @@
 mod support;
 
 mod clients;
+mod promises;
+mod readme;
 mod volumes;

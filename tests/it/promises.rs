@@ -1,0 +1,42 @@
+//! docs/PROMISES.md names tests that there are.
+
+use std::path::{Path, PathBuf};
+
+/// The files in which a test of this name may stand: `a::b::tests::c` in `src/a/b.rs` or
+/// `src/a/b/mod.rs`, `a::c` in `tests/it/a.rs`.
+fn homes(name: &str) -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let modules: Vec<_> = name.split("::").collect();
+    let modules = &modules[..modules.len() - 1];
+    match modules.split_last() {
+        Some((&"tests", path)) => {
+            let path = root.join("src").join(path.join("/"));
+            vec![path.with_extension("rs"), path.join("mod.rs")]
+        }
+        _ => vec![root.join("tests/it").join(modules.join("/")).with_extension("rs")],
+    }
+}
+
+#[test]
+fn every_promise_names_a_test_that_there_is_or_is_pending() {
+    let promises = include_str!("../../docs/PROMISES.md");
+    let rows = promises.lines().filter(|line| line.starts_with("| ") && !line.contains("held by"));
+    let mut named = 0;
+    for row in rows {
+        let held_by = row.rsplit(" | ").next().unwrap();
+        if held_by.contains("*pending*") {
+            continue;
+        }
+        let names: Vec<_> = held_by.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "{row} names no test");
+        for name in names {
+            let function = format!("fn {}(", name.rsplit("::").next().unwrap());
+            let there = homes(name).iter().any(|home| {
+                std::fs::read_to_string(home).is_ok_and(|source| source.contains(&function))
+            });
+            assert!(there, "there is no test {name}");
+            named += 1;
+        }
+    }
+    assert!(named > 20, "the table is read");
+}
