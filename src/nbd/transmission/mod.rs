@@ -1,0 +1,381 @@
+//! One connection's transmission phase: read requests, do them, reply.
+//!
+//! One thread per connection runs this from beginning to end: it takes whatever requests have
+//! arrived, does those that memory answers at once, hands the others to its ring, and sends the
+//! replies that are ready in one gather. It waits in exactly three places: for the peer with nothing
+//! in flight (idle, all plaintext wiped), for the ring (woken by completions, its socket, or the
+//! fence), and for the peer to take replies.
+//!
+//! A request larger than [`MAX_BUFFER`] is done in parts; a `Task` counts its parts down. A write
+//! that does not cover whole sectors is a read-modify-write under [`Lane::partial`].
+
+mod inbox;
+mod parts;
+mod reads;
+mod replies;
+mod requests;
+mod slab;
+mod writes;
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tracing::warn;
+
+use crate::buffer::{Plaintext, Pool};
+use crate::device::{Claim, Lane};
+use crate::export::{Budget, Client, Export};
+use crate::fence::Gate;
+use crate::nbd::stream::NbdStream;
+use crate::nbd::transmission::inbox::Inbox;
+use crate::nbd::transmission::slab::Slab;
+use crate::nbd::wire::{BadMagic, Command, Errno, Head, ReplyStyle, Request};
+use crate::store::uring::{Completion, Ring};
+use crate::units::SectorRange;
+
+/// The largest request served and advertised: clients in the wild send 50 MB.
+pub const MAX_REQUEST: u64 = 64 << 20;
+
+/// Bytes received ahead: a batch of sixteen 4 KiB writes with their headers.
+const INBOX: usize = 68 << 10;
+
+/// Replies are sent when this much has gathered, if not before: what stays in a core's cache.
+const OUTBOX_BYTES: usize = 256 << 10;
+/// And when this many have gathered.
+const OUTBOX_REPLIES: usize = 64;
+
+/// A connection holds at most this much for requests in flight: enough for eight of 1 MiB.
+const HOLD_LIMIT: usize = 16 << 20;
+
+/// Idle for this long, a connection gives its memory back.
+const IDLE_TRIM: Duration = Duration::from_secs(2);
+
+/// How long a client may take no replies at all before it is given up.
+const SEND_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// After a wait that found the client sending more meanwhile, the next waits watch the socket too.
+const WATCH_CREDIT: u8 = 64;
+
+/// Extents in one block status reply: bounded work however fragmented the file is.
+const MOST_EXTENTS: usize = 4096;
+
+/// What the handshake agreed on.
+#[derive(Clone, Copy, Debug)]
+pub struct Modes {
+    /// Which replies.
+    pub style: ReplyStyle,
+    /// The id of `base:allocation`, if the client selected it.
+    pub base_allocation: Option<u32>,
+}
+
+/// How a connection ended, if not by the client's leave.
+#[derive(Debug, Error)]
+pub enum TransmissionError {
+    /// The stream makes no sense any more.
+    #[error(transparent)]
+    BadMagic(#[from] BadMagic),
+    /// The socket or the ring failed.
+    #[error("connection lost: {0}")]
+    Io(#[from] io::Error),
+    /// A simple reply's data had begun when the rest could not be read: there is no other way to
+    /// say so.
+    #[error("cannot finish a reply that has begun")]
+    CutReply,
+}
+
+type Outcome<T = ()> = Result<T, TransmissionError>;
+
+/// One request that is under way.
+struct Task {
+    request: Request,
+    parts: usize,
+    errno: Option<Errno>,
+    /// The reply has gone out; its parts only have to end.
+    answered: bool,
+    /// A read whose data goes out whole or not at all: what has been read of it, part by part.
+    whole: Vec<Option<Data>>,
+}
+
+impl Task {
+    fn new(request: Request, parts: usize) -> Self {
+        Self { request, parts, errno: None, answered: false, whole: Vec::new() }
+    }
+}
+
+/// Bytes that were asked for, in the buffer that they were read with.
+struct Data {
+    plain: Plaintext,
+    wanted: Range<usize>,
+    held: usize,
+}
+
+/// One part of a task that the ring has.
+struct Part {
+    task: usize,
+    at: SectorRange,
+    /// For a read: the bytes asked for, within the sectors read.
+    wanted: Range<usize>,
+    claim: Option<Claim>,
+    held: usize,
+    /// Its task was given up, and the export counts it.
+    orphan: bool,
+}
+
+enum Reply {
+    Head(Head),
+    Data(Head, Data),
+    Body(Vec<u8>),
+}
+
+/// A connection in its transmission phase.
+pub struct Transmission {
+    stream: NbdStream,
+    export: Arc<Export>,
+    client: Arc<Client>,
+    budget: Arc<Budget>,
+    modes: Modes,
+    gate: Gate,
+    lane: Arc<Lane>,
+    pool: Pool,
+    inbox: Inbox,
+    outbox: Vec<Reply>,
+    outbox_bytes: usize,
+    ring: Option<Ring>,
+    ended: Vec<Completion>,
+    tasks: Slab<Task>,
+    parts: Slab<Part>,
+    held: usize,
+    from_budget: usize,
+    closings: u64,
+    watch: u8,
+    timeout_set: bool,
+    /// The client sends no more.
+    at_end: bool,
+}
+
+impl Transmission {
+    pub(crate) fn new(
+        stream: NbdStream,
+        export: Arc<Export>,
+        client: Arc<Client>,
+        budget: Arc<Budget>,
+        modes: Modes,
+    ) -> Self {
+        let fence = export.gatekeeper();
+        let (gate, closings) = (fence.gate(), fence.closings());
+        let lane = Arc::new(export.write_order().lane());
+        Self {
+            stream,
+            client,
+            budget,
+            modes,
+            gate,
+            lane,
+            pool: Pool::new(),
+            inbox: Inbox::default(),
+            outbox: Vec::with_capacity(OUTBOX_REPLIES + 1),
+            outbox_bytes: 0,
+            ring: None,
+            ended: Vec::new(),
+            tasks: Slab::default(),
+            parts: Slab::default(),
+            held: 0,
+            from_budget: 0,
+            closings,
+            watch: 0,
+            timeout_set: false,
+            at_end: false,
+            export,
+        }
+    }
+
+    /// Serves requests until the client leaves, the export stops, or the stream breaks.
+    ///
+    /// # Errors
+    /// The connection broke.
+    pub fn run(&mut self) -> Outcome {
+        self.stream.tune()?;
+        self.stream.set_write_timeout(Some(SEND_TIMEOUT))?;
+        let result = self.serve();
+        self.wind_down();
+        result
+    }
+
+    fn serve(&mut self) -> Outcome {
+        let extended = self.modes.style == ReplyStyle::Extended;
+        let mut batch = 0;
+        loop {
+            while let Some((request, len)) = Request::parse(self.inbox.bytes(), extended)? {
+                self.inbox.consume(len);
+                batch += 1;
+                if request.command == Command::Disconnect {
+                    self.settle()?;
+                    return self.send();
+                }
+                self.request(request, extended)?;
+            }
+            if self.tasks_in_flight() {
+                self.send()?;
+                self.wait_for_ring()?;
+                if self.receive_more()? {
+                    self.watch = WATCH_CREDIT;
+                }
+            } else {
+                self.send()?;
+                self.notice_fence()?;
+                let pipelined = batch > 1;
+                batch = 0;
+                // A client that pipelines has more on its way: its buffers need not be wiped yet.
+                if pipelined && self.receive_more()? {
+                    continue;
+                }
+                if !self.receive_idle()? {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Finishes with the backing store when the client is gone. What the kernel still has is
+    /// counted as orphaned, so that nothing new overtakes it.
+    fn wind_down(&mut self) {
+        self.outbox.clear();
+        self.pool.trim();
+        self.inbox.wipe();
+        self.orphan_parts();
+        self.tasks.iter_mut().for_each(|task| task.answered = true);
+        self.client.set_idle(true);
+        self.at_end = true;
+        while self.tasks_in_flight() {
+            if let Err(error) = self.wait_for_ring() {
+                // The orphans stay counted: better no restore than a stale write after it.
+                warn!(volume = self.export.name(), %error, "lost track of the backing store");
+                break;
+            }
+        }
+        self.budget.give(self.from_budget);
+        self.from_budget = 0;
+    }
+
+    /// Waits for the client with nothing in flight and nothing to send; `false` when it has left.
+    fn receive_idle(&mut self) -> Outcome<bool> {
+        self.pool.wipe();
+        self.inbox.wipe();
+        self.note_closing();
+        if !self.timeout_set {
+            self.stream.set_read_timeout(Some(IDLE_TRIM))?;
+            self.timeout_set = true;
+        }
+        self.client.set_idle(true);
+        let received = loop {
+            match self.inbox.fill(|to| self.stream.read(to)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.pool.trim();
+                    self.inbox.shrink();
+                    self.ring = None;
+                    self.stream.set_read_timeout(None)?;
+                    self.timeout_set = false;
+                }
+                other => break other,
+            }
+        };
+        self.client.set_idle(false);
+        Ok(received? > 0)
+    }
+
+    /// Takes what has arrived, without waiting; `false` when there is nothing (or the client has
+    /// left, which the next wait will see).
+    fn receive_more(&mut self) -> Outcome<bool> {
+        match self.inbox.fill(|to| self.stream.try_read(to)) {
+            Ok(0) => {
+                // Its replies are still sent: it may have closed only one direction.
+                self.at_end = true;
+                Ok(false)
+            }
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Receives exactly `to`, from what has arrived and then from the socket; meanwhile what is in
+    /// flight goes on.
+    fn receive_exact(&mut self, to: &mut [u8]) -> Outcome {
+        let mut got = self.inbox.take(to);
+        while got < to.len() {
+            match self.stream.try_read(&mut to[got..]) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                Ok(n) => got += n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.send()?;
+                    if self.tasks_in_flight() {
+                        self.watch = WATCH_CREDIT;
+                        self.wait_for_ring()?;
+                    } else {
+                        match self.stream.read(&mut to[got..]) {
+                            Ok(0) => {
+                                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+                            }
+                            Ok(n) => got += n,
+                            // Only the idle limit: a slow sender is not an error.
+                            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                            Err(error) => return Err(error.into()),
+                        }
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn discard_payload(&mut self, mut left: u64) -> Outcome {
+        let mut scratch = self.pool.take(64 << 10).map_err(io::Error::from)?;
+        while left > 0 {
+            let now = usize::try_from(left).unwrap_or(usize::MAX).min(scratch.len());
+            self.receive_exact(&mut scratch.bytes_mut()[..now])?;
+            left -= now as u64;
+        }
+        self.pool.give_plaintext(Plaintext::new(scratch));
+        Ok(())
+    }
+}
+
+/// A length within a buffer, which fits memory.
+fn index(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::reads::read_parts;
+    use super::writes::write_parts;
+    use crate::buffer::MAX_BUFFER;
+
+    proptest! {
+        #[test]
+        fn parts_cover_a_range_and_each_fits_a_buffer(
+            offset in 0u64..10_000_000, len in 0u64..70_000_000, small in any::<bool>(),
+        ) {
+            let sector = if small { 512 } else { 4096 };
+            let mut at = offset;
+            for (start, part) in write_parts(offset, len, sector) {
+                prop_assert_eq!(start, at);
+                prop_assert!(part > 0);
+                let covered = (start + part).div_ceil(sector) * sector - start / sector * sector;
+                prop_assert!(covered <= MAX_BUFFER as u64);
+                let whole = start % sector == 0 && part % sector == 0;
+                prop_assert!(whole || covered == sector, "only single sectors are partial");
+                at += part;
+            }
+            prop_assert_eq!(at, offset + len);
+            let read: u64 = read_parts(offset, len, sector).map(|(_, part)| part).sum();
+            prop_assert_eq!(read, len);
+        }
+    }
+}
