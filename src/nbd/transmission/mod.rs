@@ -15,6 +15,7 @@ mod reads;
 mod replies;
 mod requests;
 mod slab;
+mod spin;
 mod writes;
 
 use std::io;
@@ -32,6 +33,7 @@ use crate::fence::Gate;
 use crate::nbd::stream::NbdStream;
 use crate::nbd::transmission::inbox::Inbox;
 use crate::nbd::transmission::slab::Slab;
+use crate::nbd::transmission::spin::Spin;
 use crate::nbd::wire::{BadMagic, Command, Errno, Head, ReplyStyle, Request};
 use crate::store::uring::{Completion, Ring};
 use crate::units::SectorRange;
@@ -151,6 +153,7 @@ pub struct Transmission {
     from_budget: usize,
     closings: u64,
     watch: u8,
+    spin: Spin,
     timeout_set: bool,
     /// The client sends no more.
     at_end: bool,
@@ -186,6 +189,7 @@ impl Transmission {
             from_budget: 0,
             closings,
             watch: 0,
+            spin: Spin::default(),
             timeout_set: false,
             at_end: false,
             export,
@@ -230,6 +234,9 @@ impl Transmission {
                 batch = 0;
                 // A client that pipelines has more on its way: its buffers need not be wiped yet.
                 if pipelined && self.receive_more()? {
+                    continue;
+                }
+                if self.look_for_more()? {
                     continue;
                 }
                 if !self.receive_idle()? {
@@ -299,6 +306,14 @@ impl Transmission {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Takes what arrives while waiting without sleeping is worth it; `false` when nothing does.
+    fn look_for_more(&mut self) -> Outcome<bool> {
+        let mut spin = self.spin;
+        let found: Outcome<bool> = spin.until(|| Ok(self.receive_more()? || self.at_end));
+        self.spin = spin;
+        Ok(found? && !self.at_end)
     }
 
     /// Receives exactly `to`, from what has arrived and then from the socket; meanwhile what is in
