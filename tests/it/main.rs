@@ -9,4 +9,5 @@
 mod support;
 
 mod clients;
+mod luks2;
 mod volumes;
