@@ -344,8 +344,7 @@ impl std::fmt::Debug for LockedVolume {
 }
 
 impl LockedVolume {
-    /// Opens and locks the volume at `path`. A damaged copy of its header is repaired from the good
-    /// one, if it is opened for writing.
+    /// Opens and locks the volume at `path`. Nothing is written to it.
     ///
     /// # Errors
     /// There is none, it is in use, damaged, or cut off.
@@ -361,14 +360,7 @@ impl LockedVolume {
         check_size(&file, path, &header)?;
         let recovery = match recovery {
             Recovery::NotNeeded => None,
-            Recovery::Needed(note) if access == Access::ReadOnly => {
-                Some(format!("{note}; not repaired, because it is open read-only"))
-            }
-            Recovery::Needed(note) => {
-                write_header(&file, &header, path)?;
-                tracing::warn!(path = %path.display(), note, "header repaired from its good copy");
-                Some(format!("{note}; repaired from the good copy"))
-            }
+            Recovery::Needed(note) => Some(note),
         };
         Ok(Self { file, path: path.to_owned(), access, header, recovery })
     }
@@ -385,18 +377,35 @@ impl LockedVolume {
         self.recovery.as_deref()
     }
 
-    /// Unlocks it: checks `key` against the digest and the header's MAC.
+    /// Unlocks it: checks `key` against the digest and the header's MAC. Then a damaged copy of
+    /// the header is repaired from the good one, if it is open for writing: not earlier, for a copy
+    /// that only passes its checksum may be forged, and must not take the place of a good one.
     ///
     /// # Errors
-    /// The key is not this volume's or the header was changed; the volume comes back locked.
-    pub fn unlock(self, key: &VolumeKey) -> Result<UnlockedVolume, (Box<Self>, VolumeError)> {
-        match self.header.verify(key) {
+    /// The key is not this volume's, the header was changed, or its repair failed; the volume comes
+    /// back locked.
+    pub fn unlock(mut self, key: &VolumeKey) -> Result<UnlockedVolume, (Box<Self>, VolumeError)> {
+        let verified = self
+            .header
+            .verify(key)
+            .map_err(|source| VolumeError::WrongKey { path: self.path.clone(), source });
+        match verified.and_then(|()| self.repair()) {
             Ok(()) => Ok(UnlockedVolume(self)),
-            Err(source) => {
-                let error = VolumeError::WrongKey { path: self.path.clone(), source };
-                Err((Box::new(self), error))
-            }
+            Err(error) => Err((Box::new(self), error)),
         }
+    }
+
+    fn repair(&mut self) -> Result<(), VolumeError> {
+        let Some(note) = &self.recovery else { return Ok(()) };
+        let done = if self.access == Access::ReadOnly {
+            "not repaired, because it is open read-only"
+        } else {
+            write_header(&self.file, &self.header, &self.path)?;
+            tracing::warn!(path = %self.path.display(), note, "header repaired from its good copy");
+            "repaired from the good copy"
+        };
+        self.recovery = Some(format!("{note}; {done}"));
+        Ok(())
     }
 }
 
@@ -715,6 +724,7 @@ pub(crate) mod tests {
             let file = File::options().read(true).write(true).open(&path).unwrap();
             file.write_all_at(b"garbage", at).unwrap();
             let volume = LockedVolume::open(&path, Access::ReadWrite).unwrap();
+            let volume = volume.unlock(&key(1)).unwrap();
             assert!(volume.recovery().is_some(), "damage at {at} is reported");
             drop(volume);
             let volume = LockedVolume::open(&path, Access::ReadWrite).unwrap();

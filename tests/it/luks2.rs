@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, have, nbdsh, output, run, unwrap_blob};
 
+const DENIED: i32 = 3;
 /// Bytes of one copy of a header, and of both.
 const COPY: usize = 16 << 10;
 const HEADER: usize = 2 * COPY;
@@ -396,6 +397,41 @@ fn of_two_good_copies_the_newer_one_counts_and_replaces_the_older() {
         assert_eq!(found["primary"]["label"], "newer", "{case}");
         assert_eq!(found["primary"]["seqid"], 2, "{case}");
     }
+}
+
+#[test]
+fn nothing_is_written_before_the_key_has_confirmed_the_header() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let bench = Bench::new();
+    // A newer second copy by someone without the key: it must not take the good one's place.
+    let forged = bench.forged(|copy, json| {
+        copy.seqid += 1;
+        json["segments"]["0"]["sector_size"] = 512.into();
+    });
+    let mut header = bench.header.clone();
+    header[COPY..].copy_from_slice(&forged[COPY..]);
+    bench.put(&header);
+    let (_, why) = bench.refused("a forged copy", &[]);
+    assert!(why.contains("MAC"), "{why}");
+
+    // Without the key nobody can say which copy is right, so nothing is repaired.
+    let mut header = bench.header.clone();
+    header[0] = 0;
+    bench.put(&header);
+    bench.daemon.ok(&["dev", "key", "disable", &bench.key]);
+    assert_eq!(bench.refused("a denied key", &[]).0, DENIED);
+    bench.daemon.ok(&["dev", "key", "enable", &bench.key]);
+    assert!(bench.attached("the key is back").contains("repaired"));
+
+    // Read-only means the header too.
+    bench.put(&header);
+    let before = bench.image();
+    let answer = bench.daemon.ok(&["attach", "v", "--read-only"]);
+    assert!(answer["header_note"].as_str().unwrap().contains("not repaired"), "{answer}");
+    bench.daemon.ok(&["detach", "v"]);
+    assert!(bench.image() == before);
 }
 
 #[test]
