@@ -92,6 +92,14 @@ pub enum VolumeError {
         /// What it looks like.
         found: String,
     },
+    /// The first copy of the header is gone, and something else has begun in its place.
+    #[error("{} holds {found}, over what is left of a volume's header; repairing the header would destroy it", path.display())]
+    Overwritten {
+        /// Which store.
+        path: PathBuf,
+        /// What it looks like.
+        found: &'static str,
+    },
     /// The capacity makes no sense.
     #[error("{} cannot hold a volume: {why}", path.display())]
     Request {
@@ -139,6 +147,7 @@ impl VolumeError {
             },
             Self::Busy(_) => VolumeErrorClass::Busy,
             Self::TooSmall { .. } => VolumeErrorClass::TooSmall,
+            Self::Overwritten { .. } => VolumeErrorClass::Damaged,
             Self::WouldOverwrite { .. } => VolumeErrorClass::WouldOverwrite,
             Self::Request { .. } => VolumeErrorClass::Request,
             Self::WrongKey { .. } => VolumeErrorClass::WrongKey,
@@ -360,7 +369,15 @@ impl LockedVolume {
         check_size(&file, path, &header)?;
         let recovery = match recovery {
             Recovery::NotNeeded => None,
-            Recovery::Needed(note) => Some(note),
+            Recovery::Needed(note) => {
+                let start =
+                    read_up_to(&file, AREA, 0).map_err(|e| VolumeError::io("read", path, e))?;
+                // No place of a signature is one that a header uses.
+                if let Some(found) = signature(&start, &FOREIGN_SIGNATURES) {
+                    return Err(VolumeError::Overwritten { path: path.to_owned(), found });
+                }
+                Some(note)
+            }
         };
         Ok(Self { file, path: path.to_owned(), access, header, recovery })
     }
@@ -587,9 +604,13 @@ fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(parent)?.sync_all()
 }
 
-/// Signatures of what people keep on disks: where, what, and its name.
-const SIGNATURES: [(usize, &[u8], &str); 9] = [
-    (0, b"LUKS\xba\xbe", "a LUKS volume"),
+/// Where a signature lies, what it is, and the name of what it stands for.
+type Signature = (usize, &'static [u8], &'static str);
+
+const LUKS_SIGNATURE: [Signature; 1] = [(0, b"LUKS\xba\xbe", "a LUKS volume")];
+
+/// What else people keep on disks.
+const FOREIGN_SIGNATURES: [Signature; 8] = [
     (0, b"XFSB", "an xfs file system"),
     (1080, b"\x53\xef", "an ext2/3/4 file system"),
     (65600, b"_BHRfS_M", "a btrfs file system"),
@@ -600,6 +621,12 @@ const SIGNATURES: [(usize, &[u8], &str); 9] = [
     (0, b"QFI\xfb", "a qcow2 image"),
 ];
 
+fn signature(start: &[u8], known: &[Signature]) -> Option<&'static str> {
+    let is_there =
+        |(at, magic, _): &&Signature| start.get(*at..).is_some_and(|rest| rest.starts_with(magic));
+    known.iter().find(is_there).map(|(_, _, name)| *name)
+}
+
 /// What a store holds, if anything: known signatures, or any byte that is not zero in its first
 /// 16 MiB or its last MiB.
 fn what_is_there(file: &File, size: u64) -> Option<String> {
@@ -608,11 +635,9 @@ fn what_is_there(file: &File, size: u64) -> Option<String> {
         Ok(start) => start,
         Err(error) => return Some(format!("something that cannot be read ({error})")),
     };
-    let signature = SIGNATURES
-        .iter()
-        .find(|(at, magic, _)| start.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
-    if let Some((_, _, name)) = signature {
-        return Some((*name).to_owned());
+    let found = signature(&start, &LUKS_SIGNATURE);
+    if let Some(name) = found.or_else(|| signature(&start, &FOREIGN_SIGNATURES)) {
+        return Some(name.to_owned());
     }
     let end = read_up_to(file, 1 << 20, size.saturating_sub(1 << 20)).unwrap_or_default();
     let blank = |bytes: &[u8]| bytes.iter().all(|b| *b == 0);

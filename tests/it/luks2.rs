@@ -435,6 +435,30 @@ fn nothing_is_written_before_the_key_has_confirmed_the_header() {
 }
 
 #[test]
+fn what_has_begun_over_a_lost_first_copy_is_not_repaired_away() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let bench = Bench::new();
+    let mut partitions = [0x83; 66];
+    partitions[64..].copy_from_slice(b"\x55\xaa");
+    for (what, at, signature) in [
+        ("an xfs file system", 0, &b"XFSB"[..]),
+        ("a partition table", 446, &partitions),
+        ("an ext2/3/4 file system", 1080, b"\x53\xef"),
+        ("swap", 4086, b"SWAPSPACE2"),
+    ] {
+        let mut header = bench.header.clone();
+        header[at..][..signature.len()].copy_from_slice(signature);
+        bench.put(&header);
+        for args in [&[][..], &["--read-only"]] {
+            let (_, why) = bench.refused(what, args);
+            assert!(why.contains(what), "{what}: {why}");
+        }
+    }
+}
+
+#[test]
 fn a_header_changed_without_the_key_is_refused_and_left_alone() {
     if !have(&["nbdsh"]) {
         return;
