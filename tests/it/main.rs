@@ -9,5 +9,6 @@
 mod support;
 
 mod clients;
+mod layering;
 mod luks2;
 mod volumes;
