@@ -92,6 +92,14 @@ pub enum VolumeError {
         /// What it looks like.
         found: String,
     },
+    /// The first copy of the header is gone, and something else has begun in its place.
+    #[error("{} holds {found}, over what is left of a volume's header; repairing the header would destroy it", path.display())]
+    Overwritten {
+        /// Which store.
+        path: PathBuf,
+        /// What it looks like.
+        found: &'static str,
+    },
     /// The capacity makes no sense.
     #[error("{} cannot hold a volume: {why}", path.display())]
     Request {
@@ -139,6 +147,7 @@ impl VolumeError {
             },
             Self::Busy(_) => VolumeErrorClass::Busy,
             Self::TooSmall { .. } => VolumeErrorClass::TooSmall,
+            Self::Overwritten { .. } => VolumeErrorClass::Damaged,
             Self::WouldOverwrite { .. } => VolumeErrorClass::WouldOverwrite,
             Self::Request { .. } => VolumeErrorClass::Request,
             Self::WrongKey { .. } => VolumeErrorClass::WrongKey,
@@ -344,8 +353,7 @@ impl std::fmt::Debug for LockedVolume {
 }
 
 impl LockedVolume {
-    /// Opens and locks the volume at `path`. A damaged copy of its header is repaired from the good
-    /// one, if it is opened for writing.
+    /// Opens and locks the volume at `path`. Nothing is written to it.
     ///
     /// # Errors
     /// There is none, it is in use, damaged, or cut off.
@@ -361,13 +369,14 @@ impl LockedVolume {
         check_size(&file, path, &header)?;
         let recovery = match recovery {
             Recovery::NotNeeded => None,
-            Recovery::Needed(note) if access == Access::ReadOnly => {
-                Some(format!("{note}; not repaired, because it is open read-only"))
-            }
             Recovery::Needed(note) => {
-                write_header(&file, &header, path)?;
-                tracing::warn!(path = %path.display(), note, "header repaired from its good copy");
-                Some(format!("{note}; repaired from the good copy"))
+                let start =
+                    read_up_to(&file, AREA, 0).map_err(|e| VolumeError::io("read", path, e))?;
+                // No place of a signature is one that a header uses.
+                if let Some(found) = signature(&start, &FOREIGN_SIGNATURES) {
+                    return Err(VolumeError::Overwritten { path: path.to_owned(), found });
+                }
+                Some(note)
             }
         };
         Ok(Self { file, path: path.to_owned(), access, header, recovery })
@@ -385,18 +394,35 @@ impl LockedVolume {
         self.recovery.as_deref()
     }
 
-    /// Unlocks it: checks `key` against the digest and the header's MAC.
+    /// Unlocks it: checks `key` against the digest and the header's MAC. Then a damaged copy of
+    /// the header is repaired from the good one, if it is open for writing: not earlier, for a copy
+    /// that only passes its checksum may be forged, and must not take the place of a good one.
     ///
     /// # Errors
-    /// The key is not this volume's or the header was changed; the volume comes back locked.
-    pub fn unlock(self, key: &VolumeKey) -> Result<UnlockedVolume, (Box<Self>, VolumeError)> {
-        match self.header.verify(key) {
+    /// The key is not this volume's, the header was changed, or its repair failed; the volume comes
+    /// back locked.
+    pub fn unlock(mut self, key: &VolumeKey) -> Result<UnlockedVolume, (Box<Self>, VolumeError)> {
+        let verified = self
+            .header
+            .verify(key)
+            .map_err(|source| VolumeError::WrongKey { path: self.path.clone(), source });
+        match verified.and_then(|()| self.repair()) {
             Ok(()) => Ok(UnlockedVolume(self)),
-            Err(source) => {
-                let error = VolumeError::WrongKey { path: self.path.clone(), source };
-                Err((Box::new(self), error))
-            }
+            Err(error) => Err((Box::new(self), error)),
         }
+    }
+
+    fn repair(&mut self) -> Result<(), VolumeError> {
+        let Some(note) = &self.recovery else { return Ok(()) };
+        let done = if self.access == Access::ReadOnly {
+            "not repaired, because it is open read-only"
+        } else {
+            write_header(&self.file, &self.header, &self.path)?;
+            tracing::warn!(path = %self.path.display(), note, "header repaired from its good copy");
+            "repaired from the good copy"
+        };
+        self.recovery = Some(format!("{note}; {done}"));
+        Ok(())
     }
 }
 
@@ -578,9 +604,13 @@ fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(parent)?.sync_all()
 }
 
-/// Signatures of what people keep on disks: where, what, and its name.
-const SIGNATURES: [(usize, &[u8], &str); 9] = [
-    (0, b"LUKS\xba\xbe", "a LUKS volume"),
+/// Where a signature lies, what it is, and the name of what it stands for.
+type Signature = (usize, &'static [u8], &'static str);
+
+const LUKS_SIGNATURE: [Signature; 1] = [(0, b"LUKS\xba\xbe", "a LUKS volume")];
+
+/// What else people keep on disks.
+const FOREIGN_SIGNATURES: [Signature; 8] = [
     (0, b"XFSB", "an xfs file system"),
     (1080, b"\x53\xef", "an ext2/3/4 file system"),
     (65600, b"_BHRfS_M", "a btrfs file system"),
@@ -591,6 +621,12 @@ const SIGNATURES: [(usize, &[u8], &str); 9] = [
     (0, b"QFI\xfb", "a qcow2 image"),
 ];
 
+fn signature(start: &[u8], known: &[Signature]) -> Option<&'static str> {
+    let is_there =
+        |(at, magic, _): &&Signature| start.get(*at..).is_some_and(|rest| rest.starts_with(magic));
+    known.iter().find(is_there).map(|(_, _, name)| *name)
+}
+
 /// What a store holds, if anything: known signatures, or any byte that is not zero in its first
 /// 16 MiB or its last MiB.
 fn what_is_there(file: &File, size: u64) -> Option<String> {
@@ -599,11 +635,9 @@ fn what_is_there(file: &File, size: u64) -> Option<String> {
         Ok(start) => start,
         Err(error) => return Some(format!("something that cannot be read ({error})")),
     };
-    let signature = SIGNATURES
-        .iter()
-        .find(|(at, magic, _)| start.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
-    if let Some((_, _, name)) = signature {
-        return Some((*name).to_owned());
+    let found = signature(&start, &LUKS_SIGNATURE);
+    if let Some(name) = found.or_else(|| signature(&start, &FOREIGN_SIGNATURES)) {
+        return Some(name.to_owned());
     }
     let end = read_up_to(file, 1 << 20, size.saturating_sub(1 << 20)).unwrap_or_default();
     let blank = |bytes: &[u8]| bytes.iter().all(|b| *b == 0);
@@ -715,6 +749,7 @@ pub(crate) mod tests {
             let file = File::options().read(true).write(true).open(&path).unwrap();
             file.write_all_at(b"garbage", at).unwrap();
             let volume = LockedVolume::open(&path, Access::ReadWrite).unwrap();
+            let volume = volume.unlock(&key(1)).unwrap();
             assert!(volume.recovery().is_some(), "damage at {at} is reported");
             drop(volume);
             let volume = LockedVolume::open(&path, Access::ReadWrite).unwrap();

@@ -78,12 +78,13 @@ impl HttpConnector for WipingConnector {
             let mut response = answer.await?;
             let body = response.take_body();
             let (body, frames) = read(body).await?;
-            *response.body_mut() = body;
+            let own = with_own_head(&response, body);
+            drop(response);
             let held = wipe(frames, reuse).await;
             if held > 0 && reuse == Reuse::Never {
                 tracing::debug!(held, "frames of a KMS answer are held by its connection");
             }
-            Ok::<HttpResponse, ConnectorError>(response)
+            Ok::<HttpResponse, ConnectorError>(own)
         })
     }
 }
@@ -110,6 +111,17 @@ async fn read(mut body: SdkBody) -> Result<(SdkBody, Vec<Bytes>), ConnectorError
         whole.extend_from_slice(frame);
     }
     Ok((SdkBody::from(Bytes::from_owner(whole)), frames))
+}
+
+/// The response with `body`, its head in memory of its own: the values of hyper's headers are
+/// slices of the buffer that the body came in as well, and would keep it from being wiped.
+fn with_own_head(response: &HttpResponse, body: SdkBody) -> HttpResponse {
+    let mut own = HttpResponse::new(response.status(), body);
+    for (name, value) in response.headers() {
+        // What was a header before is one still.
+        let _is_header = own.headers_mut().try_append(name.to_owned(), value.to_owned());
+    }
+    own
 }
 
 /// Wipes the frames that nobody else holds. A connection that is not reused lets go of them a
@@ -153,6 +165,21 @@ mod tests {
         let (body, _) = read(fits).await.expect("it fits");
         assert_eq!(body.bytes().map(<[u8]>::len), Some(LONGEST_ANSWER));
         read(SdkBody::from(vec![1; LONGEST_ANSWER + 1])).await.expect_err("too long");
+    }
+
+    #[tokio::test]
+    async fn the_head_of_an_answer_does_not_keep_its_frames_from_being_wiped() {
+        let buffer = Bytes::from(b"7a1f{}".to_vec());
+        let id = hyper::http::HeaderValue::from_maybe_shared(buffer.slice(..4)).unwrap();
+        let answer = hyper::http::Response::builder().header("x-amzn-requestid", id);
+        let answer = answer.body(SdkBody::taken()).unwrap();
+        let answer = HttpResponse::try_from(answer).unwrap();
+        let own = with_own_head(&answer, SdkBody::empty());
+        drop(answer);
+        let frame = buffer.slice(4..);
+        drop(buffer);
+        assert_eq!(wipe(vec![frame], Reuse::Never).await, 0);
+        assert_eq!(own.headers().get("x-amzn-requestid"), Some("7a1f"));
     }
 
     #[tokio::test]

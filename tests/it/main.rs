@@ -9,6 +9,8 @@
 mod support;
 
 mod clients;
+mod layering;
+mod luks2;
 mod promises;
 mod readme;
 mod volumes;

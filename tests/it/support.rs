@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -225,4 +227,31 @@ pub(crate) fn nbdsh(uri: &str, script: &str) -> String {
 /// Runs nbdsh with a script that connects its handle `h` itself.
 pub(crate) fn nbdsh_unconnected(script: &str) -> String {
     run(python_nbd().args(["-c", script]))
+}
+
+/// The volume key in a token, in JSON.
+pub(crate) fn unwrap_token(daemon: &Daemon, token: &str) -> Vec<u8> {
+    unwrap_blob(daemon, &serde_json::from_str(token).unwrap(), "ciphertext_blob")
+}
+
+/// The plaintext of a token's blob, by AWS's own wire protocol.
+pub(crate) fn unwrap_blob(daemon: &Daemon, token: &Value, blob: &str) -> Vec<u8> {
+    let endpoint = std::fs::read_to_string(daemon.dir.path().join("kms-endpoint")).unwrap();
+    let blob = token[blob].as_str().unwrap();
+    let context: std::collections::HashMap<String, String> =
+        serde_json::from_value(token["encryption_context"].clone()).unwrap();
+    let config = aws_sdk_kms::Config::builder()
+        .behavior_version(aws_config::BehaviorVersion::latest())
+        .region(aws_config::Region::new("eu-central-1"))
+        .endpoint_url(endpoint.trim())
+        .credentials_provider(aws_sdk_kms::config::Credentials::new("a", "b", None, None, "test"))
+        .build();
+    let client = aws_sdk_kms::Client::from_conf(config);
+    let decrypt = client
+        .decrypt()
+        .ciphertext_blob(aws_sdk_kms::primitives::Blob::new(BASE64_STANDARD.decode(blob).unwrap()))
+        .set_encryption_context(Some(context));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let answer = runtime.block_on(decrypt.send()).unwrap();
+    answer.plaintext.unwrap().into_inner()
 }

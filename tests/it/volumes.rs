@@ -4,7 +4,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::{Daemon, have, nbdsh, output, run};
+use crate::support::{Daemon, have, nbdsh, output, run, unwrap_token};
 
 const DENIED: i32 = 3;
 const WRONG_STATE: i32 = 5;
@@ -206,31 +206,6 @@ fn cryptsetup_opens_our_volumes_and_we_open_what_it_made_of_them() {
         backup.to_str().unwrap(),
     ]);
     attach_and_check();
-}
-
-/// The volume key, by AWS's own wire protocol.
-fn unwrap_token(daemon: &Daemon, token: &str) -> Vec<u8> {
-    use base64::Engine as _;
-    use base64::prelude::BASE64_STANDARD;
-    let token: Value = serde_json::from_str(token).unwrap();
-    let endpoint = std::fs::read_to_string(daemon.dir.path().join("kms-endpoint")).unwrap();
-    let blob = token["ciphertext_blob"].as_str().unwrap();
-    let context: std::collections::HashMap<String, String> =
-        serde_json::from_value(token["encryption_context"].clone()).unwrap();
-    let config = aws_sdk_kms::Config::builder()
-        .behavior_version(aws_config::BehaviorVersion::latest())
-        .region(aws_config::Region::new("eu-central-1"))
-        .endpoint_url(endpoint.trim())
-        .credentials_provider(aws_sdk_kms::config::Credentials::new("a", "b", None, None, "test"))
-        .build();
-    let client = aws_sdk_kms::Client::from_conf(config);
-    let decrypt = client
-        .decrypt()
-        .ciphertext_blob(aws_sdk_kms::primitives::Blob::new(BASE64_STANDARD.decode(blob).unwrap()))
-        .set_encryption_context(Some(context));
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let answer = runtime.block_on(decrypt.send()).unwrap();
-    answer.plaintext.unwrap().into_inner()
 }
 
 #[test]
