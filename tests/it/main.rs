@@ -9,8 +9,10 @@
 mod support;
 
 mod clients;
+mod filesystem;
 mod layering;
 mod luks2;
+mod mounts;
 mod promises;
 mod readme;
 mod volumes;
