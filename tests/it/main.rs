@@ -10,9 +10,12 @@ mod support;
 
 mod clients;
 mod filesystem;
+mod hostile;
 mod layering;
 mod luks2;
 mod mounts;
+mod other_kms;
 mod promises;
+mod raw;
 mod readme;
 mod volumes;

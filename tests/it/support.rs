@@ -13,10 +13,20 @@ use tempfile::TempDir;
 /// How long anything that should happen may take before the test fails.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A running `byokd --dev` in a directory of its own.
+/// A running daemon in a directory of its own.
 pub(crate) struct Daemon {
     pub(crate) dir: TempDir,
     child: Child,
+    mode: Mode,
+}
+
+/// How it is run.
+#[derive(Clone, Copy)]
+enum Mode {
+    /// `byokd --dev`.
+    Dev,
+    /// With `byokd.toml` in its directory.
+    Configured,
 }
 
 impl Drop for Daemon {
@@ -40,10 +50,30 @@ impl Daemon {
     }
 
     pub(crate) fn start_in(dir: TempDir) -> Self {
-        let child = spawn(dir.path());
-        let mut daemon = Self { dir, child };
+        Self::run(dir, Mode::Dev)
+    }
+
+    /// As in production, in memory, with these settings besides where things go.
+    pub(crate) fn configured(settings: &str) -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
+        let place = dir.path().display();
+        let text = format!(
+            "volumes_dir = \"{place}/volumes.d\"\ncontrol_socket = \"{place}/byokd.sock\"\n\
+             nbd_dir = \"{place}/nbd\"\n{settings}"
+        );
+        std::fs::write(dir.path().join("byokd.toml"), text).expect("settings are written");
+        Self::run(dir, Mode::Configured)
+    }
+
+    fn run(dir: TempDir, mode: Mode) -> Self {
+        let child = spawn(dir.path(), mode);
+        let mut daemon = Self { dir, child, mode };
         daemon.wait_ready();
         daemon
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     fn wait_ready(&mut self) {
@@ -60,7 +90,7 @@ impl Daemon {
     pub(crate) fn crash_and_restart(&mut self) {
         self.child.kill().expect("our own child");
         self.child.wait().expect("our own child");
-        self.child = spawn(self.dir.path());
+        self.child = spawn(self.dir.path(), self.mode);
         self.wait_ready();
     }
 
@@ -149,20 +179,22 @@ impl Daemon {
     }
 }
 
-fn spawn(dir: &Path) -> Child {
+fn spawn(dir: &Path, mode: Mode) -> Child {
     let log = std::fs::File::options()
         .create(true)
         .append(true)
         .open(dir.join("log"))
         .expect("a log file");
-    Command::new(env!("CARGO_BIN_EXE_byokd"))
-        .args(["--dev", "--probe-interval", "1s", "--state-dir"])
-        .arg(dir)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        .spawn()
-        .expect("byokd starts")
+    let mut command = Command::new(env!("CARGO_BIN_EXE_byokd"));
+    match mode {
+        Mode::Dev => command.args(["--dev", "--probe-interval", "1s", "--state-dir"]).arg(dir),
+        Mode::Configured => command
+            .arg("--config")
+            .arg(dir.join("byokd.toml"))
+            .env("AWS_ACCESS_KEY_ID", "test")
+            .env("AWS_SECRET_ACCESS_KEY", "test"),
+    };
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("byokd starts")
 }
 
 /// Waits until something is so; fails the test when it is not in time.
