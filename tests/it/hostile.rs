@@ -86,9 +86,24 @@ impl Drop for Honest {
     }
 }
 
-/// What a process holds.
-fn held(daemon: &Daemon, what: &str) -> usize {
-    std::fs::read_dir(format!("/proc/{}/{what}", daemon.pid())).unwrap().count()
+/// The threads that serve connections, and the descriptors of the volume's socket.
+fn held(daemon: &Daemon, socket: &Path) -> (usize, usize) {
+    let process = PathBuf::from(format!("/proc/{}", daemon.pid()));
+    let tasks = std::fs::read_dir(process.join("task")).unwrap();
+    // A thread may end while it is looked at.
+    let names = tasks.flatten().filter_map(|t| std::fs::read_to_string(t.path().join("comm")).ok());
+    let threads = names.filter(|name| name.trim() == "nbd").count();
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let ours = socket.to_str().unwrap();
+    let inodes: Vec<_> = sockets
+        .lines()
+        .filter(|line| line.ends_with(ours))
+        .filter_map(|line| line.split_whitespace().nth(6))
+        .map(|inode| PathBuf::from(format!("socket:[{inode}]")))
+        .collect();
+    let open = std::fs::read_dir(process.join("fd")).unwrap();
+    let links = open.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
+    (threads, links.filter(|link| inodes.contains(link)).count())
 }
 
 /// The most memory the daemon had in use so far, in bytes.
@@ -105,14 +120,11 @@ fn beside_an_honest_client(happens: impl FnOnce(&Daemon, &Path, &Honest)) {
     let socket: PathBuf = daemon.dir.path().join("nbd/v.sock");
     let honest = Honest::start(&socket);
     honest.goes_on();
-    let before = ["fd", "task"].map(|what| held(&daemon, what));
+    let before = held(&daemon, &socket);
+    assert!(before.0 == 1 && before.1 > 1, "{before:?}");
     happens(&daemon, &socket, &honest);
     honest.goes_on();
-    until("nothing is left of them", || {
-        // The control connections of the test itself come and go.
-        let [fd, task] = ["fd", "task"].map(|what| held(&daemon, what));
-        fd <= before[0] + 1 && task <= before[1] + 1
-    });
+    until("nothing is left of them", || held(&daemon, &socket) == before);
     honest.was_served_promptly();
 }
 

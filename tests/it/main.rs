@@ -9,6 +9,7 @@
 mod support;
 
 mod clients;
+mod concurrency;
 mod filesystem;
 mod hostile;
 mod layering;
