@@ -20,8 +20,9 @@ use tracing::{info, warn};
 
 use crate::crypt::CryptError;
 use crate::device::WriteOrder;
-use crate::fence::{Fence, FenceReason, KeyDestroyed};
+use crate::fence::{Fence, KeyDestroyed};
 use crate::key::VolumeKey;
+use crate::key::lease::FenceReason;
 use crate::store::{Backing, DirectIo};
 use crate::units::Geometry;
 use crate::volume::{Access, UnlockedVolume, VolumeError};

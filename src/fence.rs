@@ -17,57 +17,15 @@
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::buffer::{Buffer, Ciphertext, Plaintext};
 use crate::crypt::awslc::Xts;
 use crate::crypt::{CryptError, Engine};
 use crate::key::VolumeKey;
+use crate::key::lease::FenceReason;
 use crate::key::secret::SecretArena;
 use crate::units::SectorRange;
-
-/// Why a fence is closed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum FenceReason {
-    /// KMS denied the use of the key, twice.
-    Denied,
-    /// KMS gave no verdict for longer than the outage allowance.
-    Expired,
-    /// KMS's answer does not fit the volume.
-    Mismatch,
-    /// An operator fenced it by hand.
-    Suspended,
-    /// The volume is being detached.
-    Detached,
-    /// The daemon is stopping.
-    Stopping,
-}
-
-impl FenceReason {
-    const ALL: [Self; 6] = [
-        Self::Denied,
-        Self::Expired,
-        Self::Mismatch,
-        Self::Suspended,
-        Self::Detached,
-        Self::Stopping,
-    ];
-
-    /// One sentence for people.
-    #[must_use]
-    pub fn explain(self) -> &'static str {
-        match self {
-            Self::Denied => "the customer's KMS key may not be used: KMS denied it",
-            Self::Expired => "KMS could not be asked for longer than the outage allowance",
-            Self::Mismatch => "KMS's answer does not fit this volume's header",
-            Self::Suspended => "an operator suspended the key",
-            Self::Detached => "the volume is being detached",
-            Self::Stopping => "the daemon is stopping",
-        }
-    }
-}
 
 /// The fence is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]

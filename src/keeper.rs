@@ -13,11 +13,12 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep_until};
 use tracing::{error, info, warn};
 
-use crate::control::{Evidence, at};
 use crate::export::Export;
-use crate::fence::FenceReason;
-use crate::key::lease::{KeyLease, LeasePolicy, LeaseState, LeaseWord, Moment, Step};
-use crate::kms::{KeyService, KmsError, ServiceError, Verdict};
+use crate::key::lease::{
+    FenceReason, KeyLease, LeasePolicy, LeaseState, LeaseWord, Moment, Step, Verdict,
+};
+use crate::kms::{Evidence, KeyService, KmsError, ServiceError};
+use crate::units::rfc3339;
 
 /// How often time alone is looked at: what bounds service after the machine slept.
 const TICK: Duration = Duration::from_secs(1);
@@ -207,7 +208,7 @@ impl<K: KeyService> Keeping<K> {
             );
         }
         self.report.evidence = Some(Evidence {
-            at: at(Timestamp::now()),
+            at: rfc3339(Timestamp::now()),
             code: error.code.clone(),
             message: error.message.clone(),
             request_id: error.request_id.clone(),

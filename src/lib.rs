@@ -13,6 +13,7 @@
 //! |---|---|
 //! | [`units`] | offsets, sectors, geometry: every range and overflow check |
 //! | [`exit`] | the exit codes of both programs |
+//! | [`harden`] | a process that gives its memory to nobody |
 //! | [`buffer`] | aligned buffers: plaintext and ciphertext as two types |
 //! | [`key`] | key custody: secret memory, the volume key, the lease; public words of wrapping |
 //! | [`crypt`] | AES-256-XTS, two implementations and the start-up self-test |
@@ -21,6 +22,7 @@
 //! | [`device`] | the encrypted device: sectors, read-modify-write, zeroes, trim, flush |
 //! | [`nbd`] | the protocol: wire, handshake, transmission |
 //! | [`export`] | what is served: one volume with its limits and its clients |
+//! | [`listener`] | sockets, who may connect, a thread for each connection |
 //! | [`luks2`] | the volume's header |
 //! | [`volume`] | create, open, unlock: crash-safe header updates |
 //! | [`kms`] | the customer's key service, its errors as verdicts, the development KMS |
@@ -28,6 +30,7 @@
 //! | [`config`] | byokd.toml and volumes.d |
 //! | [`control`] | the control API: types, server, client |
 //! | [`daemon`] | puts the parts together |
+//! | [`cli`] | `byokctl`: arguments, what it prints, the demonstration |
 
 pub mod buffer;
 pub mod cli;

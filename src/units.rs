@@ -1,10 +1,18 @@
-//! Offsets, sectors and geometry: the one place where ranges and overflow are checked.
+//! Offsets, sectors and geometry: the one place where ranges and overflow are checked; and how a
+//! time is written.
 //!
 //! A [`SectorRange`] is made only by [`Geometry`], so whoever holds one knows that it lies inside
 //! the volume. Sizes are bytes unless a name says sectors.
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+/// A time as people and programs are given it: RFC 3339, UTC, milliseconds.
+#[must_use]
+pub fn rfc3339(time: Timestamp) -> String {
+    time.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string()
+}
 
 /// The data unit of the cipher and the smallest thing the store is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -18,8 +18,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::key::VolumeKey;
-use crate::key::wrapped::WrappedKey;
-use crate::kms::Canary;
+use crate::key::wrapped::{Canary, WrappedKey};
 use crate::luks2::{AREA, DATA_OFFSET, Header, HeaderError, NewHeader, Recovery, WrongKey};
 use crate::units::{Geometry, SectorSize};
 

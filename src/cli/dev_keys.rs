@@ -12,9 +12,9 @@ use serde_json::json;
 use crate::cli::args::{DevCommand, DevKeyCommand};
 use crate::cli::output::Output;
 use crate::control::ControlError;
-use crate::daemon::DEV_REGION;
 use crate::exit::ExitCode;
 use crate::key::wrapped::KeyArn;
+use crate::kms::dev::DEV_REGION;
 
 fn failed(exit: ExitCode, why: String, remedy: &str) -> ControlError {
     ControlError {

@@ -10,20 +10,14 @@ pub mod server;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::exit::ExitCode;
+use crate::key::lease::Verdict;
 use crate::key::wrapped::{EncryptionContext, KeyArn, Purpose, Role};
-use crate::kms::Verdict;
+use crate::kms::{CheckStep, Evidence};
 use crate::units::SectorSize;
-
-/// A time as this API gives it: RFC 3339, UTC, milliseconds.
-#[must_use]
-pub fn at(time: Timestamp) -> String {
-    time.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string()
-}
 
 /// The version of this API, part of [`Answer::Version`].
 pub const API_VERSION: u32 = 1;
@@ -161,23 +155,6 @@ impl From<Verdict> for ExitCode {
     }
 }
 
-/// One step of [`Request::KeyCheck`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CheckStep {
-    /// `exists`, `enabled`, `symmetric`, `region`, `generate`, `decrypt`, `context`.
-    pub step: String,
-    /// Whether it worked.
-    pub ok: bool,
-    /// What was seen, or KMS's words with the request id.
-    pub detail: String,
-    /// What to do, if it did not work.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub remedy: Option<String>,
-    /// What its failure means, if it did not work.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub verdict: Option<Verdict>,
-}
-
 /// Whether a volume is being served, and if not, why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -259,21 +236,4 @@ pub struct LeaseStatus {
     pub fence_ms: Option<u64>,
     /// What KMS said last that was not a success.
     pub evidence: Option<Evidence>,
-}
-
-/// What KMS said, verbatim, and what it means.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Evidence {
-    /// When, RFC 3339.
-    pub at: String,
-    /// The exception's name.
-    pub code: String,
-    /// Its message.
-    pub message: String,
-    /// What joins it to CloudTrail.
-    pub request_id: Option<String>,
-    /// `denied`, `unavailable`, `credentials`, `mismatch`.
-    pub verdict: Verdict,
-    /// What to do about it.
-    pub remedy: String,
 }

@@ -30,11 +30,8 @@ use crate::keeper::Keeper;
 use crate::key::lease::LeasePolicy;
 use crate::key::wrapped::Role;
 use crate::kms::aws::{AwsKms, AwsSettings, AwsSettingsError};
-use crate::kms::dev::{DevKms, DevKmsError};
+use crate::kms::dev::{DEV_REGION, DevKms, DevKmsError};
 use crate::listener::{Listener, Peers};
-
-/// The region of the development KMS.
-pub const DEV_REGION: &str = "eu-central-1";
 
 /// Why the daemon could not start.
 #[derive(Debug, thiserror::Error)]

@@ -3,12 +3,12 @@
 
 use tokio::task::spawn_blocking;
 
-use crate::control::{LeaseStatus, VolumeState, VolumeStatus, at};
+use crate::control::{LeaseStatus, VolumeState, VolumeStatus};
 use crate::daemon::{Attached, Now, Service, Volume};
 use crate::keeper::KeyReport;
 use crate::key::lease::LeaseWord;
 use crate::luks2::Header;
-use crate::units::SectorSize;
+use crate::units::{SectorSize, rfc3339};
 use crate::volume::inspect;
 
 /// Everything known of a volume.
@@ -90,8 +90,8 @@ fn lease(report: KeyReport) -> LeaseStatus {
     let word = serde_json::to_value(report.state).ok();
     LeaseStatus {
         state: word.and_then(|w| w.as_str().map(str::to_owned)).unwrap_or_default(),
-        since: at(report.since),
-        last_success: Some(at(report.last_success)),
+        since: rfc3339(report.since),
+        last_success: Some(rfc3339(report.last_success)),
         allowance_left: report.allowance_left.map(|left| left.as_secs()),
         fence_ms: report.fenced_after.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
         evidence: report.evidence,

@@ -14,19 +14,20 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tracing::{error, info, warn};
 
 use crate::config::{AttachWhen, Auto, VolumeConfig, is_volume_name, load_volume};
-use crate::control::{Problem, VolumeCreate, VolumeStatus, at};
+use crate::control::{Problem, VolumeCreate, VolumeStatus};
 use crate::daemon::refusals::{Answered, by_export, by_panic, by_service, by_volume, refused};
 use crate::daemon::status::status;
 use crate::daemon::{Attached, Daemon, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportOptions};
-use crate::fence::FenceReason;
 use crate::keeper::Keeper;
+use crate::key::lease::{Connection, FenceReason};
 use crate::key::wrapped::{EncryptionContext, Role};
 use crate::kms::aws::{AwsKms, AwsSettings, RoleToAssume};
-use crate::kms::{Connection, KeyService, ServiceError};
+use crate::kms::{KeyService, ServiceError};
 use crate::listener::{Listener, Peers};
 use crate::store::DirectIo;
+use crate::units::rfc3339;
 use crate::volume::{Access, CreateOptions, LockedVolume, NewVolume};
 
 /// How long requests in flight may take when a volume is detached or the daemon stops.
@@ -250,7 +251,7 @@ impl Daemon {
                 Ok(())
             }
             Err(error) => {
-                let at = at(Timestamp::now());
+                let at = rfc3339(Timestamp::now());
                 let (why, remedy) = (error.why.clone(), error.remedy.clone());
                 now.problem = Some(Problem { at, why, remedy });
                 now.service = Service::Detached;

@@ -20,9 +20,6 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::fence::FenceReason;
-use crate::kms::{Connection, Verdict};
-
 /// A point in time since boot, counting sleep (`CLOCK_BOOTTIME`): a step of the wall clock does not
 /// move it, and a suspended machine does not stop it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,6 +30,74 @@ impl Moment {
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
         self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// What an answer of KMS says about the customer's will.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// The key may be used: the answer proved it.
+    Allowed,
+    /// The customer took the key away.
+    Denied,
+    /// No verdict: KMS could not be asked, or could not answer.
+    Unavailable,
+    /// No verdict, and the fault is our own: credentials, signature, clock.
+    Credentials,
+    /// The answer does not fit the volume: header damaged or swapped.
+    Mismatch,
+}
+
+/// Whether a probe may use a pooled connection or must open its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connection {
+    /// Any connection, a pooled one if there is one.
+    Pooled,
+    /// A new one: confirming a denial must not hear the same stale endpoint again.
+    Fresh,
+}
+
+/// Why a fence is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FenceReason {
+    /// KMS denied the use of the key, twice.
+    Denied,
+    /// KMS gave no verdict for longer than the outage allowance.
+    Expired,
+    /// KMS's answer does not fit the volume.
+    Mismatch,
+    /// An operator fenced it by hand.
+    Suspended,
+    /// The volume is being detached.
+    Detached,
+    /// The daemon is stopping.
+    Stopping,
+}
+
+impl FenceReason {
+    /// Every reason; its place here is its number in a fence.
+    pub const ALL: [Self; 6] = [
+        Self::Denied,
+        Self::Expired,
+        Self::Mismatch,
+        Self::Suspended,
+        Self::Detached,
+        Self::Stopping,
+    ];
+
+    /// One sentence for people.
+    #[must_use]
+    pub fn explain(self) -> &'static str {
+        match self {
+            Self::Denied => "the customer's KMS key may not be used: KMS denied it",
+            Self::Expired => "KMS could not be asked for longer than the outage allowance",
+            Self::Mismatch => "KMS's answer does not fit this volume's header",
+            Self::Suspended => "an operator suspended the key",
+            Self::Detached => "the volume is being detached",
+            Self::Stopping => "the daemon is stopping",
+        }
     }
 }
 

@@ -263,6 +263,15 @@ pub struct WrappedKey {
     pub context: EncryptionContext,
 }
 
+/// What probes decrypt: a blob made beside the volume key under the same key and context.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Canary {
+    /// The wrapped canary.
+    pub wrapped: WrappedKey,
+    /// SHA-256 of its plaintext.
+    pub sha256: [u8; 32],
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -40,12 +40,11 @@ use zeroize::Zeroizing;
 use super::http::{self, Reuse};
 use super::verdict::{self, Answer, DisconnectedStore, Transport, Unproven};
 use super::{
-    Canary, Connection, KeyDescription, KeyService, KmsError, NewKey, Operation, Proof,
-    ServiceError, Verdict,
+    CheckStep, KeyDescription, KeyService, KmsError, NewKey, Operation, Proof, ServiceError,
 };
-use crate::control::CheckStep;
+use crate::key::lease::{Connection, Verdict};
 use crate::key::secret::SecretMemoryError;
-use crate::key::wrapped::{EncryptionContext, KeyArn, Purpose, WrappedKey};
+use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, Purpose, WrappedKey};
 use crate::key::{VOLUME_KEY_LEN, VolumeKey};
 
 /// How KMS is reached and as whom.

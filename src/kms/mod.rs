@@ -11,27 +11,13 @@ pub mod verdict;
 
 use std::future::Future;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::key::VolumeKey;
+use crate::key::lease::{Connection, Verdict};
 use crate::key::secret::SecretMemoryError;
-use crate::key::wrapped::{EncryptionContext, KeyArn, WrappedKey};
-
-/// What an answer of KMS says about the customer's will.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Verdict {
-    /// The key may be used: the answer proved it.
-    Allowed,
-    /// The customer took the key away.
-    Denied,
-    /// No verdict: KMS could not be asked, or could not answer.
-    Unavailable,
-    /// No verdict, and the fault is our own: credentials, signature, clock.
-    Credentials,
-    /// The answer does not fit the volume: header damaged or swapped.
-    Mismatch,
-}
+use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
 
 /// The operation of the KMS API that was tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,6 +95,40 @@ pub struct Proof {
     pub request_id: Option<String>,
 }
 
+/// One step of a key check.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckStep {
+    /// `exists`, `enabled`, `symmetric`, `region`, `generate`, `decrypt`, `context`.
+    pub step: String,
+    /// Whether it worked.
+    pub ok: bool,
+    /// What was seen, or KMS's words with the request id.
+    pub detail: String,
+    /// What to do, if it did not work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+    /// What its failure means, if it did not work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<Verdict>,
+}
+
+/// What KMS said, verbatim, and what it means.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evidence {
+    /// When, RFC 3339.
+    pub at: String,
+    /// The exception's name.
+    pub code: String,
+    /// Its message.
+    pub message: String,
+    /// What joins it to CloudTrail.
+    pub request_id: Option<String>,
+    /// `denied`, `unavailable`, `credentials`, `mismatch`.
+    pub verdict: Verdict,
+    /// What to do about it.
+    pub remedy: String,
+}
+
 /// An error of the service, or of the secret memory its answer goes to.
 #[derive(Debug, Error)]
 pub enum ServiceError {
@@ -157,22 +177,4 @@ pub trait KeyService: Send + Sync + 'static {
         &self,
         arn: &KeyArn,
     ) -> impl Future<Output = Result<KeyDescription, KmsError>> + Send;
-}
-
-/// Whether a probe may use a pooled connection or must open its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Connection {
-    /// Any connection, a pooled one if there is one.
-    Pooled,
-    /// A new one: confirming a denial must not hear the same stale endpoint again.
-    Fresh,
-}
-
-/// What probes decrypt: a blob made beside the volume key under the same key and context.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Canary {
-    /// The wrapped canary.
-    pub wrapped: WrappedKey,
-    /// SHA-256 of its plaintext.
-    pub sha256: [u8; 32],
 }

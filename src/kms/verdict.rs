@@ -12,7 +12,7 @@
 //! reference, its common errors, "Key states of AWS KMS keys", and "Troubleshooting external key
 //! stores" in the developer guide.
 
-use super::Verdict;
+use crate::key::lease::Verdict;
 
 /// What came back of a call that did not succeed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

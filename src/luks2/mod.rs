@@ -13,8 +13,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::key::VolumeKey;
-use crate::key::wrapped::WrappedKey;
-use crate::kms::Canary;
+use crate::key::wrapped::{Canary, WrappedKey};
 use crate::units::SectorSize;
 use binary::{COPY_SIZES, Copy, CopyError, Which};
 use metadata::{Metadata, MetadataError, Segment};

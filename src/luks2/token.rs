@@ -19,8 +19,7 @@ use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use crate::key::VolumeKey;
-use crate::key::wrapped::{EncryptionContext, KeyArn, WrappedKey};
-use crate::kms::Canary;
+use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
 use crate::luks2::metadata::{ENCRYPTION, Segment};
 
 /// The token's type.

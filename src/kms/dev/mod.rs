@@ -45,6 +45,9 @@ pub use server::Seen;
 use keys::KeyStore;
 use server::Server;
 
+/// The region it is in, unless it is told another.
+pub const DEV_REGION: &str = "eu-central-1";
+
 /// The development KMS, running. Dropping it ends it and every connection to it.
 pub struct DevKms {
     address: SocketAddr,

@@ -6,7 +6,7 @@
 //! in flight (idle, all plaintext wiped), for the ring (woken by completions, its socket, or the
 //! fence), and for the peer to take replies.
 //!
-//! A request larger than [`MAX_BUFFER`] is done in parts; a `Task` counts its parts down. A write
+//! A request larger than [`MAX_BUFFER`](crate::buffer::MAX_BUFFER) is done in parts; a `Task` counts its parts down. A write
 //! that does not cover whole sectors is a read-modify-write under [`Lane::partial`].
 
 mod inbox;
