@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the key services that others wrote, for tests/it/kms.rs: local-kms (Go) and ministack
+# Installs the key services that others wrote, for tests/it/other_kms.rs: local-kms (Go) and ministack
 # (Python). Into ${BYOKD_TEST_TOOLS:-target/test-tools}; what is there already stays. Needs go and
 # python3 (with venv).
 set -eu

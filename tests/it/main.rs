@@ -12,6 +12,7 @@ mod clients;
 mod concurrency;
 mod filesystem;
 mod hostile;
+mod kms;
 mod layering;
 mod luks2;
 mod mounts;
