@@ -8,12 +8,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
 use nix::libc;
+use nix::sys::stat;
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -243,6 +244,7 @@ impl NewVolume {
         let file = if ours { open.create_new(true).open(&path) } else { open.open(&path) }
             .map_err(|e| VolumeError::io("open", &path, e))?;
         let file = lock(file, &path, Access::ReadWrite)?;
+        check_writable(&file, &path)?;
         let sector = options.sector_size.bytes_u64();
         let refuse = |why: String| VolumeError::Request { path: path.clone(), why };
         let size = size_of(&file, &path)?;
@@ -364,6 +366,9 @@ impl LockedVolume {
             .open(path)
             .map_err(|e| VolumeError::io("open", path, e))?;
         let file = lock(file, path, access)?;
+        if access == Access::ReadWrite {
+            check_writable(&file, path)?;
+        }
         let (header, recovery) = read_header(&file, path)?;
         check_size(&file, path, &header)?;
         let recovery = match recovery {
@@ -530,6 +535,21 @@ fn lock(file: File, path: &Path, access: Access) -> Result<Flock<File>, VolumeEr
             VolumeError::io("lock", path, errno)
         }
     })
+}
+
+/// Refuses a block device that the kernel does not write to: it lets one be opened for writing all
+/// the same, and fails every write.
+fn check_writable(file: &File, path: &Path) -> Result<(), VolumeError> {
+    let metadata = file.metadata().map_err(|e| VolumeError::io("look at", path, e))?;
+    if !metadata.file_type().is_block_device() {
+        return Ok(());
+    }
+    let (major, minor) = (stat::major(metadata.rdev()), stat::minor(metadata.rdev()));
+    let flag = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"));
+    if flag.is_ok_and(|flag| flag.trim() == "1") {
+        return Err(VolumeError::io("write to", path, Errno::EROFS));
+    }
+    Ok(())
 }
 
 /// The size of a file or block device: where its end is.
