@@ -8,6 +8,7 @@
 
 mod support;
 
+mod backing;
 mod clients;
 mod concurrency;
 mod filesystem;

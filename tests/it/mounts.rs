@@ -30,13 +30,13 @@ fn undo(program: &str, args: &[&str]) -> bool {
 }
 
 /// An export as a file.
-struct NbdFile {
+pub(crate) struct NbdFile {
     dir: PathBuf,
     child: Child,
 }
 
 impl NbdFile {
-    fn new(uri: &str, dir: &Path) -> Self {
+    pub(crate) fn new(uri: &str, dir: &Path) -> Self {
         std::fs::create_dir_all(dir).unwrap();
         let child = Command::new("nbdfuse")
             .arg(dir.join("disk"))
@@ -50,7 +50,7 @@ impl NbdFile {
         file
     }
 
-    fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.dir.join("disk")
     }
 }
@@ -67,32 +67,49 @@ impl Drop for NbdFile {
     }
 }
 
+/// A file as a block device.
+pub(crate) struct LoopDevice {
+    path: String,
+}
+
+impl LoopDevice {
+    pub(crate) fn new(file: &Path, options: &[&str]) -> Self {
+        let mut command = Command::new("losetup");
+        command.args(["--find", "--show"]).args(options).arg(file);
+        Self { path: run(&mut command).trim().to_owned() }
+    }
+
+    pub(crate) fn path(&self) -> &str {
+        &self.path
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        undo("losetup", &["-d", &self.path]);
+        // It goes when the last user lets go of it, which unmounting does a moment later.
+        let backing = format!("/sys/block/{}/loop", self.path.trim_start_matches("/dev/"));
+        if !std::thread::panicking() {
+            until("the loop device is let go of", || !Path::new(&backing).exists());
+        }
+    }
+}
+
 /// A volume as a disk.
 pub(crate) struct Disk {
-    device: String,
+    // Before the file, which it lies on.
+    device: LoopDevice,
     _file: NbdFile,
 }
 
 impl Disk {
     pub(crate) fn new(uri: &str, dir: &Path) -> Self {
         let file = NbdFile::new(uri, dir);
-        let found = run(Command::new("losetup").args(["--find", "--show"]).arg(file.path()));
-        Self { device: found.trim().to_owned(), _file: file }
+        Self { device: LoopDevice::new(&file.path(), &[]), _file: file }
     }
 
     pub(crate) fn device(&self) -> &str {
-        &self.device
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        undo("losetup", &["-d", &self.device]);
-        // It goes when the last user lets go of it, which unmounting does a moment later.
-        let backing = format!("/sys/block/{}/loop", self.device.trim_start_matches("/dev/"));
-        if !std::thread::panicking() {
-            until("the loop device is let go of", || !Path::new(&backing).exists());
-        }
+        self.device.path()
     }
 }
 
@@ -105,6 +122,13 @@ impl Mount {
     pub(crate) fn new(disk: &Disk, dir: &Path) -> Self {
         std::fs::create_dir_all(dir).unwrap();
         run(Command::new("mount").arg(disk.device()).arg(dir));
+        Self { dir: dir.to_owned() }
+    }
+
+    /// A file system in memory of `size`, as mount(8) reads it.
+    pub(crate) fn tmpfs(dir: &Path, size: &str) -> Self {
+        let option = format!("size={size}");
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", &option, "tmpfs"]).arg(dir));
         Self { dir: dir.to_owned() }
     }
 

@@ -1,0 +1,411 @@
+//! Backing stores as life brings them: devices, read-only ones, full, cut off, hanging, used twice.
+
+use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::mounts::{LoopDevice, Mount, NbdFile, can_mount};
+use crate::support::{Daemon, have, nbdsh, output, python_nbd, run, until};
+
+const FAILED: i32 = 1;
+const USAGE: i32 = 2;
+const WRONG_STATE: i32 = 5;
+
+fn why(answer: &Value) -> &str {
+    answer["why"].as_str().unwrap_or_default()
+}
+
+/// Makes a volume somewhere else than usual.
+fn create(daemon: &Daemon, name: &str, backing: &Path, size: &str, key: &str) -> (i32, Value) {
+    let backing = backing.to_str().unwrap();
+    daemon.ctl(&[
+        "volume",
+        "create",
+        name,
+        "--backing",
+        backing,
+        "--size",
+        size,
+        "--key",
+        key,
+        "--purpose",
+        "documents",
+    ])
+}
+
+fn file_of(dir: &Path, bytes: u64) -> PathBuf {
+    let path = dir.join("disk");
+    File::create(&path).unwrap().set_len(bytes).unwrap();
+    path
+}
+
+#[test]
+fn a_block_device_holds_a_volume_of_all_its_space() {
+    if !can_mount(&["nbdsh", "cryptsetup"]) {
+        return;
+    }
+    let daemon = Daemon::start_on_disk();
+    let key = daemon.key();
+    let device = LoopDevice::new(&file_of(daemon.dir.path(), 64 << 20), &[]);
+    let path = Path::new(device.path());
+    let (code, answer) = create(&daemon, "v", path, "60M", &key);
+    assert_eq!(code, USAGE, "it does not fit beside the header: {answer}");
+    assert!(why(&answer).contains("left beside the header"), "{answer}");
+    let (code, answer) = create(&daemon, "v", path, "0", &key);
+    assert_eq!((code, &answer["size"]), (0, &Value::from(48u64 << 20)), "{answer}");
+    daemon.ok(&["attach", "v"]);
+    nbdsh(
+        &daemon.uri("v"),
+        "size = h.get_size()\nassert size == 48 << 20\nh.pwrite(b'e' * 4096, size - 4096)\n\
+         h.trim(1 << 20, 0)\nh.flush()\nassert h.pread(4096, size - 4096) == b'e' * 4096",
+    );
+    // Whoever holds a device exclusively is not formatted over, not with --force either.
+    let path = device.path();
+    let (code, answer) = daemon.ctl(&[
+        "volume",
+        "create",
+        "w",
+        "--backing",
+        path,
+        "--size",
+        "0",
+        "--key",
+        &key,
+        "--purpose",
+        "zeebe",
+        "--force",
+    ]);
+    assert_eq!(code, WRONG_STATE, "it is attached: {answer}");
+    daemon.ok(&["detach", "v"]);
+    run(Command::new("/usr/sbin/cryptsetup").args(["isLuks", "--type", "luks2", path]));
+    daemon.ok(&["attach", "v"]);
+    nbdsh(&daemon.uri("v"), "assert h.pread(4096, h.get_size() - 4096) == b'e' * 4096");
+    daemon.ok(&["detach", "v"]);
+}
+
+#[test]
+fn a_volume_of_small_sectors_lies_on_a_device_of_large_ones() {
+    if !can_mount(&["nbdsh"]) {
+        return;
+    }
+    let daemon = Daemon::start_on_disk();
+    let key = daemon.key();
+    let disk = file_of(daemon.dir.path(), 64 << 20);
+    let device = LoopDevice::new(&disk, &["--sector-size", "4096", "--direct-io=on"]);
+    daemon.ok(&[
+        "volume",
+        "create",
+        "v",
+        "--backing",
+        device.path(),
+        "--size",
+        "0",
+        "--key",
+        &key,
+        "--purpose",
+        "zeebe",
+        "--sector-size",
+        "512",
+    ]);
+    daemon.ok(&["attach", "v"]);
+    // Beside each other in one block of the device, over many connections, odd sizes and places.
+    nbdsh(
+        &daemon.uri("v"),
+        "import random\nrandom.seed(1)\nmirror = bytearray(1 << 20)\nh.zero(1 << 20, 0)\n\
+         for i in range(300):\n\
+         \x20   at = random.randrange(0, (1 << 20) - 9000)\n\
+         \x20   data = random.randbytes(random.choice([1, 511, 512, 513, 1024, 4096, 8999]))\n\
+         \x20   h.pwrite(data, at)\n\
+         \x20   mirror[at:at + len(data)] = data\n\
+         h.flush()\nassert h.pread(1 << 20, 0) == mirror",
+    );
+    daemon.ok(&["detach", "v"]);
+}
+
+#[test]
+fn a_read_only_device_is_served_read_only_and_only_if_asked() {
+    if !can_mount(&["nbdsh"]) {
+        return;
+    }
+    let daemon = Daemon::start_on_disk();
+    let key = daemon.key();
+    daemon.create("made", "8M", &key);
+    daemon.ok(&["volume", "forget", "made"]);
+    let device = LoopDevice::new(&daemon.backing("made"), &["--read-only"]);
+    let path = device.path();
+    let (code, answer) = create(&daemon, "w", Path::new(path), "0", &key);
+    assert_eq!(code, FAILED, "{answer}");
+    assert!(why(&answer).contains("Read-only"), "{answer}");
+    let definition = daemon.dir.path().join("volumes.d/v.toml");
+    std::fs::write(definition, format!("backing = \"{path}\"\n")).unwrap();
+    let (code, answer) = daemon.ctl(&["attach", "v"]);
+    assert_eq!(code, FAILED, "{answer}");
+    assert!(answer["remedy"].as_str().unwrap().contains("--read-only"), "{answer}");
+    let answer = daemon.ok(&["attach", "v", "--read-only"]);
+    assert_eq!(answer["read_only"], true);
+    nbdsh(
+        &daemon.uri("v"),
+        "assert h.is_read_only()\nh.pread(4096, 0)\n\
+         h.set_strict_mode(0)\n\
+         try:\n    h.pwrite(b'x', 0)\n    assert False\n\
+         except nbd.Error as e:\n    assert e.errno == 'EPERM', e",
+    );
+    daemon.ok(&["detach", "v"]);
+}
+
+#[test]
+fn one_store_is_served_once_whatever_its_name() {
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.volume("v", "8M", &key);
+    let dir = daemon.dir.path();
+    let hard = dir.join("hard-link");
+    std::fs::hard_link(daemon.backing("v"), &hard).unwrap();
+    let soft = dir.join("symbolic-link");
+    std::os::unix::fs::symlink(daemon.backing("v"), &soft).unwrap();
+    let other = Daemon::start();
+    for (name, backing) in [("hard", hard), ("soft", soft), ("same", daemon.backing("v"))] {
+        let definition = format!("backing = \"{}\"\n", backing.display());
+        for daemon in [&daemon, &other] {
+            let file = daemon.dir.path().join("volumes.d").join(format!("{name}.toml"));
+            std::fs::write(file, &definition).unwrap();
+            let (code, answer) = daemon.ctl(&["attach", name]);
+            assert_eq!(code, WRONG_STATE, "{answer}");
+            assert!(why(&answer).contains("in use"), "{answer}");
+        }
+    }
+    assert_eq!(daemon.state("v"), "serving");
+}
+
+#[test]
+fn a_full_store_fails_writes_and_nothing_else() {
+    if !can_mount(&["nbdsh"]) {
+        return;
+    }
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    let dir = tempfile::tempdir().unwrap();
+    let small = Mount::tmpfs(dir.path(), "8m");
+    let ballast = small.path().join("ballast");
+    let (code, answer) = create(&daemon, "v", &small.path().join("v.img"), "64M", &key);
+    assert_eq!(code, 0, "{answer}");
+    daemon.ok(&["attach", "v"]);
+    std::fs::write(&ballast, vec![1; 4 << 20]).unwrap();
+    let uri = daemon.uri("v");
+    nbdsh(
+        &uri,
+        "h.pwrite(b'a' * (1 << 20), 0)\nh.flush()\n\
+         try:\n\
+         \x20   for i in range(1, 32): h.pwrite(b'b' * (1 << 20), i << 20)\n\
+         \x20   assert False, 'it never filled up'\n\
+         except nbd.Error as e:\n    assert e.errno in ('ENOSPC', 'EIO'), e\n\
+         assert h.pread(1 << 20, 0) == b'a' * (1 << 20)\nh.flush()\n\
+         h.pwrite(b'c' * 4096, 0)\nassert h.pread(4096, 0) == b'c' * 4096",
+    );
+    assert_eq!(daemon.state("v"), "serving");
+    std::fs::remove_file(&ballast).unwrap();
+    nbdsh(&uri, "h.pwrite(b'd' * (1 << 20), 40 << 20)\nh.flush()");
+    daemon.ok(&["detach", "v"]);
+}
+
+#[test]
+fn a_store_that_is_cut_off_while_it_is_served_fails_what_is_gone() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let daemon = Daemon::start_on_disk();
+    let key = daemon.key();
+    daemon.volume("v", "8M", &key);
+    let uri = daemon.uri("v");
+    nbdsh(&uri, "h.pwrite(b'a' * (1 << 20), 0)\nh.pwrite(b'z' * 4096, 6 << 20)\nh.flush()");
+    let file = File::options().write(true).open(daemon.backing("v")).unwrap();
+    file.set_len((16 << 20) + (4 << 20)).unwrap();
+    nbdsh(
+        &uri,
+        "assert h.pread(1 << 20, 0) == b'a' * (1 << 20)\n\
+         try:\n    h.pread(4096, 6 << 20)\n    assert False, 'read what is not there'\n\
+         except nbd.Error as e:\n    assert e.errno == 'EIO', e\n\
+         assert h.pread(1 << 20, 0) == b'a' * (1 << 20)",
+    );
+}
+
+/// A disk that can be made to hang: nbdkit, in memory, behind nbdfuse.
+struct HangingDisk {
+    file: Option<NbdFile>,
+    nbdkit: Child,
+    _dir: TempDir,
+}
+
+impl HangingDisk {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let nbdkit = Command::new("nbdkit")
+            .args(["--foreground", "--unix"])
+            .arg(&socket)
+            .args(["memory", "32M"])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        until("nbdkit listens", || socket.exists());
+        let mut disk = Self { file: None, nbdkit, _dir: dir };
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        disk.file = Some(NbdFile::new(&uri, &disk._dir.path().join("fuse")));
+        disk
+    }
+
+    fn path(&self) -> PathBuf {
+        self.file.as_ref().unwrap().path()
+    }
+
+    fn signal(&self, signal: &str) {
+        run(Command::new("kill").args([signal, &self.nbdkit.id().to_string()]));
+    }
+}
+
+impl Drop for HangingDisk {
+    fn drop(&mut self) {
+        self.signal("-CONT");
+        drop(self.file.take());
+        // It may have ended already.
+        let _killed = self.nbdkit.kill();
+        let _ended = self.nbdkit.wait();
+    }
+}
+
+#[test]
+fn a_store_that_hangs_holds_neither_the_key_nor_a_client_back() {
+    if !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let disk = HangingDisk::new();
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    // What nbdfuse shows is a file whose size cannot be changed, so the volume is copied there.
+    daemon.create("made", "8M", &key);
+    run(Command::new("dd")
+        .args(["conv=notrunc", "bs=1M", "status=none"])
+        .arg(format!("if={}", daemon.backing("made").display()))
+        .arg(format!("of={}", disk.path().display())));
+    daemon.ok(&["volume", "forget", "made"]);
+    let definition = daemon.dir.path().join("volumes.d/v.toml");
+    std::fs::write(definition, format!("backing = \"{}\"\n", disk.path().display())).unwrap();
+    daemon.ok(&["attach", "v"]);
+    let uri = daemon.uri("v");
+    nbdsh(&uri, "h.pwrite(b'k' * 65536, 0)\nh.flush()");
+    disk.signal("-STOP");
+    // One request hangs in the store; the client says when, and then how it ended.
+    let log = daemon.dir.path().join("client");
+    let client = Command::new("/usr/bin/python3")
+        .args(["-u", "-m", "nbd", "-u", &uri, "-c"])
+        .arg(
+            "buffer = nbd.Buffer.from_bytearray(b'n' * 65536)\n\
+             cookie = h.aio_pwrite(buffer, 1 << 20)\n\
+             print('sent', flush=True)\n\
+             while not h.aio_command_completed(cookie): h.poll(-1)",
+        )
+        .stdin(Stdio::null())
+        .stdout(File::create(&log).unwrap())
+        .stderr(File::options().append(true).create(true).open(&log).unwrap())
+        .spawn()
+        .unwrap();
+    let mut client = Ended(client);
+    let said = || std::fs::read_to_string(&log).unwrap();
+    until("the client has sent its request", || said().contains("sent"));
+    daemon.ok(&["dev", "key", "disable", &key]);
+    until("the volume is fenced", || daemon.state("v") == "fenced");
+    until("the key is destroyed", || daemon.log().contains("the key is destroyed"));
+    until("the client has its answer", || client.0.try_wait().unwrap().is_some());
+    assert!(said().contains("EPERM") || said().contains("Operation not permitted"), "{}", said());
+    disk.signal("-CONT");
+    daemon.ok(&["dev", "key", "enable", &key]);
+    until("the volume is served again", || daemon.state("v") == "serving");
+    nbdsh(&uri, "assert h.pread(65536, 0) == b'k' * 65536\nh.flush()");
+    daemon.ok(&["detach", "v"]);
+}
+
+/// A process that ends with its owner.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _killed = self.0.kill();
+        let _ended = self.0.wait();
+    }
+}
+
+#[test]
+fn tcp_serves_this_machine_alone_if_it_is_asked_to() {
+    if !have(&["nbdinfo"]) {
+        return;
+    }
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let customer = Daemon::start();
+    let endpoint = std::fs::read_to_string(customer.dir.path().join("kms-endpoint")).unwrap();
+    let daemon = Daemon::configured(&format!(
+        "tcp_listen = \"{free}\"\n[kms]\nregion = \"eu-central-1\"\nendpoint = \"{}\"\n",
+        endpoint.trim()
+    ));
+    let key = customer.key();
+    daemon.volume("v", "8M", &key);
+    daemon.volume("w", "8M", &key);
+    let listed =
+        run(Command::new("nbdinfo").args(["--list", "--json"]).arg(format!("nbd://{free}")));
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    let names: Vec<_> =
+        listed["exports"].as_array().unwrap().iter().map(|e| e["export-name"].clone()).collect();
+    assert_eq!(names, ["v", "w"]);
+    nbdsh(&format!("nbd://{free}/w"), "h.pwrite(b'w', 0)\nassert h.pread(1, 0) == b'w'");
+    daemon.ok(&["detach", "w"]);
+    assert!(
+        !output(python_nbd().args(["-u", &format!("nbd://{free}/w"), "-c", "pass"]))
+            .status
+            .success()
+    );
+}
+
+#[test]
+fn a_socket_serves_only_whom_its_definition_names() {
+    if !have(&["nbdsh", "setpriv"]) {
+        return;
+    }
+    if !nix::unistd::geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "becoming another user needs root");
+        println!("skipped: becoming another user needs root");
+        return;
+    }
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    std::fs::set_permissions(daemon.dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    daemon.create("v", "8M", &key);
+    let uri = daemon.uri("v");
+    let socket = daemon.dir.path().join("nbd/v.sock");
+    let as_nobody = || {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "nobody", "--regid", "nogroup", "--clear-groups"]);
+        command.args(["/usr/bin/python3", "-m", "nbd", "-u", &uri, "-c", "h.pread(512, 0)"]);
+        output(&mut command)
+    };
+    let mode = || std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777;
+    daemon.ok(&["attach", "v"]);
+    assert_eq!(mode(), 0o660);
+    let refused = as_nobody();
+    assert!(!refused.status.success(), "a stranger is refused");
+    // Also when the socket was opened to everybody: the peer's credentials decide.
+    std::fs::set_permissions(&socket, PermissionsExt::from_mode(0o666)).unwrap();
+    assert!(!as_nobody().status.success(), "a stranger is refused by the daemon");
+    assert!(daemon.log().contains("refused"), "{}", daemon.log());
+    daemon.ok(&["detach", "v"]);
+    let definition = daemon.dir.path().join("volumes.d/v.toml");
+    let mut text = std::fs::read_to_string(&definition).unwrap();
+    text.push_str("group = \"nogroup\"\n");
+    std::fs::write(&definition, text).unwrap();
+    daemon.ok(&["attach", "v"]);
+    let served = as_nobody();
+    assert!(served.status.success(), "{}", String::from_utf8_lossy(&served.stderr));
+}
