@@ -1,0 +1,507 @@
+//! AWS KMS as a [`KeyService`].
+//!
+//! What stays true here:
+//! - Every call ends within its time limit: the SDK itself sets none but for connecting.
+//! - An answer counts only if it names the key that was asked for and holds what was expected; an
+//!   HTTP 200 proves nothing.
+//! - The encryption context and the key's ARN go with every call.
+//! - A probe is one attempt, but for one more when our signature was refused: the SDK measures the
+//!   clock's error from the first answer and signs the second one right.
+//! - Whatever carries a volume key uses a connection of its own and wipes what it can reach (see
+//!   `super::http`): the body of the answer, its frames, and the decoded plaintext.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `settings.rs` | region, endpoint, credentials, time limits |
+//! | `check.rs` | a key tried step by step, and the rules it has to keep |
+//! | `words.rs` | what an error of the SDK says |
+//!
+//! Four SDK clients share one configuration, so one set of cached credentials: with and without
+//! retries, with pooled and with fresh connections.
+
+mod check;
+mod settings;
+mod words;
+
+use std::error::Error;
+use std::time::Duration;
+
+use aws_config::SdkConfig;
+use aws_config::retry::RetryConfig;
+use aws_sdk_kms::Client;
+use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_kms::operation::RequestId;
+use aws_sdk_kms::operation::generate_data_key::GenerateDataKeyOutput;
+use aws_sdk_kms::primitives::Blob;
+use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
+use zeroize::Zeroizing;
+
+use super::http::{self, Reuse};
+use super::verdict::{self, Answer, DisconnectedStore, Unproven};
+use super::{KeyDescription, KeyService, KmsError, NewKey, Operation, Proof, ServiceError};
+use crate::key::lease::Connection;
+use crate::key::secret::SecretMemoryError;
+use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
+use crate::key::{VOLUME_KEY_LEN, VolumeKey};
+use settings::{retries, shared_config, timeouts};
+use words::{Kind, Words};
+
+pub use settings::{AwsSettings, AwsSettingsError, RoleToAssume};
+
+/// AWS KMS, or whatever speaks its protocol at the configured endpoint.
+pub struct AwsKms {
+    /// Retries, pooled connections: for what carries no secret.
+    describing: Client,
+    /// Retries, fresh connections: for volume keys.
+    keys: Client,
+    /// One attempt, pooled connections.
+    probing: Client,
+    /// One attempt, a fresh connection.
+    confirming: Client,
+    region: String,
+    store: DisconnectedStore,
+}
+
+impl AwsKms {
+    /// Sets the clients up. Nothing is sent to KMS yet; finding a region or credentials may read
+    /// files and ask the instance's metadata service.
+    ///
+    /// # Errors
+    /// The settings cannot work together, or there is no region.
+    pub async fn connect(settings: AwsSettings) -> Result<Self, AwsSettingsError> {
+        if let Some(endpoint) = &settings.endpoint {
+            if settings.fips {
+                return Err(AwsSettingsError::FipsWithEndpoint(endpoint.clone()));
+            }
+            let after_scheme = endpoint
+                .strip_prefix("http://")
+                .or_else(|| endpoint.strip_prefix("https://"))
+                .unwrap_or_default();
+            if after_scheme.is_empty() || after_scheme.starts_with('/') {
+                return Err(AwsSettingsError::Endpoint(endpoint.clone()));
+            }
+        }
+        Self::over(&shared_config(&settings).await, &settings)
+    }
+
+    /// The clients over a configuration whose region and credentials are known.
+    fn over(shared: &SdkConfig, settings: &AwsSettings) -> Result<Self, AwsSettingsError> {
+        let Some(region) = shared.region().map(ToString::to_string) else {
+            return Err(AwsSettingsError::NoRegion);
+        };
+        let client = |reuse, retries: RetryConfig, limit: Duration| {
+            let mut config = aws_sdk_kms::config::Builder::from(shared)
+                .http_client(http::client(reuse))
+                .retry_config(retries)
+                .timeout_config(timeouts(settings, limit));
+            // Not in the shared configuration: there it would move STS to that address too.
+            if let Some(endpoint) = &settings.endpoint {
+                config = config.endpoint_url(endpoint);
+            }
+            Client::from_conf(config.build())
+        };
+        let attempt = settings.attempt_timeout;
+        let operation = settings.operation_timeout;
+        Ok(Self {
+            describing: client(Reuse::Pooled, retries(), operation),
+            keys: client(Reuse::Never, retries(), operation),
+            probing: client(Reuse::Pooled, RetryConfig::disabled(), attempt),
+            confirming: client(Reuse::Never, RetryConfig::disabled(), attempt),
+            region,
+            store: settings.disconnected_store,
+        })
+    }
+
+    /// The region whose KMS is asked.
+    #[must_use]
+    pub fn region(&self) -> &str {
+        &self.region
+    }
+
+    /// A data key of `len` bytes.
+    async fn generate(
+        &self,
+        arn: &KeyArn,
+        context: &EncryptionContext,
+        len: i32,
+    ) -> Result<DataKey, KmsError> {
+        let answer = self
+            .keys
+            .generate_data_key()
+            .key_id(arn.as_str())
+            .number_of_bytes(len)
+            .set_encryption_context(Some(pairs(context)))
+            .send()
+            .await;
+        let mut output = match answer {
+            Ok(output) => output,
+            Err(error) => return Err(self.failed(Operation::GenerateDataKey, arn, error).await),
+        };
+        let request_id = output.request_id().map(ToOwned::to_owned);
+        let plaintext = take_plaintext(&mut output);
+        let unproven =
+            |what| self.unproven(Operation::GenerateDataKey, arn, what, request_id.clone());
+        let blob = match output.ciphertext_blob.take() {
+            Some(blob) if !blob.as_ref().is_empty() => blob.into_inner(),
+            Some(_) | None => return Err(unproven(Unproven::Empty)),
+        };
+        match output.key_id() {
+            Some(key) if key == arn.as_str() => {}
+            Some(_) => return Err(unproven(Unproven::OtherKey)),
+            None => return Err(unproven(Unproven::Empty)),
+        }
+        match plaintext {
+            Some(plaintext) if i32::try_from(plaintext.len()) == Ok(len) => {
+                Ok(DataKey { plaintext, blob, request_id })
+            }
+            Some(plaintext) if !plaintext.is_empty() => Err(unproven(Unproven::OtherPlaintext)),
+            Some(_) | None => Err(unproven(Unproven::Empty)),
+        }
+    }
+
+    /// The plaintext of `wrapped`, non-empty and from the key asked for; the caller knows what it
+    /// must be.
+    async fn decrypt(
+        &self,
+        client: &Client,
+        wrapped: &WrappedKey,
+    ) -> Result<(Zeroizing<Vec<u8>>, Option<String>), KmsError> {
+        let arn = &wrapped.key_arn;
+        let send = || {
+            client
+                .decrypt()
+                .key_id(arn.as_str())
+                .ciphertext_blob(Blob::new(wrapped.blob.clone()))
+                .set_encryption_context(Some(pairs(&wrapped.context)))
+                .send()
+        };
+        let mut answer = send().await;
+        if answer.as_ref().is_err_and(|e| e.code().is_some_and(verdict::is_signature_error)) {
+            answer = send().await;
+        }
+        let mut output = match answer {
+            Ok(output) => output,
+            Err(error) => return Err(self.failed(Operation::Decrypt, arn, error).await),
+        };
+        let request_id = output.request_id().map(ToOwned::to_owned);
+        let plaintext = output.plaintext.take().map(Blob::into_inner).map(Zeroizing::new);
+        let unproven = |what| self.unproven(Operation::Decrypt, arn, what, request_id.clone());
+        match output.key_id() {
+            Some(key) if key == arn.as_str() => {}
+            Some(_) => return Err(unproven(Unproven::OtherKey)),
+            None => return Err(unproven(Unproven::Empty)),
+        }
+        match plaintext {
+            Some(plaintext) if !plaintext.is_empty() => Ok((plaintext, request_id)),
+            Some(_) | None => Err(unproven(Unproven::Empty)),
+        }
+    }
+
+    fn unproven(
+        &self,
+        operation: Operation,
+        arn: &KeyArn,
+        what: Unproven,
+        request_id: Option<String>,
+    ) -> KmsError {
+        let judgement = verdict::judge(Answer::Unproven(what), self.store);
+        let message = match what {
+            Unproven::NoCode => "an HTTP error without an error code of KMS",
+            Unproven::Garbled => "an answer that cannot be read",
+            Unproven::Empty => "a success without key ARN, plaintext or blob",
+            Unproven::OtherKey => "a success that names another key",
+            Unproven::OtherPlaintext => "a success with another plaintext than expected",
+        };
+        KmsError {
+            operation,
+            key: arn.clone(),
+            code: what.code().to_owned(),
+            message: message.to_owned(),
+            request_id,
+            verdict: judgement.verdict,
+            remedy: judgement.remedy.to_owned(),
+        }
+    }
+
+    /// The error of a call, judged. An invalid key state is looked up first, for the exception
+    /// alone decides nothing.
+    async fn failed<E>(
+        &self,
+        operation: Operation,
+        arn: &KeyArn,
+        error: SdkError<E, HttpResponse>,
+    ) -> KmsError
+    where
+        E: ProvideErrorMetadata + Error + Send + Sync + 'static,
+    {
+        let words = Words::of(&error);
+        drop(error);
+        let mut key_state = None;
+        if words.kind == Kind::Code && words.code == "KMSInvalidStateException" {
+            // One attempt within a probe's limit: this is part of a probe.
+            let answer = self.probing.describe_key().key_id(arn.as_str()).send().await;
+            key_state = answer
+                .ok()
+                .and_then(|output| output.key_metadata)
+                .and_then(|key| key.key_state.map(|state| state.as_str().to_owned()));
+        }
+        words.judged(operation, arn, key_state.as_deref(), self.store)
+    }
+}
+
+impl KeyService for AwsKms {
+    async fn make_key(
+        &self,
+        arn: &KeyArn,
+        context: &EncryptionContext,
+    ) -> Result<NewKey, ServiceError> {
+        self.check_rules(arn).await?;
+        let data_key = self.generate(arn, context, VOLUME_KEY_LEN_I32).await?;
+        let key = volume_key(&data_key.plaintext).ok_or_else(|| {
+            self.unproven(
+                Operation::GenerateDataKey,
+                arn,
+                Unproven::OtherPlaintext,
+                data_key.request_id,
+            )
+        })??;
+        let wrapped =
+            WrappedKey { key_arn: arn.clone(), blob: data_key.blob, context: context.clone() };
+        Ok(NewKey { key, wrapped })
+    }
+
+    async fn unwrap_key(&self, wrapped: &WrappedKey) -> Result<(VolumeKey, Proof), ServiceError> {
+        self.check_region(Operation::Decrypt, &wrapped.key_arn)?;
+        let (plaintext, request_id) = self.decrypt(&self.keys, wrapped).await?;
+        let key = volume_key(&plaintext).ok_or_else(|| {
+            let what = Unproven::OtherPlaintext;
+            self.unproven(Operation::Decrypt, &wrapped.key_arn, what, request_id.clone())
+        })??;
+        Ok((key, Proof { request_id }))
+    }
+
+    async fn make_canary(
+        &self,
+        arn: &KeyArn,
+        context: &EncryptionContext,
+    ) -> Result<Canary, ServiceError> {
+        self.check_region(Operation::GenerateDataKey, arn)?;
+        let data_key = self.generate(arn, context, CANARY_LEN).await?;
+        let sha256 = sha256(&data_key.plaintext);
+        let wrapped =
+            WrappedKey { key_arn: arn.clone(), blob: data_key.blob, context: context.clone() };
+        Ok(Canary { wrapped, sha256 })
+    }
+
+    async fn probe(&self, canary: &Canary, connection: Connection) -> Result<Proof, KmsError> {
+        let arn = &canary.wrapped.key_arn;
+        self.check_region(Operation::Decrypt, arn)?;
+        let client = match connection {
+            Connection::Pooled => &self.probing,
+            Connection::Fresh => &self.confirming,
+        };
+        let (plaintext, request_id) = self.decrypt(client, &canary.wrapped).await?;
+        if sha256(&plaintext) != canary.sha256 {
+            let what = Unproven::OtherPlaintext;
+            return Err(self.unproven(Operation::Decrypt, arn, what, request_id));
+        }
+        Ok(Proof { request_id })
+    }
+
+    async fn describe(&self, arn: &KeyArn) -> Result<KeyDescription, KmsError> {
+        self.check_region(Operation::DescribeKey, arn)?;
+        let output = match self.describing.describe_key().key_id(arn.as_str()).send().await {
+            Ok(output) => output,
+            Err(error) => return Err(self.failed(Operation::DescribeKey, arn, error).await),
+        };
+        let request_id = output.request_id().map(ToOwned::to_owned);
+        let unproven = |what| self.unproven(Operation::DescribeKey, arn, what, request_id.clone());
+        let Some(key) = output.key_metadata else {
+            return Err(unproven(Unproven::Empty));
+        };
+        match key.arn() {
+            Some(answered) if answered == arn.as_str() => {}
+            Some(_) => return Err(unproven(Unproven::OtherKey)),
+            None => return Err(unproven(Unproven::Empty)),
+        }
+        let word = |word: Option<&str>| word.unwrap_or_default().to_owned();
+        Ok(KeyDescription {
+            arn: arn.as_str().to_owned(),
+            state: word(key.key_state().map(|state| state.as_str())),
+            spec: word(key.key_spec().map(|spec| spec.as_str())),
+            usage: word(key.key_usage().map(|usage| usage.as_str())),
+            origin: word(key.origin().map(|origin| origin.as_str())),
+            multi_region: key.multi_region().unwrap_or_default(),
+            request_id,
+        })
+    }
+}
+
+/// A canary is as long as an AES-256 key: no reason to be of another kind than what it stands for.
+const CANARY_LEN: i32 = 32;
+/// [`VOLUME_KEY_LEN`] as KMS counts it.
+const VOLUME_KEY_LEN_I32: i32 = 64;
+const _: () = assert!(VOLUME_KEY_LEN == 64);
+
+/// A data key as it came, its plaintext wiped when dropped.
+struct DataKey {
+    plaintext: Zeroizing<Vec<u8>>,
+    blob: Vec<u8>,
+    request_id: Option<String>,
+}
+
+fn take_plaintext(output: &mut GenerateDataKeyOutput) -> Option<Zeroizing<Vec<u8>>> {
+    output.plaintext.take().map(Blob::into_inner).map(Zeroizing::new)
+}
+
+/// The plaintext in secret memory; `None` if it is not as long as a volume key.
+fn volume_key(plaintext: &[u8]) -> Option<Result<VolumeKey, SecretMemoryError>> {
+    let bytes: &[u8; VOLUME_KEY_LEN] = plaintext.try_into().ok()?;
+    Some(VolumeKey::init_with(|key| {
+        key.copy_from_slice(bytes);
+        Ok(())
+    }))
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+    let mut sum = [0; 32];
+    sum.copy_from_slice(digest.as_ref());
+    sum
+}
+
+fn pairs(context: &EncryptionContext) -> std::collections::HashMap<String, String> {
+    context.pairs().iter().map(|(k, v)| (k.clone(), v.clone())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use aws_credential_types::Credentials;
+    use aws_credential_types::credential_fn::provide_credentials_fn;
+    use aws_credential_types::provider::SharedCredentialsProvider;
+    use aws_credential_types::provider::error::CredentialsError;
+
+    use super::*;
+    use crate::key::lease::Verdict;
+    use crate::kms::dev::{DevKms, Fault};
+
+    fn settings(kms: &DevKms) -> AwsSettings {
+        AwsSettings {
+            region: Some("eu-central-1".to_owned()),
+            endpoint: Some(kms.endpoint().to_owned()),
+            attempt_timeout: Duration::from_millis(500),
+            static_credentials: Some(("dev".to_owned(), "dev".to_owned())),
+            ..AwsSettings::default()
+        }
+    }
+
+    fn some_arn() -> KeyArn {
+        "arn:aws:kms:eu-central-1:000000000000:key/00000000-0000-4000-8000-000000000000"
+            .parse()
+            .expect("an ARN")
+    }
+
+    async fn dev(dir: &std::path::Path) -> DevKms {
+        DevKms::start(dir, "eu-central-1").await.expect("the development KMS")
+    }
+
+    /// With this provider of credentials instead of the static ones.
+    async fn with_provider<F, Fut>(kms: &DevKms, provide: F) -> AwsKms
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Credentials, CredentialsError>> + Send + 'static,
+    {
+        let settings = settings(kms);
+        let shared = shared_config(&settings)
+            .await
+            .into_builder()
+            .credentials_provider(SharedCredentialsProvider::new(provide_credentials_fn(provide)))
+            .build();
+        AwsKms::over(&shared, &settings).expect("settings that fit")
+    }
+
+    #[tokio::test]
+    async fn missing_and_hanging_credentials_are_ours_not_the_customers() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = dev(dir.path()).await;
+        let none = with_provider(&server, || async {
+            Err(CredentialsError::not_loaded("the metadata service is down"))
+        })
+        .await;
+        let slow = with_provider(&server, || async {
+            std::future::pending::<()>().await;
+            Err(CredentialsError::unhandled("never"))
+        })
+        .await;
+        for kms in [none, slow] {
+            let error = kms.describe(&some_arn()).await.expect_err("no credentials");
+            assert_eq!(
+                (error.verdict, error.code.as_str()),
+                (Verdict::Credentials, "NoCredentials"),
+                "{error}"
+            );
+        }
+        assert!(server.requests().is_empty(), "nothing is sent unsigned");
+    }
+
+    #[tokio::test]
+    async fn expired_credentials_are_ours_and_fresh_ones_work_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = dev(dir.path()).await;
+        let given = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&given);
+        let kms =
+            with_provider(&server, move || {
+                let n = count.fetch_add(1, Ordering::Relaxed);
+                // The first ones run out at once.
+                let life = if n == 0 { Duration::ZERO } else { Duration::from_secs(3600) };
+                let expiry = std::time::SystemTime::now() + life;
+                async move {
+                    Ok(Credentials::new(format!("AKID{n}"), "secret", None, Some(expiry), "test"))
+                }
+            })
+            .await;
+        server.inject(Fault::error(400, "ExpiredTokenException", "The token expired").times(1));
+        let error = kms.describe(&some_arn()).await.expect_err("expired");
+        assert_eq!(error.verdict, Verdict::Credentials, "{error}");
+        let error = kms.describe(&some_arn()).await.expect_err("no such key");
+        assert_eq!(error.code, "NotFoundException", "{error}");
+        let keys: Vec<_> = server.requests().into_iter().filter_map(|r| r.access_key).collect();
+        assert_eq!(keys, ["AKID0", "AKID1"], "the second call asked for credentials again");
+    }
+
+    #[tokio::test]
+    async fn settings_that_cannot_work_are_refused() {
+        let both = AwsSettings {
+            fips: true,
+            region: Some("eu-central-1".to_owned()),
+            endpoint: Some("https://kms.example.com".to_owned()),
+            ..AwsSettings::default()
+        };
+        assert!(matches!(
+            AwsKms::connect(both).await,
+            Err(AwsSettingsError::FipsWithEndpoint(endpoint)) if endpoint.contains("example")
+        ));
+        for endpoint in ["kms.example.com", "http://", "ftp://x", "https:///x"] {
+            let wrong =
+                AwsSettings { endpoint: Some(endpoint.to_owned()), ..AwsSettings::default() };
+            assert!(
+                matches!(AwsKms::connect(wrong).await, Err(AwsSettingsError::Endpoint(_))),
+                "{endpoint}"
+            );
+        }
+    }
+
+    #[test]
+    fn settings_show_no_secret() {
+        let settings = AwsSettings {
+            static_credentials: Some(("AKID".to_owned(), "hidden".to_owned())),
+            ..AwsSettings::default()
+        };
+        let shown = format!("{settings:?}");
+        assert!(shown.contains("AKID") && !shown.contains("hidden"), "{shown}");
+    }
+}
