@@ -283,3 +283,22 @@ impl Digest {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_others_are_written_as_they_were_read() {
+        for number in ["0.1", "2.2250738585072014e-308", "7.2057594037927945e16", "-0.0", "17"] {
+            let text = format!(r#"{{"tokens":{{"3":{{"type":"other","n":{number}}}}}}}"#);
+            let metadata = Metadata::parse(text.as_bytes()).unwrap();
+            let again = Metadata::parse(&metadata.encode()).unwrap();
+            let value = |metadata: &Metadata| {
+                metadata.tokens("other").next().and_then(|(_, t)| t["n"].as_f64()).unwrap()
+            };
+            assert_eq!(value(&metadata).to_bits(), number.parse::<f64>().unwrap().to_bits());
+            assert_eq!(metadata, again, "{number}");
+        }
+    }
+}
