@@ -212,14 +212,20 @@ mod tests {
     fn secret_pages_are_left_out_of_dumps_and_forks() {
         use_locked_pages_only();
         let pages = SecretPages::new(1).expect("locked memory");
-        let address = format!("{:x}-", pages.base.as_ptr().addr());
+        let address = pages.base.as_ptr().addr();
         let maps = std::fs::read_to_string("/proc/self/smaps").expect("smaps");
-        let flags = maps
-            .split(&address)
-            .nth(1)
-            .and_then(|rest| rest.split("VmFlags:").nth(1))
-            .and_then(|rest| rest.lines().next())
-            .expect("our mapping starts a line of its own");
+        // Neighbours with the same flags are one mapping, so ours may lie anywhere within one.
+        let holds = |line: &&str| {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            let bounds = range.and_then(|(from, to)| {
+                let number = |text| usize::from_str_radix(text, 16).ok();
+                Some(number(from)?..number(to)?)
+            });
+            bounds.is_some_and(|bounds| bounds.contains(&address))
+        };
+        let mut lines = maps.lines();
+        assert!(lines.by_ref().any(|line| holds(&line)), "our mapping is there");
+        let flags = lines.find(|line| line.starts_with("VmFlags:")).expect("its flags");
         for flag in ["lo", "dd", "dc"] {
             assert!(flags.contains(flag), "{flag} is missing in {flags}");
         }
