@@ -11,8 +11,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::key::lease::{Allowance, LeasePolicy};
-use crate::key::wrapped::Role;
+use crate::key::lease::{Allowance, DisconnectedStore, LeasePolicy, ProbePlan};
+use crate::key::wrapped::{KeyArn, Role};
 
 /// What is wrong with the files, all of it.
 #[derive(Debug, Error)]
@@ -86,7 +86,7 @@ impl Default for Config {
 }
 
 /// `[kms]`: how AWS KMS is reached. Credentials come from the SDK's ordinary chain.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct KmsConfig {
     /// The region; the SDK's own if absent.
@@ -97,6 +97,39 @@ pub struct KmsConfig {
     pub fips: bool,
     /// A profile of the shared configuration files.
     pub profile: Option<String>,
+    /// A key of the operator's own, asked with the same credentials when a customer's key denies
+    /// access: if it is denied as well, the fault is ours.
+    pub witness_key: Option<KeyArn>,
+    /// What it means that a custom key store is disconnected.
+    pub disconnected_store: DisconnectedStore,
+    /// Up to this many volumes on a key and role, each is probed every interval; more take turns.
+    pub probe_each_up_to: usize,
+    /// Probes a second of the whole node, at most.
+    pub max_probes_per_second: u32,
+}
+
+impl Default for KmsConfig {
+    fn default() -> Self {
+        let plan = ProbePlan::default();
+        Self {
+            region: None,
+            endpoint: None,
+            fips: false,
+            profile: None,
+            witness_key: None,
+            disconnected_store: DisconnectedStore::default(),
+            probe_each_up_to: plan.each_up_to,
+            max_probes_per_second: plan.most_per_second,
+        }
+    }
+}
+
+impl KmsConfig {
+    /// How probes of many volumes are spread.
+    #[must_use]
+    pub fn plan(&self) -> ProbePlan {
+        ProbePlan { each_up_to: self.probe_each_up_to, most_per_second: self.max_probes_per_second }
+    }
 }
 
 /// `[lease]`: how leases are kept; a volume may say otherwise for itself.
@@ -290,6 +323,9 @@ pub fn load(path: &Path) -> Result<Config, ConfigErrors> {
     }
     if config.max_connections == 0 {
         wrong("max_connections is 0: nobody could connect");
+    }
+    if config.kms.max_probes_per_second == 0 {
+        wrong("kms.max_probes_per_second is 0: nothing would be probed");
     }
     if config.kms.fips && config.kms.endpoint.is_some() {
         wrong("kms.fips and kms.endpoint exclude each other: name the FIPS endpoint itself");

@@ -11,6 +11,10 @@
 //!                        └── every enter() is refused with the FenceReason
 //! ```
 //!
+//! Besides, the fence knows until when the lease lasts if nothing more is heard
+//! ([`Fence::serve_until`]), and is as good as closed after that: a machine that slept serves
+//! nothing when it wakes, before anybody has had the time to close the fence.
+//!
 //! The lock in a gate is its connection's own. Nobody else takes it but the one who closes, so on
 //! the data path it is an uncontended exchange on a private cache line.
 
@@ -20,10 +24,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use thiserror::Error;
 
 use crate::buffer::{Buffer, Ciphertext, Plaintext};
+use crate::clock;
 use crate::crypt::awslc::Xts;
 use crate::crypt::{CryptError, Engine};
 use crate::key::VolumeKey;
-use crate::key::lease::FenceReason;
+use crate::key::lease::{FenceReason, Moment};
 use crate::key::secret::SecretArena;
 use crate::units::SectorRange;
 
@@ -58,12 +63,17 @@ struct Custody {
 
 const OPEN: u8 = u8::MAX;
 
+/// The lease has no end of its own.
+const FOR_EVER: u64 = u64::MAX;
+
 /// A volume's key behind a gate per connection.
 pub struct Fence {
     /// [`OPEN`], or the index of the reason in [`FenceReason::ALL`].
     state: AtomicU8,
     /// Counts closings, so that a connection notices one it slept through.
     closings: AtomicU64,
+    /// Milliseconds since boot, or [`FOR_EVER`].
+    until: AtomicU64,
     custody: Mutex<Option<Custody>>,
     gates: Mutex<Vec<Weak<Slot>>>,
 }
@@ -88,6 +98,7 @@ impl Fence {
         Ok(Arc::new(Self {
             state: AtomicU8::new(OPEN),
             closings: AtomicU64::new(0),
+            until: AtomicU64::new(FOR_EVER),
             custody: Mutex::new(Some(Custody::new(key)?)),
             gates: Mutex::default(),
         }))
@@ -102,13 +113,29 @@ impl Fence {
         Gate { fence: Arc::clone(self), slot }
     }
 
-    /// `Err` with the reason if the fence is closed. One load; the proof is [`Gate::enter`].
+    /// Ends service at `until` if the fence has not been closed by then; `None`: never.
+    pub fn serve_until(&self, until: Option<Moment>) {
+        let millis = until.map_or(FOR_EVER, |u| u64::try_from(u.0.as_millis()).unwrap_or(FOR_EVER));
+        self.until.store(millis, Ordering::Release);
+    }
+
+    /// `Err` if the lease has run out and nobody has closed the fence yet.
+    #[inline]
+    fn check_time(&self) -> Result<(), Fenced> {
+        let until = self.until.load(Ordering::Acquire);
+        if until != FOR_EVER && clock::now().0.as_millis() > u128::from(until) {
+            return Err(Fenced(FenceReason::Expired));
+        }
+        Ok(())
+    }
+
+    /// `Err` with the reason if the fence is closed. The proof is [`Gate::enter`].
     ///
     /// # Errors
     /// The fence is closed.
     pub fn check(&self) -> Result<(), Fenced> {
         match self.state.load(Ordering::Acquire) {
-            OPEN => Ok(()),
+            OPEN => self.check_time(),
             closed => Err(Fenced(
                 FenceReason::ALL.get(usize::from(closed)).copied().unwrap_or(FenceReason::Stopping),
             )),
@@ -177,6 +204,7 @@ impl Gate {
     /// The fence is closed, or the cipher could not be set up.
     #[inline]
     pub fn enter(&self) -> Result<Pass<'_>, EnterError> {
+        self.fence.check_time()?;
         let mut cipher = lock(&self.slot.0);
         if cipher.is_none() {
             *cipher = Some(self.key_cipher()?);
@@ -265,6 +293,8 @@ impl Pass<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::buffer::Pool;
     use crate::key::secret::SecretMemoryError;
@@ -288,6 +318,21 @@ mod tests {
         let refused = gate.enter().err();
         assert_eq!(refused, Some(EnterError::Fenced(Fenced(FenceReason::Denied))));
         assert!(fence.gate().enter().is_err(), "a gate made later is refused too");
+    }
+
+    #[test]
+    fn a_lease_that_has_run_out_ends_service_before_anybody_closes_the_fence() {
+        let fence = Fence::open(key(1)).unwrap();
+        let gate = fence.gate();
+        drop(gate.enter().unwrap());
+        fence.serve_until(Some(Moment(clock::now().0.saturating_sub(Duration::from_secs(1)))));
+        let over = Fenced(FenceReason::Expired);
+        assert!(matches!(gate.enter(), Err(EnterError::Fenced(fenced)) if fenced == over));
+        assert_eq!(fence.check(), Err(over));
+        fence.serve_until(Some(Moment(clock::now().0 + Duration::from_secs(60))));
+        drop(gate.enter().unwrap());
+        fence.serve_until(None);
+        drop(gate.enter().unwrap());
     }
 
     #[test]

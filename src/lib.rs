@@ -14,6 +14,7 @@
 //! | [`units`] | offsets, sectors, geometry: every range and overflow check |
 //! | [`exit`] | the exit codes of both programs |
 //! | [`harden`] | a process that gives its memory to nobody |
+//! | [`clock`] | the clock that leases are kept by |
 //! | [`buffer`] | aligned buffers: plaintext and ciphertext as two types |
 //! | [`key`] | key custody: secret memory, the volume key, the lease; public words of wrapping |
 //! | [`crypt`] | AES-256-XTS, two implementations and the start-up self-test |
@@ -34,6 +35,7 @@
 
 pub mod buffer;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod control;
 pub mod crypt;

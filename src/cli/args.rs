@@ -162,6 +162,21 @@ pub enum KeyCommand {
     },
     /// Print the least policy that the customer's key needs.
     Policy(PolicyArgs),
+    /// Fence a volume by hand and keep it so, also over a restart of the daemon.
+    Suspend {
+        /// The volume's name.
+        name: String,
+    },
+    /// Take a suspension back: the volume is served again when KMS allows it.
+    Resume {
+        /// The volume's name.
+        name: String,
+    },
+    /// Ask KMS now instead of when it is due, and act upon the answer.
+    Recheck {
+        /// A volume's name, or a key's ARN for all attached volumes under it.
+        target: String,
+    },
 }
 
 /// `byokctl key policy`.

@@ -46,6 +46,15 @@ pub fn run(
             let failed = steps.iter().find_map(|step| step.verdict);
             Ok(failed.map_or(ExitCode::Ok, ExitCode::from))
         }
+        Command::Key { command: KeyCommand::Suspend { name } } => {
+            tell(&socket, &Request::KeySuspend { name }, out)
+        }
+        Command::Key { command: KeyCommand::Resume { name } } => {
+            tell(&socket, &Request::KeyResume { name }, out)
+        }
+        Command::Key { command: KeyCommand::Recheck { target } } => {
+            tell(&socket, &Request::KeyRecheck { target }, out)
+        }
         Command::Attach { name, read_only } => {
             tell(&socket, &Request::Attach { name, read_only }, out)
         }

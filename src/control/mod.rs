@@ -61,6 +61,24 @@ pub enum Request {
         #[serde(default)]
         name: Option<String>,
     },
+    /// Fences a volume by hand, and keeps it fenced or detached until it is resumed, also over a
+    /// restart: answered with [`Answer::Volume`].
+    KeySuspend {
+        /// Its name.
+        name: String,
+    },
+    /// Takes a suspension back; an attached volume is served again once KMS allows it: answered
+    /// with [`Answer::Volume`].
+    KeyResume {
+        /// Its name.
+        name: String,
+    },
+    /// Probes now, instead of when it is due, and acts upon the answers: answered with
+    /// [`Answer::Volumes`], those that were probed.
+    KeyRecheck {
+        /// A volume's name, or a key's ARN for all attached volumes under it.
+        target: String,
+    },
     /// Tries a key step by step: answered with [`Answer::KeyCheck`].
     KeyCheck {
         /// The key.

@@ -1,8 +1,10 @@
 //! Puts the parts together: start, serve the control API, stop.
 //!
 //! A [`Daemon`] is shared by the control connections. It keeps the definitions of volumes and what
-//! is attached; what is done to them stands in `volumes`, what is said of them in `status`.
+//! is attached; what is done to them stands in `volumes` and `keys`, what is said of
+//! them in `status`.
 
+mod keys;
 mod refusals;
 mod status;
 mod volumes;
@@ -27,7 +29,8 @@ use crate::daemon::refusals::Answered;
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportTable};
 use crate::keeper::Keeper;
-use crate::key::lease::LeasePolicy;
+use crate::keeper::group::Groups;
+use crate::key::lease::{LeasePolicy, ProbePlan};
 use crate::key::wrapped::Role;
 use crate::kms::aws::{AwsKms, AwsSettings, AwsSettingsError};
 use crate::kms::dev::{DEV_REGION, DevKms, DevKmsError};
@@ -104,6 +107,8 @@ pub struct Setup {
     pub kms: AwsSettings,
     /// The policy of leases where nothing else says otherwise.
     pub policy: LeasePolicy,
+    /// How probes of many volumes are spread.
+    pub plan: ProbePlan,
     /// Run the development KMS with its state here.
     pub dev_state: Option<PathBuf>,
 }
@@ -117,10 +122,13 @@ impl Setup {
             endpoint: config.kms.endpoint.clone(),
             fips: config.kms.fips,
             profile: config.kms.profile.clone(),
+            witness: config.kms.witness_key.clone(),
+            disconnected_store: config.kms.disconnected_store,
             ..AwsSettings::default()
         };
         let policy = config.lease.policy(LeasePolicy::default());
-        Self { config, kms, policy, dev_state: None }
+        let plan = config.kms.plan();
+        Self { config, kms, policy, plan, dev_state: None }
     }
 
     /// For trials: everything under `dir`, with the development KMS.
@@ -139,7 +147,8 @@ impl Setup {
             ..AwsSettings::default()
         };
         let policy = LeasePolicy { interval: probe_interval, ..LeasePolicy::default() };
-        Self { config, kms, policy, dev_state: Some(dir.to_owned()) }
+        let plan = ProbePlan::default();
+        Self { config, kms, policy, plan, dev_state: Some(dir.to_owned()) }
     }
 }
 
@@ -149,6 +158,8 @@ pub struct Daemon {
     kms: Arc<AwsKms>,
     /// KMS by way of each role that a volume names.
     roles: tokio::sync::Mutex<BTreeMap<Role, Arc<AwsKms>>>,
+    /// Volumes that share a key.
+    groups: Groups,
     table: ExportTable,
     volumes: Mutex<BTreeMap<String, Arc<Volume>>>,
     /// Names of volumes that are being made.
@@ -236,6 +247,7 @@ pub async fn run(mut setup: Setup) -> Result<(), StartError> {
     let daemon = Arc::new(Daemon {
         kms,
         roles: tokio::sync::Mutex::default(),
+        groups: Groups::new(setup.plan),
         table,
         volumes: Mutex::new(known.collect()),
         creating: Mutex::default(),
@@ -318,6 +330,11 @@ impl Daemon {
                 self.attach(&name, read_only).await.map(Answer::Volume)
             }
             Request::Detach { name } => self.detach(&name).await.map(Answer::Volume),
+            Request::KeySuspend { name } => self.suspend(&name).await.map(Answer::Volume),
+            Request::KeyResume { name } => self.resume(&name).await.map(Answer::Volume),
+            Request::KeyRecheck { target } => {
+                self.recheck(&target).await.map(|volumes| Answer::Volumes { volumes })
+            }
             Request::KeyCheck { arn, role } => {
                 match self.kms_for("check a key", role.as_ref()).await {
                     Ok(kms) => Ok(Answer::KeyCheck { steps: kms.check(&arn).await }),

@@ -15,6 +15,7 @@ use tracing::{error, info, warn};
 
 use crate::config::{AttachWhen, Auto, VolumeConfig, is_volume_name, load_volume};
 use crate::control::{Problem, VolumeCreate, VolumeStatus};
+use crate::daemon::keys::teller;
 use crate::daemon::refusals::{Answered, by_export, by_panic, by_service, by_volume, refused};
 use crate::daemon::status::status;
 use crate::daemon::{Attached, Daemon, Service, Volume};
@@ -190,6 +191,8 @@ impl Daemon {
             }
             _ => {}
         }
+        self.unsuspend(name)
+            .map_err(|e| refused(ExitCode::Failed, &what, e, "Check the volumes directory."))?;
         self.volumes().remove(name);
         info!(volume = name, "volume forgotten; its data stays");
         Ok(())
@@ -228,6 +231,14 @@ impl Daemon {
                 format!("See `byokctl status {name}`."),
             ));
         }
+        if self.is_suspended(name) {
+            return Err(refused(
+                ExitCode::WrongState,
+                &what,
+                "an operator suspended its key",
+                format!("Whoever may end that: byokctl key resume {name}"),
+            ));
+        }
         let config = match self.read_definition(name) {
             Ok(Some(config)) => config,
             Ok(None) => {
@@ -258,6 +269,12 @@ impl Daemon {
                 Err(error)
             }
         })?;
+        // Suspended while KMS was being asked.
+        if self.is_suspended(name)
+            && let Some(teller) = teller(&volume)
+        {
+            teller.suspend().await;
+        }
         Ok(Box::new(status(name, &volume).await))
     }
 
@@ -276,7 +293,8 @@ impl Daemon {
         let backing = config.backing.clone();
         let opened = spawn_blocking(move || LockedVolume::open(&backing, access)).await;
         let locked = opened.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
-        let kms = self.kms_for(what, config.role().as_ref()).await?;
+        let role = config.role();
+        let kms = self.kms_for(what, role.as_ref()).await?;
         let unwrapped = kms.unwrap_key(&locked.header().token().wrapped).await;
         let (key, proof) = unwrapped.map_err(|e| by_service(what, &e))?;
         let options = ExportOptions {
@@ -307,7 +325,7 @@ impl Daemon {
         })?;
         self.table.insert(Arc::clone(&export));
         let policy = config.lease.policy(self.setup.policy);
-        let keeper = Keeper::start(Arc::clone(&export), kms, policy);
+        let keeper = Keeper::start(Arc::clone(&export), kms, policy, &self.groups, role.as_ref());
         info!(volume = name, request_id = proof.request_id, socket = %socket.display(), "attached");
         Ok(Attached { export, keeper, socket, _listener: listener })
     }

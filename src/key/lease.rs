@@ -49,6 +49,19 @@ pub enum Verdict {
     Mismatch,
 }
 
+/// What the key state `Unavailable` means: the customer disconnected the custom key store that
+/// holds the key. AWS shows the same state when it lost the connection by itself, so this is a
+/// setting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DisconnectedStore {
+    /// A disconnected key store is the customer's decision: denied.
+    #[default]
+    Denied,
+    /// A disconnected key store is an outage: no verdict.
+    Unavailable,
+}
+
 /// Whether a probe may use a pooled connection or must open its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Connection {
@@ -102,7 +115,7 @@ impl FenceReason {
 }
 
 /// For how long KMS may give no verdict before the volume is fenced all the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Allowance {
     /// This long after the last success.
     For(Duration),
@@ -131,6 +144,21 @@ impl Default for LeasePolicy {
             allowance: Allowance::For(Duration::from_secs(3600)),
             restore_after: 2,
         }
+    }
+}
+
+/// How a node that keeps many leases asks KMS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProbePlan {
+    /// Up to this many volumes on a key and role, each is probed every interval.
+    pub each_up_to: usize,
+    /// Probes a second of the whole node, at most.
+    pub most_per_second: u32,
+}
+
+impl Default for ProbePlan {
+    fn default() -> Self {
+        Self { each_up_to: 16, most_per_second: 200 }
     }
 }
 
@@ -186,6 +214,12 @@ impl LeaseState {
             Self::Restoring(_) => LeaseWord::Restoring,
             Self::Suspended => LeaseWord::Suspended,
         }
+    }
+
+    /// Whether the next answer decides: it is asked for soon, on a new connection.
+    #[must_use]
+    pub fn is_in_doubt(self) -> bool {
+        matches!(self, Self::Suspect | Self::Restoring(_))
     }
 
     /// Whether the volume may be served.
@@ -269,6 +303,32 @@ impl KeyLease {
         }
     }
 
+    /// Until when requests may be served if nothing more is heard or decided; `None` for ever. The
+    /// data's way looks at it itself, so that a machine that wakes serves nothing that is over
+    /// before anybody has ticked.
+    #[must_use]
+    pub fn serves_until(&self) -> Option<Moment> {
+        let over = self.over()?;
+        Some(Moment(self.last_success.0.saturating_add(over)))
+    }
+
+    /// How long after the last success service is over in this state; `None` if time alone never
+    /// ends it.
+    fn over(&self) -> Option<Duration> {
+        let Allowance::For(allowance) = self.policy.allowance else { return None };
+        match self.state {
+            LeaseState::Unverified => Some(allowance),
+            // With an allowance of nothing, the time a probe takes must not count as an outage.
+            LeaseState::Held | LeaseState::Suspect => {
+                Some(allowance.max(self.policy.interval.saturating_mul(2)))
+            }
+            LeaseState::Revoked(_)
+            | LeaseState::Expired
+            | LeaseState::Restoring(_)
+            | LeaseState::Suspended => None,
+        }
+    }
+
     /// How long after the last probe the next one is due, before jitter, and over which connection.
     #[must_use]
     pub fn next_probe(&self) -> (Duration, Connection) {
@@ -305,21 +365,30 @@ impl KeyLease {
     /// Time has passed. To be called at least as often as a probe is due, and when the machine
     /// wakes, before anything is served.
     pub fn tick(&mut self, now: Moment) -> Step {
-        let Allowance::For(allowance) = self.policy.allowance else { return Step::None };
-        // With an allowance of nothing, the time a probe takes must not count as an outage.
-        let patience = allowance.max(self.policy.interval.saturating_mul(2));
-        let over = match self.state {
-            LeaseState::Unverified | LeaseState::Suspect => allowance,
-            LeaseState::Held => patience,
-            LeaseState::Revoked(_)
-            | LeaseState::Expired
-            | LeaseState::Restoring(_)
-            | LeaseState::Suspended => return Step::None,
-        };
-        if now.since(self.last_success) > over {
-            return self.fence(now, LeaseState::Expired);
+        match self.over() {
+            Some(over) if now.since(self.last_success) > over => {
+                self.fence(now, LeaseState::Expired)
+            }
+            _ => Step::None,
         }
-        Step::None
+    }
+
+    /// Another volume under the same key was probed, instead of this one: volumes of one key take
+    /// turns when they are many. That KMS and the key are there, or not, is true of all of them;
+    /// a denial may be that volume's alone, and is no answer about this one.
+    pub fn observe_sibling(&mut self, now: Moment, verdict: Verdict) -> Step {
+        match (verdict, self.state) {
+            (Verdict::Allowed, LeaseState::Held) => self.last_success = now,
+            (Verdict::Allowed, LeaseState::Unverified) => {
+                self.last_success = now;
+                self.enter(now, LeaseState::Held);
+            }
+            (Verdict::Unavailable | Verdict::Credentials, LeaseState::Held) => {
+                self.enter(now, LeaseState::Unverified);
+            }
+            _ => {}
+        }
+        self.tick(now)
     }
 
     /// An operator fences the volume by hand.
@@ -386,6 +455,11 @@ impl KeyLease {
             LeaseState::Held => self.enter(now, LeaseState::Unverified),
             // A run of successes has to be one.
             LeaseState::Restoring(_) => self.enter(now, LeaseState::Restoring(0)),
+            LeaseState::Suspect
+                if Allowance::For(now.since(self.last_success)) > self.policy.allowance =>
+            {
+                return self.fence(now, LeaseState::Expired);
+            }
             LeaseState::Suspect
             | LeaseState::Unverified
             | LeaseState::Revoked(_)

@@ -12,7 +12,7 @@
 //! reference, its common errors, "Key states of AWS KMS keys", and "Troubleshooting external key
 //! stores" in the developer guide.
 
-use crate::key::lease::Verdict;
+use crate::key::lease::{DisconnectedStore, Verdict};
 
 /// What came back of a call that did not succeed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,18 +95,6 @@ impl Transport {
             Self::Configuration => "Configuration",
         }
     }
-}
-
-/// What the key state `Unavailable` means: the customer disconnected the custom key store that
-/// holds the key. AWS shows the same state when it lost the connection by itself, so this is a
-/// setting.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DisconnectedStore {
-    /// A disconnected key store is the customer's decision: denied.
-    #[default]
-    Denied,
-    /// A disconnected key store is an outage: no verdict.
-    Unavailable,
 }
 
 /// What an answer means, and what a person should do about it.

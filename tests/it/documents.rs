@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use byokd::cli::args::Args;
 use byokd::config;
-use byokd::kms::verdict::{Answer, DisconnectedStore, judge};
+use byokd::key::lease::DisconnectedStore;
+use byokd::kms::verdict::{Answer, judge};
 use clap::CommandFactory;
 use serde_json::Value;
 

@@ -6,83 +6,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use aws_sdk_kms::types::{KeySpec, KeyUsageType};
-use byokd::key::lease::{Connection, Verdict};
-use byokd::key::wrapped::{Canary, EncryptionContext, KeyArn, Purpose};
-use byokd::kms::KeyService;
-use byokd::kms::aws::{AwsKms, AwsSettings};
-use byokd::kms::dev::{DEV_REGION, DevKms, Fault, FaultKind};
+use byokd::key::lease::Verdict;
+use byokd::kms::dev::{DEV_REGION, Fault, FaultKind};
 use serde_json::Value;
-use tempfile::TempDir;
-use tokio::runtime::Runtime;
-use uuid::Uuid;
 
+use crate::customer::Customer;
 use crate::support::{Daemon, have, nbdsh, output, until};
-
-/// A key service with one key, and what a customer's console is to it.
-struct Customer {
-    // Before the runtime, which it runs on.
-    kms: DevKms,
-    console: aws_sdk_kms::Client,
-    key: KeyArn,
-    runtime: Runtime,
-    _dir: TempDir,
-}
-
-impl Customer {
-    fn new() -> Self {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-        let runtime = Runtime::new().unwrap();
-        let kms = runtime.block_on(DevKms::start(dir.path(), DEV_REGION)).unwrap();
-        let config = aws_sdk_kms::Config::builder()
-            .behavior_version(aws_config::BehaviorVersion::latest())
-            .region(aws_config::Region::new(DEV_REGION))
-            .endpoint_url(kms.endpoint())
-            .credentials_provider(aws_sdk_kms::config::Credentials::new("a", "b", None, None, "t"))
-            .build();
-        let console = aws_sdk_kms::Client::from_conf(config);
-        let made = runtime.block_on(console.create_key().send()).unwrap();
-        let key = made.key_metadata().unwrap().arn().unwrap().parse().unwrap();
-        Self { kms, console, key, runtime, _dir: dir }
-    }
-
-    /// byokd's own client, with limits that let a stall end soon.
-    fn client_at(&self, endpoint: &str) -> AwsKms {
-        let settings = AwsSettings {
-            region: Some(DEV_REGION.to_owned()),
-            endpoint: Some(endpoint.to_owned()),
-            attempt_timeout: Duration::from_millis(500),
-            operation_timeout: Duration::from_secs(2),
-            static_credentials: Some(("dev".to_owned(), "dev".to_owned())),
-            ..AwsSettings::default()
-        };
-        self.runtime.block_on(AwsKms::connect(settings)).unwrap()
-    }
-
-    fn canary(&self, client: &AwsKms) -> Canary {
-        let context = EncryptionContext::for_volume(Uuid::new_v4(), Purpose::Zeebe, []).unwrap();
-        self.runtime.block_on(client.make_canary(&self.key, &context)).unwrap()
-    }
-
-    /// What a probe says: the verdict, and the code.
-    fn probe(&self, client: &AwsKms, canary: &Canary) -> (Verdict, String) {
-        match self.runtime.block_on(client.probe(canary, Connection::Fresh)) {
-            Ok(_) => (Verdict::Allowed, String::new()),
-            Err(error) => (error.verdict, error.code),
-        }
-    }
-
-    fn daemon(&self) -> Daemon {
-        Daemon::configured(&format!(
-            "[kms]\nregion = \"{DEV_REGION}\"\nendpoint = \"{}\"\n[lease]\nprobe_interval = \"1s\"\n",
-            self.kms.endpoint()
-        ))
-    }
-
-    fn put_policy(&self, policy: &str) {
-        let put = self.console.put_key_policy().key_id(self.key.as_str()).policy(policy);
-        self.runtime.block_on(put.send()).unwrap();
-    }
-}
 
 /// A fault, and what a probe that meets it has to say.
 fn matrix() -> Vec<(Fault, Verdict, &'static str)> {

@@ -16,7 +16,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("buffer", &["units"]),
     // The data's way.
     ("crypt", &["buffer", "key::*", "units"]),
-    ("fence", &["buffer", "crypt::*", "key::*", "units"]),
+    ("clock", &["key::lease"]),
+    ("fence", &["buffer", "clock", "crypt::*", "key::*", "units"]),
     ("store", &["buffer", "units"]),
     ("device", &["buffer", "fence", "store::*", "units"]),
     ("export", &["crypt", "device", "fence", "key", "key::lease", "store", "units", "volume"]),
@@ -36,7 +37,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("kms::verdict", &["key::lease"]),
     // Speaks the wire protocol and knows nothing of byokd.
     ("kms::dev", &[]),
-    ("keeper", &["export", "key::*", "kms", "units"]),
+    ("keeper", &["clock", "export", "key::*", "kms", "units"]),
+    ("keeper::group", &["key::lease", "key::wrapped"]),
     // Around both.
     ("config", &["key::lease", "key::wrapped"]),
     ("control", &["exit", "key::lease", "key::wrapped", "kms", "units"]),
@@ -51,7 +53,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "exit",
             "export",
             "fence",
-            "keeper",
+            "keeper::*",
             "key::*",
             "kms::*",
             "listener",

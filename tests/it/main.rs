@@ -6,6 +6,7 @@
     reason = "what a test leans on may fail it and say why, in helpers too"
 )]
 
+mod customer;
 mod support;
 
 mod backing;
@@ -22,5 +23,6 @@ mod other_kms;
 mod promises;
 mod raw;
 mod readme;
+mod revocation;
 mod seeds;
 mod volumes;

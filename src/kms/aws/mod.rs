@@ -14,6 +14,7 @@
 //! |---|---|
 //! | `settings.rs` | region, endpoint, credentials, time limits |
 //! | `check.rs` | a key tried step by step, and the rules it has to keep |
+//! | `witness.rs` | whose fault a denial is |
 //! | `words.rs` | what an error of the SDK says |
 //!
 //! Four SDK clients share one configuration, so one set of cached credentials: with and without
@@ -21,6 +22,7 @@
 
 mod check;
 mod settings;
+mod witness;
 mod words;
 
 use std::error::Error;
@@ -37,13 +39,14 @@ use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use zeroize::Zeroizing;
 
 use super::http::{self, Reuse};
-use super::verdict::{self, Answer, DisconnectedStore, Unproven};
+use super::verdict::{self, Answer, Unproven};
 use super::{KeyDescription, KeyService, KmsError, NewKey, Operation, Proof, ServiceError};
-use crate::key::lease::Connection;
+use crate::key::lease::{Connection, DisconnectedStore};
 use crate::key::secret::SecretMemoryError;
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
 use crate::key::{VOLUME_KEY_LEN, VolumeKey};
 use settings::{retries, shared_config, timeouts};
+use witness::Witness;
 use words::{Kind, Words};
 
 pub use settings::{AwsSettings, AwsSettingsError, RoleToAssume};
@@ -60,6 +63,7 @@ pub struct AwsKms {
     confirming: Client,
     region: String,
     store: DisconnectedStore,
+    witness: Option<Witness>,
 }
 
 impl AwsKms {
@@ -109,6 +113,7 @@ impl AwsKms {
             confirming: client(Reuse::Never, RetryConfig::disabled(), attempt),
             region,
             store: settings.disconnected_store,
+            witness: settings.witness.clone().map(Witness::new),
         })
     }
 
@@ -197,6 +202,26 @@ impl AwsKms {
         }
     }
 
+    /// A probe as KMS answers it, whoever is at fault.
+    async fn probe_plainly(
+        &self,
+        canary: &Canary,
+        connection: Connection,
+    ) -> Result<Proof, KmsError> {
+        let arn = &canary.wrapped.key_arn;
+        self.check_region(Operation::Decrypt, arn)?;
+        let client = match connection {
+            Connection::Pooled => &self.probing,
+            Connection::Fresh => &self.confirming,
+        };
+        let (plaintext, request_id) = self.decrypt(client, &canary.wrapped).await?;
+        if sha256(&plaintext) != canary.sha256 {
+            let what = Unproven::OtherPlaintext;
+            return Err(self.unproven(Operation::Decrypt, arn, what, request_id));
+        }
+        Ok(Proof { request_id })
+    }
+
     fn unproven(
         &self,
         operation: Operation,
@@ -272,11 +297,15 @@ impl KeyService for AwsKms {
 
     async fn unwrap_key(&self, wrapped: &WrappedKey) -> Result<(VolumeKey, Proof), ServiceError> {
         self.check_region(Operation::Decrypt, &wrapped.key_arn)?;
-        let (plaintext, request_id) = self.decrypt(&self.keys, wrapped).await?;
+        let (plaintext, request_id) = match self.decrypt(&self.keys, wrapped).await {
+            Ok(unwrapped) => unwrapped,
+            Err(error) => return Err(self.ask_witness(error).await.into()),
+        };
         let key = volume_key(&plaintext).ok_or_else(|| {
             let what = Unproven::OtherPlaintext;
             self.unproven(Operation::Decrypt, &wrapped.key_arn, what, request_id.clone())
         })??;
+        self.prepare_witness().await;
         Ok((key, Proof { request_id }))
     }
 
@@ -294,18 +323,10 @@ impl KeyService for AwsKms {
     }
 
     async fn probe(&self, canary: &Canary, connection: Connection) -> Result<Proof, KmsError> {
-        let arn = &canary.wrapped.key_arn;
-        self.check_region(Operation::Decrypt, arn)?;
-        let client = match connection {
-            Connection::Pooled => &self.probing,
-            Connection::Fresh => &self.confirming,
-        };
-        let (plaintext, request_id) = self.decrypt(client, &canary.wrapped).await?;
-        if sha256(&plaintext) != canary.sha256 {
-            let what = Unproven::OtherPlaintext;
-            return Err(self.unproven(Operation::Decrypt, arn, what, request_id));
+        match self.probe_plainly(canary, connection).await {
+            Ok(proof) => Ok(proof),
+            Err(error) => Err(self.ask_witness(error).await),
         }
-        Ok(Proof { request_id })
     }
 
     async fn describe(&self, arn: &KeyArn) -> Result<KeyDescription, KmsError> {

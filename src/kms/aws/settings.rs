@@ -12,8 +12,9 @@ use aws_credential_types::Credentials;
 use aws_credential_types::provider::SharedCredentialsProvider;
 use thiserror::Error;
 
+use crate::key::lease::DisconnectedStore;
+use crate::key::wrapped::KeyArn;
 use crate::kms::http::{self, Reuse};
-use crate::kms::verdict::DisconnectedStore;
 
 /// How KMS is reached and as whom.
 #[derive(Clone)]
@@ -37,6 +38,8 @@ pub struct AwsSettings {
     pub operation_timeout: Duration,
     /// What a disconnected custom key store means.
     pub disconnected_store: DisconnectedStore,
+    /// A key of the operator's own, which shows whose fault a denial is.
+    pub witness: Option<KeyArn>,
     /// Access key id and secret key, instead of the SDK's chain: for the development KMS only.
     pub static_credentials: Option<(String, String)>,
 }
@@ -67,6 +70,7 @@ impl Default for AwsSettings {
             attempt_timeout: Duration::from_millis(2500),
             operation_timeout: Duration::from_secs(8),
             disconnected_store: DisconnectedStore::default(),
+            witness: None,
             static_credentials: None,
         }
     }
@@ -85,6 +89,7 @@ impl fmt::Debug for AwsSettings {
             .field("attempt_timeout", &self.attempt_timeout)
             .field("operation_timeout", &self.operation_timeout)
             .field("disconnected_store", &self.disconnected_store)
+            .field("witness", &self.witness)
             .field("static_credentials", &self.static_credentials.as_ref().map(|(id, _)| id))
             .finish()
     }

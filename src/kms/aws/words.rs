@@ -10,8 +10,9 @@ use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use aws_smithy_runtime_api::client::result::ConnectorError;
 use tracing::warn;
 
+use crate::key::lease::DisconnectedStore;
 use crate::key::wrapped::KeyArn;
-use crate::kms::verdict::{self, Answer, DisconnectedStore, Transport, Unproven};
+use crate::kms::verdict::{self, Answer, Transport, Unproven};
 use crate::kms::{KmsError, Operation};
 
 /// What an SDK error says, taken out of its types.

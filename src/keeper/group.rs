@@ -1,0 +1,330 @@
+//! Volumes that a customer takes away together: those under one key, asked for by one role.
+//!
+//! A few are each probed every interval. When they are many, one probe per interval takes them in
+//! turn: the key's fate is still heard within an interval, that of one volume alone within as many
+//! intervals as there are volumes. What one hears the others are told: that KMS answers, or does
+//! not, is true of all; a denial makes each ask for itself at once.
+//!
+//! ```text
+//!   each    v1 |-----|-----|-----|      turns   v1 |-----------------|----
+//!           v2 --|-----|-----|---|              v2 ------|----------------
+//!                                               v3 ------------|----------
+//! ```
+//!
+//! A [`Pace`] bounds how often the whole node asks, whatever happens.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::key::lease::{ProbePlan, Verdict};
+use crate::key::wrapped::{KeyArn, Role};
+
+/// A key, and as whom it is asked for.
+type GroupId = (KeyArn, Option<Role>);
+
+/// All groups of a node.
+pub struct Groups {
+    plan: ProbePlan,
+    pace: Arc<Pace>,
+    groups: Mutex<BTreeMap<GroupId, Arc<Group>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Groups {
+    /// A node without volumes.
+    #[must_use]
+    pub fn new(plan: ProbePlan) -> Self {
+        let pace = Arc::new(Pace::new(plan.most_per_second));
+        Self { plan, pace, groups: Mutex::default() }
+    }
+
+    /// A seat for a volume that is probed every `interval` while it is on its own.
+    pub fn join(&self, key: &KeyArn, role: Option<&Role>, interval: Duration) -> Seat {
+        let mut groups = lock(&self.groups);
+        groups.retain(|_, group| Arc::strong_count(group) > 1);
+        let group = groups.entry((key.clone(), role.cloned())).or_insert_with(|| {
+            Arc::new(Group {
+                each_up_to: self.plan.each_up_to,
+                epoch: Instant::now(),
+                members: Mutex::default(),
+            })
+        });
+        let member = Arc::new(Member { interval, heard: Mutex::default(), news: Notify::new() });
+        lock(&group.members).push(Arc::clone(&member));
+        Seat { group: Arc::clone(group), pace: Arc::clone(&self.pace), member }
+    }
+}
+
+struct Group {
+    each_up_to: usize,
+    /// When turns are counted from.
+    epoch: Instant,
+    members: Mutex<Vec<Arc<Member>>>,
+}
+
+struct Member {
+    interval: Duration,
+    heard: Mutex<Heard>,
+    news: Notify,
+}
+
+/// What siblings heard since this was last looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Heard {
+    /// One of them was denied.
+    pub denied: bool,
+    /// The last thing heard of KMS and the key, if that was not a denial; only in turns.
+    pub verdict: Option<Verdict>,
+}
+
+/// A volume's place in its group; dropped, it is free.
+pub struct Seat {
+    group: Arc<Group>,
+    pace: Arc<Pace>,
+    member: Arc<Member>,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        lock(&self.group.members).retain(|m| !Arc::ptr_eq(m, &self.member));
+    }
+}
+
+impl Seat {
+    /// When this volume's next regular probe is due, if its last one was at `last`. `spread` is
+    /// random, within ±1.
+    #[must_use]
+    pub fn next(&self, last: Instant, spread: f64) -> Instant {
+        let members = lock(&self.group.members);
+        let own = self.member.interval;
+        if members.len() <= self.group.each_up_to {
+            return last + own.mul_f64(1.0 + SPREAD * spread);
+        }
+        let interval = members.iter().map(|m| m.interval).min().unwrap_or(own);
+        let place = members.iter().position(|m| Arc::ptr_eq(m, &self.member)).unwrap_or_default();
+        let since = last.saturating_duration_since(self.group.epoch);
+        let at = turn_after(since, interval, place, members.len());
+        // Two neighbours' turns are at most 1.1 intervals apart.
+        self.group.epoch + at + interval.mul_f64(SPREAD / 2.0 * (1.0 + spread))
+    }
+
+    /// How many volumes the group has.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        lock(&self.group.members).len()
+    }
+
+    /// When the node's pace lets one probe go that was wanted now.
+    #[must_use]
+    pub fn paced(&self) -> Instant {
+        self.pace.reserve(Instant::now())
+    }
+
+    /// Tells the others what a probe of this volume heard. `news` says whether this volume was
+    /// served until now: a denial that is known already wakes nobody.
+    pub fn tell(&self, verdict: Verdict, news: bool) {
+        let members = lock(&self.group.members).clone();
+        let in_turns = members.len() > self.group.each_up_to;
+        for member in members.iter().filter(|m| !Arc::ptr_eq(m, &self.member)) {
+            let mut heard = lock(&member.heard);
+            match verdict {
+                Verdict::Denied if news => heard.denied = true,
+                Verdict::Allowed | Verdict::Unavailable | Verdict::Credentials if in_turns => {
+                    heard.verdict = Some(verdict);
+                }
+                Verdict::Allowed
+                | Verdict::Unavailable
+                | Verdict::Credentials
+                | Verdict::Denied
+                | Verdict::Mismatch => continue,
+            }
+            drop(heard);
+            member.news.notify_one();
+        }
+    }
+
+    /// Waits for what siblings hear.
+    pub async fn news(&self) -> Heard {
+        loop {
+            let heard = std::mem::take(&mut *lock(&self.member.heard));
+            if heard != Heard::default() {
+                return heard;
+            }
+            self.member.news.notified().await;
+        }
+    }
+}
+
+/// Probes are spread by this share of the interval, both ways.
+const SPREAD: f64 = 0.1;
+
+/// The first turn of `place` among `members` that begins at least half an interval after `since`
+/// (so that a turn which was spread backwards is not taken twice). Turns are an interval apart.
+fn turn_after(since: Duration, interval: Duration, place: usize, members: usize) -> Duration {
+    let interval = interval.max(Duration::from_millis(1));
+    let (place, members) = (place as u128, members.max(1) as u128);
+    let earliest = (since + interval / 2).as_nanos().div_ceil(interval.as_nanos());
+    let round = earliest.saturating_sub(place).div_ceil(members);
+    let turn = u32::try_from(round * members + place).unwrap_or(u32::MAX);
+    interval.saturating_mul(turn)
+}
+
+/// A bound on how often the node asks, first come, first served.
+#[derive(Debug)]
+struct Pace {
+    gap: Duration,
+    next: Mutex<Option<Instant>>,
+}
+
+impl Pace {
+    fn new(most_per_second: u32) -> Self {
+        Self { gap: Duration::from_secs(1) / most_per_second.max(1), next: Mutex::default() }
+    }
+
+    fn reserve(&self, now: Instant) -> Instant {
+        let mut next = lock(&self.next);
+        let at = next.map_or(now, |next| next.max(now));
+        *next = Some(at + self.gap);
+        at
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_secs(10);
+
+    fn key() -> KeyArn {
+        "arn:aws:kms:eu-central-1:111122223333:key/5b6e0bd4-7d2c-4f2f-9d39-1d9d8a0f4a11"
+            .parse()
+            .unwrap()
+    }
+
+    fn seats(count: usize) -> Vec<Seat> {
+        let groups = Groups::new(ProbePlan::default());
+        (0..count).map(|_| groups.join(&key(), None, INTERVAL)).collect()
+    }
+
+    /// When each of `count` volumes is probed during `span`, in order.
+    fn schedule(count: usize, span: Duration) -> Vec<(Duration, usize)> {
+        let seats = seats(count);
+        let epoch = seats[0].group.epoch;
+        let mut probes = Vec::new();
+        for (volume, seat) in seats.iter().enumerate() {
+            let mut at = epoch;
+            let mut spread = 0.9;
+            loop {
+                at = seat.next(at, spread);
+                spread = -spread;
+                if at.duration_since(epoch) > span {
+                    break;
+                }
+                probes.push((at.duration_since(epoch), volume));
+            }
+        }
+        probes.sort();
+        probes
+    }
+
+    #[test]
+    fn few_volumes_are_each_probed_every_interval() {
+        let probes = schedule(16, INTERVAL * 20);
+        for volume in 0..16 {
+            let count = probes.iter().filter(|(_, v)| *v == volume).count();
+            assert!((18..=22).contains(&count), "{count} probes in 20 intervals");
+        }
+    }
+
+    #[test]
+    fn many_volumes_take_turns_so_that_the_key_is_asked_every_interval() {
+        for count in [17, 100, 1000] {
+            let probes = schedule(count, INTERVAL * 2500);
+            for pair in probes.windows(2) {
+                let gap = pair[1].0 - pair[0].0;
+                assert!(gap <= INTERVAL.mul_f64(1.1), "{gap:?} without a probe");
+                assert!(gap >= INTERVAL.mul_f64(0.9), "{gap:?} between two probes");
+                assert_ne!(pair[0].1, pair[1].1);
+            }
+            for volume in 0..count {
+                let own: Vec<_> = probes.iter().filter(|(_, v)| *v == volume).collect();
+                assert!(own.len() >= 2, "volume {volume} has its turns");
+                for pair in own.windows(2) {
+                    let most = INTERVAL.mul_f64(count as f64 + 0.1);
+                    assert!(pair[1].0 - pair[0].0 <= most, "at most a round between two");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_node_never_asks_faster_than_its_pace() {
+        let pace = Pace::new(200);
+        let now = Instant::now();
+        let times: Vec<_> = (0..1000).map(|_| pace.reserve(now)).collect();
+        for pair in times.windows(2) {
+            assert_eq!(pair[1] - pair[0], Duration::from_millis(5));
+        }
+        let later = now + Duration::from_secs(60);
+        assert_eq!(pace.reserve(later), later, "nothing is saved up for a burst");
+        assert!(pace.reserve(later) > later);
+    }
+
+    #[tokio::test]
+    async fn a_denial_that_is_news_wakes_every_sibling_and_a_known_one_nobody() {
+        let seats = seats(3);
+        seats[0].tell(Verdict::Denied, true);
+        for seat in &seats[1..] {
+            assert_eq!(seat.news().await, Heard { denied: true, verdict: None });
+        }
+        seats[0].tell(Verdict::Denied, false);
+        seats[0].tell(Verdict::Allowed, true);
+        assert!(seats.iter().all(|seat| *lock(&seat.member.heard) == Heard::default()));
+    }
+
+    #[tokio::test]
+    async fn volumes_that_take_turns_share_what_is_true_of_the_key() {
+        let seats = seats(17);
+        seats[3].tell(Verdict::Unavailable, false);
+        seats[3].tell(Verdict::Allowed, false);
+        let heard = seats[16].news().await;
+        assert_eq!(heard, Heard { denied: false, verdict: Some(Verdict::Allowed) });
+    }
+
+    #[test]
+    fn a_key_by_two_roles_is_two_groups() {
+        let groups = Groups::new(ProbePlan::default());
+        let role = Role { arn: "arn:aws:iam::111122223333:role/r".to_owned(), external_id: None };
+        let own = groups.join(&key(), None, INTERVAL);
+        let by_role = groups.join(&key(), Some(&role), INTERVAL);
+        own.tell(Verdict::Denied, true);
+        assert_eq!(*lock(&by_role.member.heard), Heard::default());
+        drop((own, by_role));
+        let _other = groups.join(&key(), None, INTERVAL);
+        assert_eq!(lock(&groups.groups).len(), 1, "groups without volumes are dropped");
+    }
+
+    proptest! {
+        #[test]
+        fn turns_come_in_order_and_none_is_taken_twice(
+            place in 0usize..50, extra in 0usize..50, since in 0u64..1_000_000,
+        ) {
+            let members = place + extra + 1;
+            let since = Duration::from_millis(since);
+            let turn = turn_after(since, INTERVAL, place, members);
+            prop_assert!(turn >= since + INTERVAL / 2);
+            prop_assert!(turn <= since + INTERVAL / 2 + INTERVAL * u32::try_from(members).unwrap());
+            let next = turn_after(turn, INTERVAL, place, members);
+            prop_assert_eq!(next - turn, INTERVAL * u32::try_from(members).unwrap());
+        }
+    }
+}

@@ -1,0 +1,460 @@
+//! Keeps the lease on one attached volume's key: probes, tells the lease, does its steps.
+//!
+//! One task per attached volume. It owns the lease; others see [`KeyReport`]s and send
+//! `Command`s. A probe has its own time limit and never more than one is under way; fencing does
+//! not wait for KMS, and no I/O waits for either. Volumes under one key tell each other what they
+//! hear (see [`group`]).
+
+pub mod group;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{Instant, sleep_until};
+use tracing::{error, info, warn};
+
+use crate::clock::now;
+use crate::export::Export;
+use crate::keeper::group::{Groups, Heard, Seat};
+use crate::key::lease::{
+    FenceReason, KeyLease, LeasePolicy, LeaseState, LeaseWord, Moment, Step, Verdict,
+};
+use crate::key::wrapped::Role;
+use crate::kms::{Evidence, KeyService, KmsError, Proof, ServiceError};
+use crate::units::rfc3339;
+
+/// How often time alone is looked at: what bounds service after the machine slept.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How long after a probe what a sibling heard may bring the next one.
+const SIBLING_PAUSE: Duration = Duration::from_millis(500);
+
+/// What others see of a lease.
+#[derive(Clone, Debug)]
+pub struct KeyReport {
+    /// Where it stands.
+    pub state: LeaseWord,
+    /// Whether the volume is served.
+    pub serves: bool,
+    /// Since when.
+    pub since: Timestamp,
+    /// When KMS last allowed the key.
+    pub last_success: Timestamp,
+    /// Time left of the outage allowance, while it runs.
+    pub allowance_left: Option<Duration>,
+    /// From the first denied answer to the key's destruction, of the last fence.
+    pub fenced_after: Option<Duration>,
+    /// What KMS said last that was not a success.
+    pub evidence: Option<Evidence>,
+}
+
+/// What a keeper can be told.
+enum Command {
+    Suspend(oneshot::Sender<()>),
+    Resume(oneshot::Sender<()>),
+    Recheck(oneshot::Sender<()>),
+}
+
+/// The handle of a volume's keeper. Dropping it ends the task.
+pub struct Keeper {
+    commands: mpsc::Sender<Command>,
+    reports: watch::Receiver<KeyReport>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Keeper {
+    /// Starts keeping the lease on `export`'s key, which has just been unwrapped: probes go to
+    /// `kms`, as `role`, in step with the other volumes of `groups`.
+    pub fn start<K: KeyService>(
+        export: Arc<Export>,
+        kms: Arc<K>,
+        policy: LeasePolicy,
+        groups: &Groups,
+        role: Option<&Role>,
+    ) -> Self {
+        let lease = KeyLease::new(policy, now());
+        let told = Timestamp::now();
+        let first = KeyReport {
+            state: LeaseWord::Held,
+            serves: true,
+            since: told,
+            last_success: told,
+            allowance_left: None,
+            fenced_after: None,
+            evidence: None,
+        };
+        let (commands, inbox) = mpsc::channel(8);
+        let (tell, reports) = watch::channel(first.clone());
+        let key = &export.volume().header().token().canary.wrapped.key_arn;
+        let seat = groups.join(key, role, policy.interval);
+        // Volumes that are attached together spread over the first interval.
+        let ago = policy.interval.mul_f64(0.5 * random());
+        let probed = Instant::now().checked_sub(ago).unwrap_or_else(Instant::now);
+        let (next, planned_for) = (seat.next(probed, 0.0), seat.count());
+        let mut keeping = Keeping {
+            export,
+            kms,
+            lease,
+            report: first,
+            tell,
+            inbox,
+            seat,
+            probed,
+            next,
+            forced: false,
+            planned_for,
+            waiting: Vec::new(),
+        };
+        keeping.publish();
+        Self { commands, reports, task: tokio::spawn(keeping.run()) }
+    }
+
+    /// What is known now.
+    #[must_use]
+    pub fn report(&self) -> KeyReport {
+        self.reports.borrow().clone()
+    }
+
+    /// A way to tell it things.
+    #[must_use]
+    pub fn teller(&self) -> Teller {
+        Teller(self.commands.clone())
+    }
+}
+
+/// A way to tell a keeper things, for tasks that must not hold the keeper itself.
+#[derive(Clone)]
+pub struct Teller(mpsc::Sender<Command>);
+
+impl Teller {
+    /// Fences the volume until [`Teller::resume`]; done when this returns.
+    pub async fn suspend(&self) {
+        self.ask(Command::Suspend).await;
+    }
+
+    /// Takes a suspension back: the volume is served again when KMS allows it. KMS has been asked
+    /// once when this returns.
+    pub async fn resume(&self) {
+        self.ask(Command::Resume).await;
+    }
+
+    /// Probes now; the answer has been acted upon when this returns.
+    pub async fn recheck(&self) {
+        self.ask(Command::Recheck).await;
+    }
+
+    async fn ask(&self, command: impl FnOnce(oneshot::Sender<()>) -> Command) {
+        let (done, wait) = oneshot::channel();
+        if self.0.send(command(done)).await.is_ok() {
+            // It ends without an answer only when the volume is being detached.
+            let _answered = wait.await;
+        }
+    }
+}
+
+struct Keeping<K> {
+    export: Arc<Export>,
+    kms: Arc<K>,
+    lease: KeyLease,
+    report: KeyReport,
+    tell: watch::Sender<KeyReport>,
+    inbox: mpsc::Receiver<Command>,
+    seat: Seat,
+    /// When the last probe began.
+    probed: Instant,
+    /// When the next one is due.
+    next: Instant,
+    /// It is not a regular one.
+    forced: bool,
+    /// How many volumes the group had when that was decided.
+    planned_for: usize,
+    /// Who waits for the next answer to be acted upon.
+    waiting: Vec<oneshot::Sender<()>>,
+}
+
+/// What a keeper wakes for.
+enum Event {
+    /// A command; none will come any more if the volume is being detached.
+    Told(Option<Command>),
+    /// What a sibling heard.
+    Heard(Heard),
+    /// Time has passed.
+    Time,
+}
+
+/// How a probe ended.
+enum Asked {
+    /// KMS answered, or did not in time.
+    Answered(Result<Proof, KmsError>),
+    /// Somebody who must not wait for it came.
+    Interrupted(Command),
+    /// The volume is being detached.
+    Ended,
+}
+
+impl<K: KeyService> Keeping<K> {
+    async fn run(mut self) {
+        let mut interrupted = None;
+        loop {
+            let event = match interrupted.take() {
+                Some(command) => Event::Told(Some(command)),
+                None => self.wait().await,
+            };
+            match event {
+                Event::Told(None) => return,
+                Event::Told(Some(Command::Suspend(heard))) => {
+                    let step = self.lease.suspend(now());
+                    self.act(step).await;
+                    self.waiting.push(heard);
+                }
+                Event::Told(Some(Command::Resume(heard))) => {
+                    self.lease.resume(now());
+                    (self.next, self.forced) = (Instant::now(), true);
+                    self.waiting.push(heard);
+                }
+                Event::Told(Some(Command::Recheck(heard))) => {
+                    (self.next, self.forced) = (Instant::now(), true);
+                    self.waiting.push(heard);
+                }
+                Event::Heard(heard) => self.sibling(heard).await,
+                Event::Time => {
+                    self.replan();
+                    let step = self.lease.tick(now());
+                    self.act(step).await;
+                }
+            }
+            if Instant::now() >= self.next {
+                match self.probe().await {
+                    Ok(command) => interrupted = command,
+                    Err(Detached) => return,
+                }
+            }
+            self.publish();
+            for done in self.waiting.drain(..) {
+                // Who asked may have gone.
+                let _heard = done.send(());
+            }
+        }
+    }
+
+    async fn wait(&mut self) -> Event {
+        let wake = self.next.min(Instant::now() + TICK);
+        tokio::select! {
+            biased;
+            command = self.inbox.recv() => Event::Told(command),
+            heard = self.seat.news() => Event::Heard(heard),
+            () = sleep_until(wake) => Event::Time,
+        }
+    }
+
+    /// When the next probe is due, after one that has just ended.
+    fn due(&self) -> Instant {
+        let (pause, _) = self.lease.next_probe();
+        // Something has to be made certain: it is not put off until the volume's turn.
+        if self.lease.state().is_in_doubt() {
+            return self.probed + pause;
+        }
+        self.seat.next(self.probed, 2.0 * random() - 1.0)
+    }
+
+    /// What volumes under the same key have heard.
+    async fn sibling(&mut self, heard: Heard) {
+        let state = self.lease.state();
+        if let Some(verdict) = heard.verdict {
+            let step = self.lease.observe_sibling(now(), verdict);
+            self.act(step).await;
+        }
+        let back = heard.verdict == Some(Verdict::Allowed)
+            && matches!(state, LeaseState::Revoked(FenceReason::Denied) | LeaseState::Expired);
+        if heard.denied && state.serves() || back {
+            // However often a sibling's answers change, this one asks at a bounded rate.
+            let (interval, _) = self.lease.next_probe();
+            self.next = self.next.min(self.probed + interval.min(SIBLING_PAUSE));
+            self.forced = true;
+        }
+    }
+
+    /// Volumes came or went: the regular probe may be due at another time.
+    fn replan(&mut self) {
+        let count = self.seat.count();
+        if !self.forced && count != self.planned_for {
+            self.next = self.due();
+        }
+        self.planned_for = count;
+    }
+
+    /// Probes, and acts upon the answer. Gives back a command that could not wait for it.
+    async fn probe(&mut self) -> Result<Option<Command>, Detached> {
+        let asked = self.ask().await;
+        (self.next, self.forced) = (self.due(), false);
+        let result = match asked {
+            Asked::Answered(result) => result,
+            Asked::Interrupted(command) => return Ok(Some(command)),
+            Asked::Ended => return Err(Detached),
+        };
+        let verdict = match result {
+            Ok(_) => Verdict::Allowed,
+            Err(error) => {
+                let verdict = error.verdict;
+                self.heard(&error);
+                verdict
+            }
+        };
+        let before = self.lease.state();
+        self.seat.tell(verdict, before.serves());
+        let step = self.lease.observe(now(), verdict);
+        let after = self.lease.state();
+        if before.word() != after.word() && step == Step::None {
+            let volume = self.export.name();
+            info!(volume, from = ?before.word(), to = ?after.word(), ?verdict, "key lease changed");
+        }
+        self.act(step).await;
+        (self.next, self.forced) = (self.due(), self.lease.state().is_in_doubt());
+        Ok(None)
+    }
+
+    /// Asks KMS, at the node's pace. Only a recheck waits for the answer; any other command ends
+    /// the probe.
+    async fn ask(&mut self) -> Asked {
+        let (_, connection) = self.lease.next_probe();
+        let (kms, export) = (Arc::clone(&self.kms), Arc::clone(&self.export));
+        let paced = self.seat.paced();
+        let probe = async {
+            sleep_until(paced).await;
+            kms.probe(&export.volume().header().token().canary, connection).await
+        };
+        tokio::pin!(probe);
+        self.probed = Instant::now().max(paced);
+        loop {
+            tokio::select! {
+                biased;
+                command = self.inbox.recv() => match command {
+                    Some(Command::Recheck(done)) => self.waiting.push(done),
+                    Some(command) => return Asked::Interrupted(command),
+                    None => return Asked::Ended,
+                },
+                result = &mut probe => return Asked::Answered(result),
+            }
+        }
+    }
+
+    /// Keeps what KMS said, and logs it when it is news.
+    fn heard(&mut self, error: &KmsError) {
+        let news = self.report.evidence.as_ref().is_none_or(|e| e.code != error.code);
+        if news || self.lease.state() == LeaseState::Held {
+            warn!(
+                volume = self.export.name(),
+                key = %error.key,
+                code = error.code,
+                message = error.message,
+                request_id = error.request_id,
+                verdict = ?error.verdict,
+                remedy = error.remedy,
+                "KMS did not allow a probe"
+            );
+        }
+        self.report.evidence = Some(Evidence {
+            at: rfc3339(Timestamp::now()),
+            code: error.code.clone(),
+            message: error.message.clone(),
+            request_id: error.request_id.clone(),
+            verdict: error.verdict,
+            remedy: error.remedy.clone(),
+        });
+    }
+
+    async fn act(&mut self, step: Step) {
+        match step {
+            Step::None => {}
+            Step::Fence(reason) => self.fence(reason).await,
+            Step::Restore => self.restore().await,
+        }
+    }
+
+    async fn fence(&mut self, reason: FenceReason) {
+        let started = now();
+        let export = Arc::clone(&self.export);
+        let fenced = spawn_blocking(move || export.fence(reason)).await;
+        let from = self.lease.first_denial().unwrap_or(started);
+        let took = now().since(from);
+        match fenced {
+            Ok(_key_destroyed) => {
+                self.report.fenced_after = Some(took);
+                warn!(
+                    volume = self.export.name(),
+                    ?reason,
+                    millis = took.as_millis(),
+                    "fenced: the key is destroyed, requests are answered with EPERM"
+                );
+            }
+            // The thread that fences can only end by a panic, which ends the process.
+            Err(error) => error!(volume = self.export.name(), %error, "fencing was cut off"),
+        }
+        self.publish();
+    }
+
+    async fn restore(&mut self) {
+        let wrapped = &self.export.volume().header().token().wrapped;
+        let key = match self.kms.unwrap_key(wrapped).await {
+            Ok((key, _)) => key,
+            Err(error) => {
+                if let ServiceError::Kms(error) = &error {
+                    self.heard(error);
+                }
+                warn!(volume = self.export.name(), %error, "KMS allows probes again, but the key could not be unwrapped");
+                self.lease.restore_failed(now());
+                return;
+            }
+        };
+        let export = Arc::clone(&self.export);
+        match spawn_blocking(move || export.restore(key)).await {
+            Ok(Ok(())) => {
+                self.lease.restored(now());
+                info!(volume = self.export.name(), "KMS allows the key again: serving");
+            }
+            Ok(Err(error)) => {
+                error!(volume = self.export.name(), %error, "KMS allows the key again, but the volume cannot be served");
+                self.lease.restore_failed(now());
+            }
+            Err(error) => error!(volume = self.export.name(), %error, "restoring was cut off"),
+        }
+        self.publish();
+    }
+
+    fn publish(&mut self) {
+        self.export.gatekeeper().serve_until(self.lease.serves_until());
+        let at = |moment: Moment| {
+            let ago = now().since(moment);
+            Timestamp::now().checked_sub(ago).unwrap_or(Timestamp::UNIX_EPOCH)
+        };
+        let state = self.lease.state();
+        if self.report.state != state.word() {
+            self.report.since = at(self.lease.since());
+        }
+        self.report.state = state.word();
+        self.report.serves = state.serves() && self.export.is_serving();
+        self.report.last_success = at(self.lease.last_success());
+        self.report.allowance_left = self.lease.allowance_left(now());
+        self.tell.send_replace(self.report.clone());
+    }
+}
+
+/// The volume is being detached: its keeper ends.
+struct Detached;
+
+/// Random, from 0 to 1.
+fn random() -> f64 {
+    let mut random = [0; 4];
+    // Without randomness volumes are only not spread.
+    let _filled = aws_lc_rs::rand::fill(&mut random);
+    f64::from(u32::from_le_bytes(random)) / f64::from(u32::MAX)
+}

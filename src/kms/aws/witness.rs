@@ -1,0 +1,115 @@
+//! The witness: a key of the operator's own, asked when a customer's key denies access. If it is
+//! denied as well, with the same credentials in the same region, the fault is ours (a broken role,
+//! a service control policy, a VPC endpoint policy) and no verdict on the customer's key.
+//!
+//! It counts only while it has shown before that it can be used. What it said holds for a few
+//! seconds, so that a denial and its confirmation ask it once.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use super::AwsKms;
+use crate::key::lease::{Connection, Verdict};
+use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, Purpose};
+use crate::kms::{KeyService, KmsError};
+
+/// The answer of the witness delays a fence: it gets less time than a probe.
+const LIMIT: Duration = Duration::from_millis(750);
+
+/// For how long an answer holds.
+const FRESH: Duration = Duration::from_secs(3);
+
+/// The error code that says nothing about whose fault it is.
+const AMBIGUOUS: &str = "AccessDeniedException";
+
+pub(super) struct Witness {
+    arn: KeyArn,
+    canary: tokio::sync::Mutex<Option<Canary>>,
+    said: Mutex<Option<(Instant, Testimony)>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Testimony {
+    /// It is denied as well.
+    Ours,
+    /// It may be used, or did not answer.
+    Nothing,
+}
+
+impl Witness {
+    pub(super) fn new(arn: KeyArn) -> Self {
+        Self { arn, canary: tokio::sync::Mutex::default(), said: Mutex::default() }
+    }
+}
+
+impl AwsKms {
+    /// Makes the witness ready, now that credentials and endpoint have just worked.
+    pub(super) async fn prepare_witness(&self) {
+        let Some(witness) = &self.witness else { return };
+        let mut canary = witness.canary.lock().await;
+        if canary.is_some() {
+            return;
+        }
+        let mark = [("byokd-witness".to_owned(), "true".to_owned())];
+        let Ok(context) = EncryptionContext::for_volume(Uuid::nil(), Purpose::Backup, mark) else {
+            return;
+        };
+        match self.make_canary(&witness.arn, &context).await {
+            Ok(made) => {
+                info!(key = %witness.arn, "the witness key is ready");
+                *canary = Some(made);
+            }
+            Err(error) => {
+                warn!(key = %witness.arn, %error, "the witness key cannot be used: every denial is taken for the customer's");
+            }
+        }
+    }
+
+    /// A denial that the witness shares becomes a fault of our own.
+    pub(super) async fn ask_witness(&self, error: KmsError) -> KmsError {
+        let Some(witness) = &self.witness else { return error };
+        if error.verdict != Verdict::Denied || error.code != AMBIGUOUS || error.key == witness.arn {
+            return error;
+        }
+        match self.testimony(witness).await {
+            Testimony::Nothing => error,
+            Testimony::Ours => {
+                warn!(key = %error.key, witness = %witness.arn, "denied, and so is the witness key: our own role, a service control policy or a VPC endpoint policy refuses");
+                KmsError {
+                    verdict: Verdict::Credentials,
+                    remedy: format!(
+                        "the witness key {} is denied as well, so the fault is byokd's own: mend its role, \
+                         the service control policy or the VPC endpoint policy",
+                        witness.arn
+                    ),
+                    ..error
+                }
+            }
+        }
+    }
+
+    async fn testimony(&self, witness: &Witness) -> Testimony {
+        // Held while it is asked: volumes that are denied together ask once.
+        let canary = witness.canary.lock().await;
+        let Some(canary) = canary.as_ref() else { return Testimony::Nothing };
+        let said = *witness.said.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, testimony)) = said
+            && at.elapsed() < FRESH
+        {
+            return testimony;
+        }
+        let probe = self.probe_plainly(canary, Connection::Fresh);
+        let testimony = match tokio::time::timeout(LIMIT, probe).await {
+            Ok(Err(error)) if error.verdict == Verdict::Denied && error.code == AMBIGUOUS => {
+                Testimony::Ours
+            }
+            Ok(_) | Err(_) => Testimony::Nothing,
+        };
+        let now = Some((Instant::now(), testimony));
+        *witness.said.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        testimony
+    }
+}

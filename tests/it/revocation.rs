@@ -1,0 +1,165 @@
+//! Taking the key away and giving it back: for a key, for one volume, by hand, and when it is not
+//! the customer who denies. The customer's side is played by the development KMS.
+
+use std::time::{Duration, Instant};
+
+use byokd::kms::dev::Fault;
+use serde_json::Value;
+
+use crate::customer::Customer;
+use crate::support::{Daemon, have, nbdsh, until};
+
+/// From the change at KMS to the fence: the probe interval, and 2 s. The first denied answer comes
+/// after the change, so this is more than is promised.
+const BOUND: Duration = Duration::from_secs(3);
+
+fn lease(daemon: &Daemon, name: &str) -> Value {
+    daemon.ok(&["status", name])["volumes"][0]["lease"].clone()
+}
+
+fn never_fenced(daemon: &Daemon, name: &str) {
+    let lease = lease(daemon, name);
+    assert!(lease["fence_ms"].is_null(), "{name} was never fenced: {lease}");
+}
+
+fn all(daemon: &Daemon, names: &[String], state: &str) -> bool {
+    names.iter().all(|name| daemon.state(name) == state)
+}
+
+fn volumes(daemon: &Daemon, count: usize, key: &str) -> Vec<String> {
+    let names: Vec<_> = (0..count).map(|n| format!("v{n}")).collect();
+    names.iter().for_each(|name| daemon.volume(name, "1M", key));
+    names
+}
+
+#[test]
+fn one_volume_of_a_key_is_fenced_alone_if_it_alone_is_denied() {
+    let customer = Customer::new();
+    let daemon = customer.daemon();
+    let names = volumes(&daemon, 3, customer.key.as_str());
+    let one = daemon.ok(&["volume", "show", "v1"])["uuid"].as_str().unwrap().to_owned();
+    let probes = || customer.kms.requests().len();
+    customer.deny_volume(&one);
+    until("the volume is fenced", || daemon.state("v1") == "fenced");
+    let before = probes();
+    until("the others were probed again", || probes() > before + 6);
+    for name in ["v0", "v2"] {
+        assert_eq!(daemon.state(name), "serving");
+        never_fenced(&daemon, name);
+    }
+    customer.allow_all();
+    until("all are served", || all(&daemon, &names, "serving"));
+}
+
+#[test]
+fn a_denial_of_one_is_heard_by_all_volumes_of_the_key_at_once() {
+    let customer = Customer::new();
+    // Left alone, the second volume would not be probed before the test is long over.
+    let daemon = customer.daemon_with("", "probe_interval = \"1h\"\n");
+    let names = volumes(&daemon, 2, customer.key.as_str());
+    customer.set_enabled(false);
+    let denied = Instant::now();
+    daemon.ok(&["key", "recheck", "v0"]);
+    until("both are fenced", || all(&daemon, &names, "fenced"));
+    assert!(denied.elapsed() < BOUND, "{:?}", denied.elapsed());
+}
+
+#[test]
+fn volumes_that_take_turns_ask_once_an_interval_and_are_fenced_together() {
+    let customer = Customer::new();
+    let daemon = customer.daemon_with("probe_each_up_to = 2\n", "probe_interval = \"1s\"\n");
+    let names = volumes(&daemon, 8, customer.key.as_str());
+    let probes = || customer.kms.requests().len();
+    let (before, began) = (probes(), Instant::now());
+    until("the volumes took their turns", || probes() >= before + 5);
+    let took = began.elapsed();
+    assert!(took > Duration::from_secs(3), "five probes of eight volumes in {took:?}");
+    assert!(all(&daemon, &names, "serving"));
+    customer.set_enabled(false);
+    let denied = Instant::now();
+    until("all are fenced", || all(&daemon, &names, "fenced"));
+    assert!(denied.elapsed() < BOUND, "{:?}", denied.elapsed());
+    customer.set_enabled(true);
+    until("all are served", || all(&daemon, &names, "serving"));
+}
+
+#[test]
+fn an_operators_suspension_is_at_once_and_outlives_the_daemon() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let customer = Customer::new();
+    let mut daemon = customer.daemon();
+    daemon.volume("v", "1M", customer.key.as_str());
+    let uri = daemon.uri("v");
+    nbdsh(&uri, "h.pwrite(b's' * 4096, 0)\nh.flush()");
+    // KMS is slow: nobody waits for it.
+    let stall = Duration::from_secs(30);
+    customer.kms.inject(Fault::new(byokd::kms::dev::FaultKind::Timeout).lasting(stall));
+    let before = customer.kms.requests().len();
+    until("a probe is under way", || customer.kms.requests().len() > before);
+    let began = Instant::now();
+    let answer = daemon.ok(&["key", "suspend", "v"]);
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    assert_eq!(
+        (&answer["state"], &answer["lease"]["state"]),
+        (&"fenced".into(), &"suspended".into())
+    );
+    customer.kms.clear_faults();
+    let before = customer.kms.requests().len();
+    until("KMS allowed it again and again", || customer.kms.requests().len() > before + 3);
+    assert_eq!(daemon.state("v"), "fenced");
+    daemon.crash_and_restart();
+    let (code, refused) = daemon.ctl(&["attach", "v"]);
+    assert_eq!(code, 5, "{refused}");
+    assert!(refused["remedy"].as_str().unwrap().contains("key resume v"), "{refused}");
+    daemon.ok(&["key", "resume", "v"]);
+    daemon.ok(&["attach", "v"]);
+    daemon.ok(&["key", "suspend", "v"]);
+    daemon.ok(&["key", "resume", "v"]);
+    until("it is served", || daemon.state("v") == "serving");
+    nbdsh(&uri, "assert h.pread(4096, 0) == b's' * 4096");
+    let (code, refused) = daemon.ctl(&["key", "resume", "v"]);
+    assert_eq!(code, 5, "{refused}");
+}
+
+#[test]
+fn a_recheck_does_not_wait_for_the_interval() {
+    let customer = Customer::new();
+    let daemon = customer.daemon_with("", "probe_interval = \"1h\"\n");
+    let names = volumes(&daemon, 2, customer.key.as_str());
+    let answer = daemon.ok(&["key", "recheck", customer.key.as_str()]);
+    assert_eq!(answer["volumes"].as_array().unwrap().len(), 2);
+    customer.set_enabled(false);
+    daemon.ok(&["key", "recheck", customer.key.as_str()]);
+    until("they are fenced", || all(&daemon, &names, "fenced"));
+    customer.set_enabled(true);
+    daemon.ok(&["key", "recheck", customer.key.as_str()]);
+    until("they are served", || all(&daemon, &names, "serving"));
+    let (code, _) = daemon.ctl(&["key", "recheck", "nobody"]);
+    assert_eq!(code, 5);
+}
+
+#[test]
+fn a_denial_that_the_witness_shares_takes_nothing_away() {
+    let customer = Customer::new();
+    let witness = customer.another_key();
+    let daemon = customer
+        .daemon_with(&format!("witness_key = \"{witness}\"\n"), "probe_interval = \"1s\"\n");
+    daemon.volume("v", "1M", customer.key.as_str());
+    // Our own role is broken: every key denies access.
+    customer.kms.inject(Fault::error(400, "AccessDeniedException", "not authorized"));
+    until("it is heard", || lease(&daemon, "v")["evidence"]["verdict"] == "credentials");
+    let before = customer.kms.requests().len();
+    until("it was probed again and again", || customer.kms.requests().len() > before + 5);
+    assert_eq!(daemon.state("v"), "unverified");
+    let lease_now = lease(&daemon, "v");
+    assert!(lease_now["evidence"]["remedy"].as_str().unwrap().contains(witness.as_str()));
+    never_fenced(&daemon, "v");
+    customer.kms.clear_faults();
+    until("the lease is held again", || daemon.state("v") == "serving");
+    // The customer's key alone is denied: that is the customer's will.
+    let uuid = daemon.ok(&["volume", "show", "v"])["uuid"].as_str().unwrap().to_owned();
+    customer.deny_volume(&uuid);
+    until("the volume is fenced", || daemon.state("v") == "fenced");
+}
