@@ -61,6 +61,8 @@ pub struct Config {
     pub tcp_listen: Option<SocketAddr>,
     /// Connections to one volume.
     pub max_connections: usize,
+    /// What keys lie in.
+    pub secret_memory: SecretMemory,
     /// How AWS KMS is reached.
     pub kms: KmsConfig,
     /// How leases are kept.
@@ -79,6 +81,7 @@ impl Default for Config {
             nbd_group: None,
             tcp_listen: None,
             max_connections: 1024,
+            secret_memory: SecretMemory::default(),
             kms: KmsConfig::default(),
             lease: LeaseConfig::default(),
         }
@@ -218,6 +221,17 @@ pub enum Auto {
     Auto,
     /// Only when asked for.
     Off,
+}
+
+/// What keys lie in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SecretMemory {
+    /// `memfd_secret` where the kernel gives it, locked pages elsewhere.
+    #[default]
+    Auto,
+    /// Locked pages.
+    Locked,
 }
 
 /// When a volume is attached.

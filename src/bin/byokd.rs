@@ -1,5 +1,6 @@
 //! The daemon: arguments, then [`byokd::daemon`], then an exit code.
 
+use std::alloc::System;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode as Code;
@@ -9,7 +10,16 @@ use byokd::daemon::{self, Setup};
 use byokd::exit::ExitCode;
 use byokd::harden::harden;
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
+use tracing::Level;
+use tracing_subscriber::filter::{FilterExt, filter_fn};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
+use zeroizing_alloc::ZeroAlloc;
+
+/// Whatever is freed is wiped: the libraries below hold answers of KMS in memory of their own.
+#[global_allocator]
+static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 /// Serves AES-256-XTS encrypted NBD volumes whose keys the customer's AWS KMS key unwraps.
 #[derive(Parser)]
@@ -27,19 +37,24 @@ struct Args {
     /// With --dev: time between probes.
     #[arg(long, requires = "dev", default_value = "10s")]
     probe_interval: Seconds,
-    /// What to log: error, warn, info, debug, trace, or a filter per module.
+    /// What to log: error, warn, info, debug, trace, or a filter per module; trace of libraries,
+    /// which shows secrets, is never written.
     #[arg(long, env = "BYOKD_LOG", default_value = "info,aws=warn")]
     log: EnvFilter,
 }
 
 fn main() -> Code {
     let args = Args::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(args.log)
+    // At trace, the libraries below would write whole answers of KMS, volume keys included.
+    let no_secrets = filter_fn(|event| {
+        *event.level() != Level::TRACE || event.target().split("::").next() == Some("byokd")
+    });
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
+        .with_target(false);
+    let filter = FilterExt::and(args.log, no_secrets);
+    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
     if let Err(error) = harden() {
         return fail(
             ExitCode::Failed,

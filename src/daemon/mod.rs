@@ -21,7 +21,7 @@ use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 
-use crate::config::{Config, ConfigErrors, VolumeConfig, load_volumes};
+use crate::config::{Config, ConfigErrors, SecretMemory, VolumeConfig, load_volumes};
 use crate::control::server::ControlServer;
 use crate::control::{API_VERSION, Answer, Problem, Request, VolumeStatus};
 use crate::crypt::{SelfTestError, self_test};
@@ -31,6 +31,7 @@ use crate::export::{Export, ExportTable};
 use crate::keeper::Keeper;
 use crate::keeper::group::Groups;
 use crate::key::lease::{LeasePolicy, ProbePlan};
+use crate::key::secret::use_locked_pages_only;
 use crate::key::wrapped::Role;
 use crate::kms::aws::{AwsKms, AwsSettings, AwsSettingsError};
 use crate::kms::dev::{DEV_REGION, DevKms, DevKmsError};
@@ -214,6 +215,9 @@ impl Volume {
 /// # Errors
 /// It could not start.
 pub async fn run(mut setup: Setup) -> Result<(), StartError> {
+    if setup.config.secret_memory == SecretMemory::Locked {
+        use_locked_pages_only();
+    }
     self_test()?;
     let mut directories = vec![setup.config.volumes_dir.clone(), setup.config.nbd_dir.clone()];
     directories.extend(setup.dev_state.clone());

@@ -41,8 +41,8 @@ unsafe impl Send for SecretPages {}
 // SAFETY: shared access only reads, unless through SecretArena, which hands out disjoint parts.
 unsafe impl Sync for SecretPages {}
 
-/// Whether `memfd_secret` may be used; a test that scans memory from outside turns it off, for the
-/// kernel does not let anyone read such pages.
+/// Whether `memfd_secret` may be used. It keeps a machine from hibernating, and nobody outside can
+/// read such pages, not even to prove that a key is gone.
 static USE_MEMFD_SECRET: AtomicBool = AtomicBool::new(true);
 
 /// Chooses plain locked pages over `memfd_secret` for all secrets made from now on.

@@ -1,7 +1,11 @@
 //! The customer's side: a development KMS of the test's own, with one key, and a console to it.
 
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use byokd::key::lease::{Connection, Verdict};
 use byokd::key::wrapped::{Canary, EncryptionContext, KeyArn, Purpose};
 use byokd::kms::KeyService;
@@ -11,7 +15,7 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
-use crate::support::Daemon;
+use crate::support::{Daemon, run};
 
 /// A key service with one key, and what a customer's console is to it.
 pub(crate) struct Customer {
@@ -73,10 +77,31 @@ impl Customer {
 
     /// The same with more under `[kms]`, and this under `[lease]`.
     pub(crate) fn daemon_with(&self, kms: &str, lease: &str) -> Daemon {
-        Daemon::configured(&format!(
+        Daemon::configured(&self.settings(kms, lease))
+    }
+
+    /// The settings of a daemon under this KMS.
+    pub(crate) fn settings(&self, kms: &str, lease: &str) -> String {
+        format!(
             "[kms]\nregion = \"{DEV_REGION}\"\nendpoint = \"{}\"\n{kms}[lease]\n{lease}",
             self.kms.endpoint()
-        ))
+        )
+    }
+
+    /// The volume key of a store, as anybody with `kms:Decrypt` gets it.
+    pub(crate) fn volume_key(&self, store: &Path) -> Vec<u8> {
+        let export = ["token", "export", "--token-id", "0"];
+        let token = run(Command::new("/usr/sbin/cryptsetup").args(export).arg(store));
+        let token: serde_json::Value = serde_json::from_str(&token).unwrap();
+        let blob = BASE64_STANDARD.decode(token["ciphertext_blob"].as_str().unwrap()).unwrap();
+        let context = serde_json::from_value(token["encryption_context"].clone()).unwrap();
+        let decrypt = self
+            .console
+            .decrypt()
+            .ciphertext_blob(aws_sdk_kms::primitives::Blob::new(blob))
+            .set_encryption_context(Some(context));
+        let answer = self.runtime.block_on(decrypt.send()).unwrap();
+        answer.plaintext.unwrap().into_inner()
     }
 
     /// Another key.

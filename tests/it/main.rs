@@ -18,6 +18,7 @@ mod hostile;
 mod kms;
 mod layering;
 mod luks2;
+mod memory;
 mod mounts;
 mod other_kms;
 mod promises;

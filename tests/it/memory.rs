@@ -1,0 +1,286 @@
+//! Where the key is: a daemon's whole memory is read from outside, by root, and searched for the
+//! volume key, its halves, all round keys that AES-256 expands from them, the key in base64 as KMS
+//! sends it, and a plaintext. All of it has to be found while the key is in use, or the search
+//! proves nothing; none of it afterwards.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use aes::cipher::{BlockCipherEncrypt, KeyInit};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use byokd::kms::dev::Fault;
+
+use crate::customer::Customer;
+use crate::raw::{Raw, WRITE, request};
+use crate::support::{Daemon, have, nbdsh, until};
+
+/// Whether the memory of other processes can be read here.
+fn can_scan() -> bool {
+    if !have(&["nbdsh", "cryptsetup"]) {
+        return false;
+    }
+    if nix::unistd::geteuid().is_root() {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "reading another process's memory needs root");
+    println!("skipped: reading another process's memory needs root");
+    false
+}
+
+/// AES-256's round keys from the third on (the first two are the key), by FIPS 197, section 5.2.
+fn round_keys(key: &[u8]) -> Vec<[u8; 16]> {
+    let substitute = substitution();
+    let sub = |word: [u8; 4]| word.map(|byte| substitute[usize::from(byte)]);
+    let mut words: Vec<[u8; 4]> = key.chunks(4).map(|word| word.try_into().unwrap()).collect();
+    let mut round = 1u8;
+    while words.len() < 60 {
+        let mut word = words[words.len() - 1];
+        if words.len().is_multiple_of(8) {
+            word.rotate_left(1);
+            word = sub(word);
+            word[0] ^= round;
+            round <<= 1;
+        } else if words.len() % 8 == 4 {
+            word = sub(word);
+        }
+        let before = words[words.len() - 8];
+        words.push(std::array::from_fn(|n| word[n] ^ before[n]));
+    }
+    words[8..].chunks(4).map(|four| four.concat().try_into().unwrap()).collect()
+}
+
+/// The S-box: the inverse in GF(2^8), then the affine map (FIPS 197, section 5.1.1).
+fn substitution() -> [u8; 256] {
+    let times = |mut a: u8, mut b: u8| {
+        let mut product = 0;
+        while b > 0 {
+            product ^= if b & 1 == 1 { a } else { 0 };
+            a = a << 1 ^ if a & 0x80 == 0 { 0 } else { 0x1b };
+            b >>= 1;
+        }
+        product
+    };
+    std::array::from_fn(|n| {
+        let n = u8::try_from(n).unwrap();
+        let inverse = (0..=255).find(|m| times(n, *m) == 1).unwrap_or(0);
+        (0..5).fold(0x63, |sum, turn| sum ^ inverse.rotate_left(turn))
+    })
+}
+
+#[test]
+fn the_round_keys_that_are_searched_for_are_those_of_aes() {
+    // FIPS 197, appendix A.3: the first and the last word that are expanded.
+    let key = [
+        0x60, 0x3d, 0xeb, 0x10, 0x15, 0xca, 0x71, 0xbe, 0x2b, 0x73, 0xae, 0xf0, 0x85, 0x7d, 0x77,
+        0x81, 0x1f, 0x35, 0x2c, 0x07, 0x3b, 0x61, 0x08, 0xd7, 0x2d, 0x98, 0x10, 0xa3, 0x09, 0x14,
+        0xdf, 0xf4,
+    ];
+    let keys = round_keys(&key);
+    assert_eq!(keys.len(), 13);
+    assert_eq!(keys[0][..4], [0x9b, 0xa3, 0x54, 0x11]);
+    assert_eq!(keys[12][12..], [0x70, 0x6c, 0x63, 0x1e]);
+    // And the cipher agrees that it is a key.
+    let mut block = aes::Block::default();
+    aes::Aes256::new_from_slice(&key).unwrap().encrypt_block(&mut block);
+    assert_ne!(block, aes::Block::default());
+}
+
+/// What is searched for.
+struct Needles(BTreeMap<&'static str, Vec<Vec<u8>>>);
+
+/// The plaintext of the tests: random, so that nothing else can be like it.
+const PLAIN: usize = 64;
+
+impl Needles {
+    fn new(key: &[u8], plain: &[u8]) -> Self {
+        let (data, tweak) = key.split_at(32);
+        let rounds = |half| round_keys(half).into_iter().map(|key| key.to_vec()).collect();
+        let in_base64 = BASE64_STANDARD.encode(key);
+        Self(BTreeMap::from([
+            // Any 16 bytes of a half are enough to betray it.
+            ("key", key.chunks(16).map(<[u8]>::to_vec).collect()),
+            ("data round keys", rounds(data)),
+            ("tweak round keys", rounds(tweak)),
+            // Encoded three bytes at a time, so also its middle is found wherever it lies.
+            (
+                "key in base64",
+                vec![in_base64.as_bytes()[..32].to_vec(), in_base64.as_bytes()[40..72].to_vec()],
+            ),
+            ("plaintext", vec![plain.to_vec()]),
+        ]))
+    }
+
+    /// What is found in the memory of `pid`.
+    fn found(&self, pid: u32) -> Vec<&'static str> {
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+        let mut found = Vec::new();
+        let mut scanned = 0u64;
+        for line in
+            maps.lines().filter(|line| line.split(' ').nth(1).is_some_and(|p| p.starts_with('r')))
+        {
+            let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+            let number = |text| u64::from_str_radix(text, 16).unwrap();
+            let (from, to) = (number(from), number(to));
+            if line.ends_with("[vvar]")
+                || line.ends_with("[vvar_vclock]")
+                || line.ends_with("[vsyscall]")
+            {
+                continue;
+            }
+            let mut bytes = vec![0; usize::try_from(to - from).unwrap()];
+            // The ring's own pages are the kernel's.
+            let mut at = 0;
+            while at < bytes.len() {
+                match memory.read_at(&mut bytes[at..], from + at as u64) {
+                    Ok(0) | Err(_) => at += 4096,
+                    Ok(n) => at += n,
+                }
+            }
+            scanned += bytes.len() as u64;
+            for (what, needles) in &self.0 {
+                if needles.iter().any(|needle| memchr::memmem::find(&bytes, needle).is_some()) {
+                    found.push(*what);
+                }
+            }
+        }
+        assert!(scanned > 1 << 20, "only {scanned} bytes were readable");
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+}
+
+/// A daemon whose key memory can be read by root, a volume, and what to search for.
+struct Scene {
+    customer: Customer,
+    daemon: Daemon,
+    needles: Needles,
+    plain: Vec<u8>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let customer = Customer::new();
+        let daemon = Daemon::configured(&format!(
+            "secret_memory = \"locked\"\nmax_connections = 64\n{}",
+            customer.settings("", "probe_interval = \"1s\"\n")
+        ));
+        daemon.create("v", "8M", customer.key.as_str());
+        let key = customer.volume_key(&daemon.backing("v"));
+        let mut plain = vec![0; PLAIN];
+        aws_lc_rs::rand::fill(&mut plain).unwrap();
+        let needles = Needles::new(&key, &plain);
+        Self { customer, daemon, needles, plain }
+    }
+
+    fn found(&self) -> Vec<&'static str> {
+        self.needles.found(self.daemon.pid())
+    }
+
+    /// A client in the middle of a write: its header and half of its data are sent.
+    fn half_a_write(&self) -> Raw {
+        let mut client = Raw::connected(&self.daemon.dir.path().join("nbd/v.sock"), "v");
+        client.send(&request(0, WRITE, 1, 0, 1 << 20));
+        client.send(&self.plain.repeat((1 << 19) / PLAIN));
+        client
+    }
+
+    /// Writes and reads through all the ways there are: whole sectors, parts, large and small.
+    fn work(&self) {
+        let plain: String = self.plain.iter().map(|byte| format!("{byte:02x}")).collect();
+        nbdsh(
+            &self.daemon.uri("v"),
+            &format!(
+                "p = bytes.fromhex('{plain}')\n\
+                 h.pwrite(p * 16384, 0)\nh.pwrite(p, 1 << 21)\nh.pwrite(p * 64, (1 << 21) + 777)\n\
+                 h.flush()\n\
+                 assert h.pread(1 << 20, 0) == p * 16384\nassert h.pread(100, 3)\n\
+                 assert h.pread_structured(1 << 20, 0, lambda *a: 0)"
+            ),
+        );
+    }
+}
+
+const IN_USE: [&str; 4] = ["data round keys", "key", "plaintext", "tweak round keys"];
+
+#[test]
+fn the_key_and_all_plaintext_are_gone_after_a_fence_and_back_when_it_is() {
+    if !can_scan() {
+        return;
+    }
+    let scene = Scene::new();
+    assert!(scene.found().is_empty(), "made, not attached: {:?}", scene.found());
+    scene.daemon.ok(&["attach", "v"]);
+    for _ in 0..3 {
+        scene.work();
+        let client = scene.half_a_write();
+        until("the half of a write is there", || scene.found() == IN_USE);
+        scene.customer.set_enabled(false);
+        until("the volume is fenced", || scene.daemon.state("v") == "fenced");
+        assert!(scene.found().is_empty(), "fenced: {:?}", scene.found());
+        drop(client);
+        scene.customer.set_enabled(true);
+        until("it is served again", || scene.daemon.state("v") == "serving");
+    }
+    scene.work();
+    assert!(scene.found().contains(&"key"), "served again, so the key is there");
+}
+
+#[test]
+fn the_key_is_gone_after_a_detach_and_after_an_attach_that_failed() {
+    if !can_scan() {
+        return;
+    }
+    let scene = Scene::new();
+    scene.daemon.ok(&["attach", "v"]);
+    scene.work();
+    let client = scene.half_a_write();
+    until("the half of a write is there", || scene.found() == IN_USE);
+    scene.daemon.ok(&["detach", "v"]);
+    assert!(scene.found().is_empty(), "detached: {:?}", scene.found());
+    drop(client);
+    // It fails after the key was unwrapped.
+    let socket = scene.daemon.dir.path().join("nbd/v.sock");
+    std::fs::create_dir(&socket).unwrap();
+    std::fs::write(socket.join("in the way"), "").unwrap();
+    let (code, refused) = scene.daemon.ctl(&["attach", "v"]);
+    assert_eq!(code, 1, "{refused}");
+    assert!(scene.found().is_empty(), "failed: {:?}", scene.found());
+    std::fs::remove_dir_all(&socket).unwrap();
+    // And before.
+    scene.customer.kms.inject(Fault::error(400, "AccessDeniedException", "no"));
+    let (code, refused) = scene.daemon.ctl(&["attach", "v"]);
+    assert_eq!(code, 3, "{refused}");
+    assert!(scene.found().is_empty(), "denied: {:?}", scene.found());
+}
+
+#[test]
+fn the_key_is_in_no_log_environment_argument_or_answer() {
+    if !can_scan() {
+        return;
+    }
+    let scene = Scene::new();
+    scene.daemon.ok(&["attach", "v"]);
+    scene.work();
+    let pid = scene.daemon.pid();
+    let mut said = scene.daemon.log().into_bytes();
+    assert!(String::from_utf8_lossy(&said).contains("DEBUG"), "it logs all it can");
+    for file in ["environ", "cmdline"] {
+        said.extend(std::fs::read(format!("/proc/{pid}/{file}")).unwrap());
+    }
+    said.extend(scene.daemon.ok(&["status"]).to_string().into_bytes());
+    for (what, needles) in &scene.needles.0 {
+        for needle in needles {
+            let hex: String = needle.iter().map(|byte| format!("{byte:02x}")).collect();
+            for shape in [needle.clone(), hex.into_bytes(), format!("{needle:?}").into_bytes()] {
+                assert!(memchr::memmem::find(&said, &shape).is_none(), "{what} was said");
+            }
+        }
+    }
+    let limit = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let core = limit.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().nth(4), Some("0"), "no core dumps");
+}
