@@ -258,7 +258,7 @@ fn the_key_is_gone_after_a_detach_and_after_an_attach_that_failed() {
 }
 
 #[test]
-fn the_key_is_in_no_log_environment_argument_or_answer() {
+fn the_key_is_in_no_log_environment_argument_answer_swap_or_core() {
     if !can_scan() {
         return;
     }
@@ -280,6 +280,16 @@ fn the_key_is_in_no_log_environment_argument_or_answer() {
             }
         }
     }
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let swapped: u64 = smaps
+        .lines()
+        .filter_map(|line| {
+            line.strip_prefix("Swap:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok()
+        })
+        .sum();
+    assert_eq!(swapped, 0, "nothing is swapped");
+    let heap = smaps.split("[heap]").nth(1).and_then(|rest| rest.split("VmFlags:").nth(1)).unwrap();
+    assert!(heap.lines().next().unwrap().contains(" lo"), "the heap is locked: {heap}");
     let limit = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let core = limit.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().nth(4), Some("0"), "no core dumps");
