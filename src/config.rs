@@ -223,6 +223,21 @@ pub enum Auto {
     Off,
 }
 
+/// What requests do when the key is denied, or the outage allowance is over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnDenial {
+    /// They fail at once.
+    #[default]
+    Error,
+    /// They wait for a while, without the key.
+    Hold,
+}
+
+/// How long requests wait if nothing else is said: shorter than what makes a file system or a
+/// cluster give a node up, long enough to undo a mistake.
+const HOLD_FOR: Duration = Duration::from_secs(120);
+
 /// What keys lie in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -275,6 +290,12 @@ pub struct VolumeConfig {
     /// Group that may use this volume's socket, instead of the daemon's `nbd_group`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// What requests do when the key is denied, or the outage allowance is over.
+    #[serde(default)]
+    pub on_denial: OnDenial,
+    /// How long they wait, if they do.
+    #[serde(default, skip_serializing)]
+    pub hold_for: Option<Seconds>,
     /// Instead of the daemon's `[lease]`.
     #[serde(default, skip_serializing)]
     pub lease: LeaseConfig,
@@ -298,7 +319,18 @@ impl VolumeConfig {
             external_id: None,
             owner: None,
             group: None,
+            on_denial: OnDenial::default(),
+            hold_for: None,
             lease: LeaseConfig::default(),
+        }
+    }
+
+    /// How long requests wait for a key that is denied; `None`: they fail at once.
+    #[must_use]
+    pub fn hold(&self) -> Option<Duration> {
+        match self.on_denial {
+            OnDenial::Error => None,
+            OnDenial::Hold => Some(self.hold_for.map_or(HOLD_FOR, |Seconds(hold)| hold)),
         }
     }
 
@@ -408,6 +440,9 @@ pub fn load_volume(path: &Path) -> Result<Option<VolumeConfig>, ConfigError> {
         |what: &str| ConfigError { file: path.to_owned(), line: None, what: what.to_owned() };
     if volume.external_id.is_some() && volume.role_arn.is_none() {
         return Err(wrong("external_id without role_arn: it goes with the role that is assumed"));
+    }
+    if volume.hold_for.is_some() && volume.on_denial != OnDenial::Hold {
+        return Err(wrong("hold_for without on_denial = \"hold\": nothing waits"));
     }
     if volume.lease.probe_interval.is_some_and(|s| s.0 < SHORTEST_INTERVAL) {
         return Err(wrong("lease.probe_interval is under 1s: KMS would throttle the account"));

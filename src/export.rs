@@ -13,11 +13,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{Shutdown, getsockopt, shutdown};
 use std::os::fd::AsRawFd;
 use thiserror::Error;
 use tracing::{info, warn};
 
+use crate::clock;
 use crate::crypt::CryptError;
 use crate::device::WriteOrder;
 use crate::fence::{Fence, KeyDestroyed};
@@ -57,6 +59,9 @@ pub struct ExportOptions {
     pub max_connections: usize,
     /// Bypass the page cache where possible.
     pub direct: DirectIo,
+    /// How long requests wait for the key when it is denied or the outage allowance is over, before
+    /// they fail; `None`: they fail at once.
+    pub hold: Option<Duration>,
 }
 
 /// Why an export could not be opened or restored.
@@ -92,6 +97,19 @@ pub struct Export {
     stopping: AtomicBool,
     orphans: AtomicUsize,
     transition: Mutex<()>,
+    /// Milliseconds since boot until which requests wait for a closed fence; 0: they do not.
+    held_until: AtomicU64,
+    /// Requests that failed by a fence or by the backing store.
+    failed: AtomicU64,
+}
+
+/// A connection, to people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connected {
+    /// The process at the other end, if it is on this machine.
+    pub pid: Option<i32>,
+    /// Requests of this connection that failed by a fence or by the backing store.
+    pub failed: u64,
 }
 
 /// What an export knows of one of its connections.
@@ -102,6 +120,12 @@ pub(crate) struct Client {
     idle: AtomicBool,
     /// The closings of the fence after which it has held no plaintext from before.
     clean_after: AtomicU64,
+    pid: Option<i32>,
+    failed: AtomicU64,
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -151,6 +175,8 @@ impl Export {
             stopping: AtomicBool::new(false),
             orphans: AtomicUsize::new(0),
             transition: Mutex::default(),
+            held_until: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
         }))
     }
 
@@ -158,8 +184,12 @@ impl Export {
     /// answered with an error, and no connection holds plaintext from before. A connection whose
     /// client takes no answers is cut off. Takes less than a second, whatever the backing store
     /// does.
+    ///
+    /// With [`ExportOptions::hold`], requests wait instead of failing, without the key and without
+    /// any plaintext that was decrypted; what a client has sent and byokd has not taken yet is kept.
     pub fn fence(&self, reason: FenceReason) -> KeyDestroyed {
         let _one_at_a_time = lock(&self.transition);
+        self.set_hold(reason);
         let receipt = self.fence.close(reason);
         let closings = self.fence.closings();
         self.each_client(Client::wake);
@@ -179,6 +209,70 @@ impl Export {
         receipt
     }
 
+    /// Decides how long requests wait; a fence that was closed already is not held for longer.
+    fn set_hold(&self, reason: FenceReason) {
+        let held = matches!(reason, FenceReason::Denied | FenceReason::Expired);
+        let until = match self.options.hold {
+            Some(_) if held && self.fence.is_closed() => return,
+            Some(hold) if held => millis(clock::now().0.saturating_add(hold)),
+            Some(_) | None => 0,
+        };
+        self.held_until.store(until, Ordering::Release);
+    }
+
+    /// Whether requests wait for the fence to open.
+    pub fn is_held(&self) -> bool {
+        if self.options.hold.is_none() || self.is_stopping() {
+            return false;
+        }
+        if self.fence.is_closed() {
+            millis(clock::now().0) < self.held_until.load(Ordering::Acquire)
+        } else {
+            // Its time is over, and whoever closes it has not got round to that.
+            self.fence.check().is_err()
+        }
+    }
+
+    /// How long requests still wait for the fence to open, if they do.
+    pub fn held_for(&self) -> Option<Duration> {
+        let until = Duration::from_millis(self.held_until.load(Ordering::Acquire));
+        self.is_held().then(|| until.saturating_sub(clock::now().0))
+    }
+
+    /// Makes requests fail whose wait is over. To be called now and then.
+    pub fn end_hold(&self) {
+        let until = self.held_until.load(Ordering::Acquire);
+        if until != 0 && !self.is_held() {
+            self.held_until.store(0, Ordering::Release);
+            self.each_client(Client::wake);
+        }
+    }
+
+    /// Whether whoever waits for something to happen here does so in vain.
+    pub(crate) fn gives_up(&self) -> bool {
+        !self.is_serving() && !self.is_held()
+    }
+
+    /// Counts a request that failed by a fence or by the backing store.
+    pub(crate) fn count_failed(&self, client: &Client) {
+        client.failed.fetch_add(1, Ordering::Relaxed);
+        self.failed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Requests that failed by a fence or by the backing store, since the volume was attached.
+    pub fn failed(&self) -> u64 {
+        self.failed.load(Ordering::Relaxed)
+    }
+
+    /// The connections there are now.
+    pub fn connected(&self) -> Vec<Connected> {
+        let told = |client: &Arc<Client>| Connected {
+            pid: client.pid,
+            failed: client.failed.load(Ordering::Relaxed),
+        };
+        lock(&self.clients).iter().map(told).collect()
+    }
+
     /// Opens a closed fence with the key unwrapped anew, after checking it against the header. The
     /// same connections go on.
     ///
@@ -192,7 +286,10 @@ impl Export {
         }
         self.volume.verify(&key)?;
         self.wait_for_orphans()?;
-        Ok(self.fence.open_again(key)?)
+        self.fence.open_again(key)?;
+        self.held_until.store(0, Ordering::Release);
+        self.each_client(Client::wake);
+        Ok(())
     }
 
     /// Ends service: new requests are answered `ESHUTDOWN`, those in flight are finished, all
@@ -205,7 +302,10 @@ impl Export {
         let _one_at_a_time = lock(&self.transition);
         let started = Instant::now();
         self.stopping.store(true, Ordering::Release);
-        self.each_client(|client| client.shut(Shutdown::Read));
+        self.each_client(|client| {
+            client.shut(Shutdown::Read);
+            client.wake();
+        });
         if !self.wait_clients(within, |_| false) {
             self.each_client(|client| {
                 client.shut(Shutdown::Both);
@@ -287,6 +387,8 @@ impl Export {
             waker,
             idle: AtomicBool::new(false),
             clean_after: AtomicU64::new(self.fence.closings()),
+            pid: getsockopt(&socket, PeerCredentials).ok().map(|peer| peer.pid()),
+            failed: AtomicU64::new(0),
         });
         let mut clients = lock(&self.clients);
         if self.is_stopping() || clients.len() >= self.options.max_connections {

@@ -142,6 +142,11 @@ impl Fence {
         }
     }
 
+    /// Whether it has been closed, not whether its time is over.
+    pub fn is_closed(&self) -> bool {
+        self.state.load(Ordering::Acquire) != OPEN
+    }
+
     /// How often it has been closed.
     pub fn closings(&self) -> u64 {
         self.closings.load(Ordering::Acquire)

@@ -209,6 +209,17 @@ fn detail(volume: &VolumeStatus) {
         line("uri", uri.clone());
         line("connections", volume.connections.to_string());
     }
+    for client in volume.clients.iter().filter(|client| client.failed_requests > 0) {
+        let program = client.program.as_deref().unwrap_or("a client of another machine");
+        let pid = client.pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
+        line(
+            "had errors",
+            format!(
+                "{program}{pid}, {}: a file system on it has to be mounted anew",
+                client.failed_requests
+            ),
+        );
+    }
     if let Some(problem) = &volume.problem {
         line("not attached", format!("{} ({})", problem.why, problem.at));
         line("do", problem.remedy.clone());
@@ -220,6 +231,9 @@ fn detail(volume: &VolumeStatus) {
     }
     if let Some(left) = lease.allowance_left {
         line("allowance", format!("{left} s left, then the volume is fenced"));
+    }
+    if let Some(left) = lease.held_for {
+        line("held", format!("requests wait for the key, {left} s more, then they fail"));
     }
     if let Some(millis) = lease.fence_ms {
         line("last fence", format!("{millis} ms from the first denial to the key's destruction"));

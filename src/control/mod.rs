@@ -222,10 +222,26 @@ pub struct VolumeStatus {
     pub uri: Option<String>,
     /// Connections now.
     pub connections: usize,
+    /// Who is connected.
+    pub clients: Vec<ClientStatus>,
+    /// Requests that failed by a fence or by the backing store, since it was attached.
+    pub failed_requests: u64,
     /// The lease, while attached.
     pub lease: Option<LeaseStatus>,
     /// Why it is not attached, if that was tried and failed.
     pub problem: Option<Problem>,
+}
+
+/// One connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientStatus {
+    /// The process at the other end, if it is on this machine; 0 for the kernel's own client.
+    pub pid: Option<i32>,
+    /// Its program.
+    pub program: Option<String>,
+    /// Requests of this connection that failed by a fence or by the backing store. A file system
+    /// on it has to be unmounted and mounted again.
+    pub failed_requests: u64,
 }
 
 /// Why a volume could not be attached.
@@ -250,6 +266,8 @@ pub struct LeaseStatus {
     pub last_success: Option<String>,
     /// Seconds until the outage allowance runs out; absent when it never does or is not running.
     pub allowance_left: Option<u64>,
+    /// Seconds for which requests still wait instead of failing; absent if they do not wait.
+    pub held_for: Option<u64>,
     /// From the first denied answer to the key's destruction, in milliseconds, of the last fence.
     pub fence_ms: Option<u64>,
     /// What KMS said last that was not a success.

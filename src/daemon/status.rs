@@ -1,10 +1,13 @@
 //! What the daemon says of its volumes. Nothing here waits for KMS or holds a volume's lock while
 //! a disk is read.
 
+use std::time::Duration;
+
 use tokio::task::spawn_blocking;
 
-use crate::control::{LeaseStatus, VolumeState, VolumeStatus};
+use crate::control::{ClientStatus, LeaseStatus, VolumeState, VolumeStatus};
 use crate::daemon::{Attached, Now, Service, Volume};
+use crate::export::Connected;
 use crate::keeper::KeyReport;
 use crate::key::lease::LeaseWord;
 use crate::luks2::Header;
@@ -45,6 +48,8 @@ fn known(name: &str, now: &Now) -> VolumeStatus {
         read_only: now.config.read_only,
         uri: None,
         connections: 0,
+        clients: Vec::new(),
+        failed_requests: 0,
         lease: None,
         problem: now.problem.clone(),
     };
@@ -63,7 +68,9 @@ fn in_service(status: &mut VolumeStatus, attached: &Attached) {
     describe(status, unlocked.header());
     status.header_note = unlocked.recovery().map(str::to_owned);
     status.read_only = attached.export.options().read_only;
-    status.connections = attached.export.connections();
+    status.clients = attached.export.connected().into_iter().map(client).collect();
+    status.connections = status.clients.len();
+    status.failed_requests = attached.export.failed();
     let (name, socket) = (&status.name, attached.socket.display());
     status.uri = Some(format!("nbd+unix:///{name}?socket={socket}"));
     status.state = match (report.serves, report.state) {
@@ -71,7 +78,7 @@ fn in_service(status: &mut VolumeStatus, attached: &Attached) {
         (true, LeaseWord::Unverified) => VolumeState::Unverified,
         (true, _) => VolumeState::Serving,
     };
-    status.lease = Some(lease(report));
+    status.lease = Some(lease(report, attached.export.held_for()));
 }
 
 fn describe(status: &mut VolumeStatus, header: &Header) {
@@ -86,13 +93,24 @@ fn describe(status: &mut VolumeStatus, header: &Header) {
     status.header_seqid = Some(header.seqid());
 }
 
-fn lease(report: KeyReport) -> LeaseStatus {
+fn client(connected: Connected) -> ClientStatus {
+    let program =
+        connected.pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok());
+    ClientStatus {
+        pid: connected.pid,
+        program: program.map(|name| name.trim().to_owned()),
+        failed_requests: connected.failed,
+    }
+}
+
+fn lease(report: KeyReport, held_for: Option<Duration>) -> LeaseStatus {
     let word = serde_json::to_value(report.state).ok();
     LeaseStatus {
         state: word.and_then(|w| w.as_str().map(str::to_owned)).unwrap_or_default(),
         since: rfc3339(report.since),
         last_success: Some(rfc3339(report.last_success)),
         allowance_left: report.allowance_left.map(|left| left.as_secs()),
+        held_for: held_for.map(|left| left.as_secs()),
         fence_ms: report.fenced_after.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
         evidence: report.evidence,
     }

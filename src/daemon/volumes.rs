@@ -307,6 +307,7 @@ impl Daemon {
                 Auto::Auto => DirectIo::Auto,
                 Auto::Off => DirectIo::Off,
             },
+            hold: config.hold(),
         };
         let tried = what.to_owned();
         let opened = spawn_blocking(move || {

@@ -431,6 +431,7 @@ impl<K: KeyService> Keeping<K> {
     }
 
     fn publish(&mut self) {
+        self.export.end_hold();
         self.export.gatekeeper().serve_until(self.lease.serves_until());
         let at = |moment: Moment| {
             let ago = now().since(moment);

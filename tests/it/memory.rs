@@ -13,7 +13,7 @@ use base64::prelude::BASE64_STANDARD;
 use byokd::kms::dev::Fault;
 
 use crate::customer::Customer;
-use crate::raw::{Raw, WRITE, request};
+use crate::raw::{READ, Raw, WRITE, request};
 use crate::support::{Daemon, have, nbdsh, until};
 
 /// Whether the memory of other processes can be read here.
@@ -227,6 +227,30 @@ fn the_key_and_all_plaintext_are_gone_after_a_fence_and_back_when_it_is() {
     }
     scene.work();
     assert!(scene.found().contains(&"key"), "served again, so the key is there");
+}
+
+#[test]
+fn a_volume_whose_requests_wait_holds_no_key_and_nothing_decrypted() {
+    if !can_scan() {
+        return;
+    }
+    let scene = Scene::new();
+    scene.daemon.define("v", "on_denial = \"hold\"\nhold_for = \"10m\"");
+    scene.daemon.ok(&["attach", "v"]);
+    scene.work();
+    // A client that takes none of the reply to a large read, and one that waits for its reply.
+    let socket = scene.daemon.dir.path().join("nbd/v.sock");
+    let mut greedy = Raw::connected(&socket, "v");
+    greedy.send(&request(0, READ, 1, 0, 8 << 20));
+    let mut waiting = Raw::connected(&socket, "v");
+    until("decrypted data is there", || scene.found() == IN_USE);
+    scene.customer.set_enabled(false);
+    until("the volume is fenced", || scene.daemon.state("v") == "fenced");
+    waiting.send(&request(0, READ, 2, 0, 1 << 20));
+    assert!(scene.found().is_empty(), "held: {:?}", scene.found());
+    scene.customer.set_enabled(true);
+    assert_eq!(waiting.simple_reply(2), 0);
+    assert!(waiting.take_vec(1 << 20).chunks(PLAIN).all(|chunk| chunk == scene.plain));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Taking the key away and giving it back: for a key, for one volume, by hand, and when it is not
 //! the customer who denies. The customer's side is played by the development KMS.
 
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use byokd::kms::dev::Fault;
@@ -162,4 +163,150 @@ fn a_denial_that_the_witness_shares_takes_nothing_away() {
     let uuid = daemon.ok(&["volume", "show", "v"])["uuid"].as_str().unwrap().to_owned();
     customer.deny_volume(&uuid);
     until("the volume is fenced", || daemon.state("v") == "fenced");
+}
+
+/// A client that ends with its owner.
+struct Client(Child);
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _killed = self.0.kill();
+        let _ended = self.0.wait();
+    }
+}
+
+/// fio, writing and verifying all it wrote, over four connections, in sizes and places of all
+/// kinds, for at least ten seconds.
+fn load(daemon: &Daemon) -> Client {
+    let job =
+        |name: &str, offset: &str, extra: &str| format!("[{name}]\noffset={offset}\n{extra}\n");
+    let file = daemon.dir.path().join("load.fio");
+    let text = format!(
+        "[global]\nioengine=nbd\nuri={}\nsize=8m\nrw=randwrite\niodepth=16\nverify=crc32c\n\
+         verify_fatal=1\ntime_based=1\nruntime=10\nrate_iops=2000\n{}{}{}{}",
+        daemon.uri("v"),
+        job("pages", "0", "bs=4k"),
+        job("mixed", "16m", "bsrange=4k-1m\nrate_iops=200"),
+        job("unaligned", "32m", "bsrange=512-256k\nblockalign=512\nrate_iops=200"),
+        job("large", "48m", "bs=4m\niodepth=2\nrate_iops=20"),
+    );
+    std::fs::write(&file, text).unwrap();
+    let log = std::fs::File::create(daemon.dir.path().join("fio.log")).unwrap();
+    let child = Command::new("fio")
+        .arg(&file)
+        .current_dir(daemon.dir.path())
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    Client(child)
+}
+
+#[test]
+fn held_requests_go_on_when_the_key_comes_back_in_time() {
+    if !have(&["fio"]) {
+        return;
+    }
+    for place in ["/dev/shm", env!("CARGO_TARGET_TMPDIR")] {
+        let customer = Customer::new();
+        let daemon = customer.daemon();
+        let dir = tempfile::tempdir_in(place).unwrap();
+        let store = dir.path().join("v.img");
+        let create = ["volume", "create", "v", "--size", "64M", "--purpose", "zeebe", "--key"];
+        let mut create = create.to_vec();
+        create.extend([customer.key.as_str(), "--backing", store.to_str().unwrap()]);
+        daemon.ok(&create);
+        daemon.define("v", "on_denial = \"hold\"\nhold_for = \"60s\"");
+        daemon.ok(&["attach", "v"]);
+        let mut client = load(&daemon);
+        until("fio works", || daemon.ok(&["status", "v"])["volumes"][0]["connections"] == 4);
+        for _ in 0..2 {
+            customer.set_enabled(false);
+            until("the volume is fenced", || daemon.state("v") == "fenced");
+            let lease = lease(&daemon, "v");
+            assert!((1..60).contains(&lease["held_for"].as_u64().unwrap()), "{lease}");
+            customer.set_enabled(true);
+            until("the volume is served", || daemon.state("v") == "serving");
+        }
+        until("fio has ended", || client.0.try_wait().unwrap().is_some());
+        let said = std::fs::read_to_string(daemon.dir.path().join("fio.log")).unwrap();
+        assert!(client.0.wait().unwrap().success(), "{said}");
+        let status = daemon.ok(&["status", "v"]);
+        assert_eq!(status["volumes"][0]["failed_requests"], 0, "{status}");
+    }
+}
+
+#[test]
+fn held_requests_fail_when_the_key_does_not_come_back_in_time() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let customer = Customer::new();
+    let daemon = customer.daemon();
+    daemon.create("v", "8M", customer.key.as_str());
+    daemon.define("v", "on_denial = \"hold\"\nhold_for = \"2s\"");
+    daemon.ok(&["attach", "v"]);
+    let (asked, told) = (daemon.dir.path().join("asked"), daemon.dir.path().join("told"));
+    let script = format!(
+        r"
+import time, pathlib
+h.pwrite(b'k' * 4096, 0)
+pathlib.Path('{asked}').touch()
+while True:
+    try:
+        began = time.monotonic()
+        h.pwrite(b'l' * 4096, 8192)
+        assert h.pread(4096, 0) == b'k' * 4096
+    except nbd.Error as error:
+        assert error.errno == 'EPERM', error
+        break
+waited = time.monotonic() - began
+assert 0.5 < waited < 4, waited
+pathlib.Path('{told}').touch()
+while True:
+    try:
+        assert h.pread(4096, 0) == b'k' * 4096
+        break
+    except nbd.Error:
+        time.sleep(0.01)
+",
+        asked = asked.display(),
+        told = told.display()
+    );
+    let uri = daemon.uri("v");
+    std::thread::scope(|scope| {
+        let client = scope.spawn(move || nbdsh(&uri, &script));
+        until("the client works", || asked.exists());
+        customer.set_enabled(false);
+        until("the client has failed", || told.exists());
+        let status = daemon.ok(&["status", "v"])["volumes"][0].clone();
+        assert_eq!(status["state"], "fenced");
+        assert!(status["lease"]["held_for"].is_null(), "{status}");
+        assert!(status["failed_requests"].as_u64().unwrap() > 0, "{status}");
+        let clients = status["clients"].as_array().unwrap();
+        assert!(clients[0]["program"].as_str().unwrap().starts_with("python"), "{status}");
+        assert!(clients[0]["failed_requests"].as_u64().unwrap() > 0, "{status}");
+        customer.set_enabled(true);
+        client.join().unwrap();
+    });
+}
+
+#[test]
+fn a_held_volume_is_detached_without_waiting() {
+    let customer = Customer::new();
+    let mut daemon = customer.daemon();
+    daemon.create("v", "8M", customer.key.as_str());
+    daemon.define("v", "on_denial = \"hold\"\nhold_for = \"10m\"");
+    daemon.ok(&["attach", "v"]);
+    let mut client = crate::raw::Raw::connected(&daemon.dir.path().join("nbd/v.sock"), "v");
+    customer.set_enabled(false);
+    until("the volume is fenced", || daemon.state("v") == "fenced");
+    client.send(&crate::raw::request(0, crate::raw::READ, 7, 0, 4096));
+    let began = Instant::now();
+    daemon.ok(&["detach", "v"]);
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert!(client.is_closed());
+    assert!(daemon.terminate().success());
 }

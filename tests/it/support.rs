@@ -154,6 +154,18 @@ impl Daemon {
         self.ok(&["attach", name]);
     }
 
+    /// Adds to the definition of a volume that is not attached.
+    pub(crate) fn define(&self, name: &str, more: &str) {
+        let path = self.dir.path().join("volumes.d").join(format!("{name}.toml"));
+        let text = std::fs::read_to_string(&path).expect("its definition");
+        let kept = text.lines().filter(|line| {
+            let key = line.split(" = ").next().unwrap_or_default();
+            !more.lines().any(|new| new.split(" = ").next() == Some(key))
+        });
+        let text = kept.chain(more.lines()).map(|line| format!("{line}\n")).collect::<String>();
+        std::fs::write(&path, text).expect("it is written");
+    }
+
     pub(crate) fn create(&self, name: &str, size: &str, key: &str) {
         let backing = self.backing(name);
         let backing = backing.to_str().expect("UTF-8");

@@ -9,6 +9,7 @@
 //! A request larger than [`MAX_BUFFER`](crate::buffer::MAX_BUFFER) is done in parts; a `Task` counts its parts down. A write
 //! that does not cover whole sectors is a read-modify-write under [`Lane::partial`].
 
+mod hold;
 mod inbox;
 mod parts;
 mod reads;
@@ -99,11 +100,13 @@ struct Task {
     answered: bool,
     /// A read whose data goes out whole or not at all: what has been read of it, part by part.
     whole: Vec<Option<Data>>,
+    /// What had been read of it was wiped; it is done again from the start.
+    again: bool,
 }
 
 impl Task {
     fn new(request: Request, parts: usize) -> Self {
-        Self { request, parts, errno: None, answered: false, whole: Vec::new() }
+        Self { request, parts, errno: None, answered: false, whole: Vec::new(), again: false }
     }
 }
 
@@ -152,6 +155,10 @@ pub struct Transmission {
     held: usize,
     from_budget: usize,
     closings: u64,
+    /// The fence has closed, and what is in flight waits for it to open.
+    holding: bool,
+    /// Requests to be done again from the start.
+    again: Vec<Request>,
     watch: u8,
     spin: Spin,
     timeout_set: bool,
@@ -188,6 +195,8 @@ impl Transmission {
             held: 0,
             from_budget: 0,
             closings,
+            holding: false,
+            again: Vec::new(),
             watch: 0,
             spin: Spin::default(),
             timeout_set: false,
@@ -212,6 +221,9 @@ impl Transmission {
         let extended = self.modes.style == ReplyStyle::Extended;
         let mut batch = 0;
         loop {
+            while let Some(request) = self.again.pop() {
+                self.request(request, extended)?;
+            }
             while let Some((request, len)) = Request::parse(self.inbox.bytes(), extended)? {
                 self.inbox.consume(len);
                 batch += 1;
@@ -230,6 +242,9 @@ impl Transmission {
             } else {
                 self.send()?;
                 self.notice_fence()?;
+                if !self.again.is_empty() {
+                    continue;
+                }
                 let pipelined = batch > 1;
                 batch = 0;
                 // A client that pipelines has more on its way: its buffers need not be wiped yet.

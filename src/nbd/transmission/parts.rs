@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use crate::buffer::{Ciphertext, MAX_BUFFER};
 use crate::device::Claim;
-use crate::nbd::transmission::reads::unseal;
 use crate::nbd::transmission::{Data, Outcome, Part, Reply, Task, Transmission, WATCH_CREDIT};
 use crate::nbd::wire::{Chunk, Command, Errno, Head};
 use crate::store::Speed;
@@ -75,7 +74,7 @@ impl Transmission {
         let reads = !wanted.is_empty();
         let answered = self.tasks.expect(task).answered;
         let result = match (ended.result, ended.buffer) {
-            (Ok(()), Some(data)) if reads && !answered => match unseal(&self.gate, data, at) {
+            (Ok(()), Some(data)) if reads && !answered => match self.unsealed(data, at)? {
                 Ok(plain) => return self.data_ready(task, at, Data { plain, wanted, held }),
                 Err((error, data)) => {
                     self.give_back(data.into_buffer(), held);
@@ -100,6 +99,10 @@ impl Transmission {
     pub(super) fn data_ready(&mut self, index: usize, at: SectorRange, data: Data) -> Outcome {
         let (style, sector) = (self.modes.style, self.sector());
         let task = self.tasks.expect(index);
+        if task.again {
+            self.drop_data(vec![Some(data)]);
+            return self.part_ended(index, Ok(()));
+        }
         if !task.whole.is_empty() {
             let first = task.request.offset - task.request.offset % sector;
             let part = (at.offset() - first) / MAX_BUFFER as u64;
@@ -128,16 +131,22 @@ impl Transmission {
         if task.parts > 0 {
             return Ok(());
         }
-        let Some(Task { request, errno, answered, whole, .. }) = self.tasks.remove(index) else {
+        let Some(Task { request, errno, answered, whole, again, .. }) = self.tasks.remove(index)
+        else {
             return Ok(());
         };
         if answered {
+            return Ok(());
+        }
+        if again && errno.is_none() {
+            self.again.push(request);
             return Ok(());
         }
         let style = self.modes.style;
         let head = match (errno, request.command) {
             (Some(errno), _) => {
                 self.drop_data(whole);
+                self.count(errno);
                 Head::error(style, &request, errno)
             }
             (None, Command::Read) if !whole.is_empty() => {
@@ -197,9 +206,19 @@ impl Transmission {
 
     /// Acts on a fence that has closed since the last look.
     pub(super) fn notice_fence(&mut self) -> Outcome {
-        if self.closings == self.export.gatekeeper().closings() {
+        let held = self.export.is_held();
+        if self.holding && !held && self.export.is_serving() {
+            self.holding = false;
+            self.note_closing();
+        }
+        let waits_in_vain = self.holding && !held;
+        if self.closings == self.export.gatekeeper().closings() && !waits_in_vain {
             return Ok(());
         }
+        if held {
+            return self.let_go();
+        }
+        self.holding = false;
         self.give_up_in_flight()
     }
 
@@ -221,6 +240,7 @@ impl Transmission {
             self.tasks.iter_mut().flat_map(|task| std::mem::take(&mut task.whole)).collect();
         self.drop_data(read);
         for head in waiting {
+            self.count(Errno::Perm);
             self.reply(Reply::Head(head))?;
         }
         self.send()?;

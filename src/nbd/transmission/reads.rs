@@ -97,6 +97,7 @@ impl Transmission {
                     self.send()?;
                 }
                 Err(errno) if first => {
+                    self.count(errno);
                     let head = Head::error(self.modes.style, &request, errno);
                     return self.reply(Reply::Head(head));
                 }
@@ -111,7 +112,7 @@ impl Transmission {
         let buffer = self.take(at).map_err(|_| Errno::NoMem)?;
         let held = buffer.len();
         match self.export.backing().read(at, buffer) {
-            Ok(data) => match unseal(&self.gate, data, at) {
+            Ok(data) => match self.unsealed(data, at).map_err(|_| Errno::Io)? {
                 Ok(plain) => Ok((plain, held)),
                 Err((error, data)) => {
                     self.give_back(data.into_buffer(), held);

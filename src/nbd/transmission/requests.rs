@@ -20,8 +20,13 @@ use crate::units::SectorRange;
 impl Transmission {
     pub(super) fn request(&mut self, request: Request, extended: bool) -> Outcome {
         let payload = request.payload(extended);
-        let allowed = self.check(&request);
+        let mut allowed = self.check(&request);
+        while allowed == Err(Errno::Perm) && self.export.is_held() {
+            self.hold()?;
+            allowed = self.check(&request);
+        }
         if let Err(errno) = allowed {
+            self.count(errno);
             self.discard_payload(payload)?;
             return self.reply(Reply::Head(Head::error(self.modes.style, &request, errno)));
         }
@@ -132,6 +137,7 @@ impl Transmission {
             Ok(extents) => extents,
             Err(error) => {
                 let errno = self.store_failed("extents", at, &error);
+                self.count(errno);
                 return self.reply(Reply::Head(Head::error(self.modes.style, &request, errno)));
             }
         };

@@ -56,10 +56,17 @@ impl Transmission {
         let held = buffer.len();
         let sealed = match source {
             Source::Client if self.inbox.bytes().len() >= held => {
-                let received = &self.inbox.bytes()[..held];
-                let sealed = match self.gate.enter() {
-                    Ok(pass) => Ok(pass.seal_from(received, buffer, at)),
-                    Err(error) => Err((error, buffer)),
+                let sealed = loop {
+                    let error = match self.gate.enter() {
+                        Ok(pass) => {
+                            let received = &self.inbox.bytes()[..held];
+                            break Ok(pass.seal_from(received, buffer, at));
+                        }
+                        Err(error) => error,
+                    };
+                    if !matches!(error, EnterError::Fenced(_)) || !self.hold()? {
+                        break Err((error, buffer));
+                    }
                 };
                 self.inbox.consume(held);
                 sealed.map_err(|(error, buffer)| {
@@ -70,11 +77,11 @@ impl Transmission {
             Source::Client => {
                 let mut plain = Plaintext::new(buffer);
                 self.receive_exact(plain.bytes_mut())?;
-                self.seal(plain, at, held)
+                self.seal(plain, at, held)?
             }
             Source::Zeroes => {
                 buffer.bytes_mut().fill(0);
-                self.seal(Plaintext::new(buffer), at, held)
+                self.seal(Plaintext::new(buffer), at, held)?
             }
         };
         let data = match sealed {
@@ -101,17 +108,16 @@ impl Transmission {
         plain: Plaintext,
         at: SectorRange,
         held: usize,
-    ) -> Result<Ciphertext, EnterError> {
-        let sealed = match self.gate.enter() {
-            Ok(pass) => Ok(pass.seal(plain, at)),
-            Err(error) => Err((error, plain)),
-        };
-        match sealed {
-            Ok(data) => Ok(data),
-            Err((error, plain)) => {
+    ) -> Outcome<Result<Ciphertext, EnterError>> {
+        loop {
+            let error = match self.gate.enter() {
+                Ok(pass) => return Ok(Ok(pass.seal(plain, at))),
+                Err(error) => error,
+            };
+            if !matches!(error, EnterError::Fenced(_)) || !self.hold()? {
                 self.pool.give_plaintext(plain);
                 self.release(held);
-                Err(error)
+                return Ok(Err(error));
             }
         }
     }
@@ -124,7 +130,7 @@ impl Transmission {
         }
         self.settle()?;
         let export = Arc::clone(&self.export);
-        Ok(self.lane.begin_waiting(at, &|| !export.is_serving()).ok())
+        Ok(self.lane.begin_waiting(at, &|| export.gives_up()).ok())
     }
 
     /// A read-modify-write of `len` bytes at `offset`, which is at most one part long.
@@ -146,11 +152,12 @@ impl Transmission {
         };
         let export = Arc::clone(&self.export);
         let lane = Arc::clone(&self.lane);
-        let result = lane.partial(at, &|| !export.is_serving(), || {
+        let result = lane.partial(at, &|| export.gives_up(), || {
             let (mut old, held) = self.read_now(at)?;
             let skip = index(offset - at.offset());
             old.bytes_mut()[skip..skip + index(len)].copy_from_slice(new.bytes());
-            let data = self.seal(old, at, held).map_err(|error| self.refused(error))?;
+            let sealed = self.seal(old, at, held).map_err(|_| Errno::Io)?;
+            let data = sealed.map_err(|error| self.refused(error))?;
             let written = export.backing().write(at, &data, durability);
             self.give_back(data.into_buffer(), held);
             written.map_err(|error| self.store_failed("write", at, &error))
@@ -179,6 +186,7 @@ impl Transmission {
                     Ok(()) => Head::done(self.modes.style, &request),
                     Err(error) => {
                         let errno = self.store_failed("discard", at, &error);
+                        self.count(errno);
                         Head::error(self.modes.style, &request, errno)
                     }
                 };
@@ -186,6 +194,7 @@ impl Transmission {
             }
             None => {
                 let errno = self.why_given_up();
+                self.count(errno);
                 self.reply(Reply::Head(Head::error(self.modes.style, &request, errno)))
             }
         }

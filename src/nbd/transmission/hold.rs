@@ -1,0 +1,75 @@
+//! Waiting for the key instead of failing, where the volume is configured so.
+//!
+//! A held connection keeps its client waiting: it takes no more requests, so that the client's
+//! socket fills up and nothing else. It holds no key and nothing that was decrypted: replies that
+//! were ready go out when the fence closes, what had been read of a larger reply is wiped and read
+//! again, and what is in flight in the store is ciphertext both ways. What the client has sent and
+//! is not encrypted yet (a request, and up to 68 KiB behind it) waits in locked memory.
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::buffer::{Ciphertext, Plaintext};
+use crate::fence::EnterError;
+use crate::nbd::transmission::reads::unseal;
+use crate::nbd::transmission::{Outcome, Transmission};
+use crate::nbd::wire::Errno;
+use crate::units::SectorRange;
+
+/// How long to sleep at most before looking whether the wait is over.
+const LOOK_AGAIN_MILLIS: u16 = 500;
+
+impl Transmission {
+    /// The fence is closed: waits for it to open, if requests are to wait; `true` when it is open.
+    pub(super) fn hold(&mut self) -> Outcome<bool> {
+        while self.export.is_held() {
+            self.let_go()?;
+            let mut waker = [PollFd::new(self.client.waker(), PollFlags::POLLIN)];
+            // Interrupted or not: what counts is looked at again.
+            let _polled = poll(&mut waker, PollTimeout::from(LOOK_AGAIN_MILLIS));
+            self.client.awake();
+        }
+        Ok(self.export.gatekeeper().check().is_ok())
+    }
+
+    /// Gives up everything that was decrypted, and keeps what is in flight.
+    pub(super) fn let_go(&mut self) -> Outcome {
+        self.holding = true;
+        let mut read = Vec::new();
+        for task in self.tasks.iter_mut().filter(|task| task.whole.iter().any(Option::is_some)) {
+            task.again = true;
+            read.extend(task.whole.iter_mut().map(Option::take));
+        }
+        self.drop_data(read);
+        self.send()?;
+        self.pool.wipe();
+        self.note_closing();
+        Ok(())
+    }
+
+    /// Decrypts what was read, when the fence lets it.
+    pub(super) fn unsealed(
+        &mut self,
+        mut data: Ciphertext,
+        at: SectorRange,
+    ) -> Outcome<Result<Plaintext, (EnterError, Ciphertext)>> {
+        loop {
+            match unseal(&self.gate, data, at) {
+                Err((error @ EnterError::Fenced(_), back)) => {
+                    if !self.hold()? {
+                        return Ok(Err((error, back)));
+                    }
+                    data = back;
+                }
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// Counts an error that a client is told, if it is not the client's own.
+    pub(super) fn count(&self, errno: Errno) {
+        let fenced = errno == Errno::Perm && self.export.gatekeeper().check().is_err();
+        if fenced || matches!(errno, Errno::Io | Errno::NoMem) {
+            self.export.count_failed(&self.client);
+        }
+    }
+}
