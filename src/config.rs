@@ -234,6 +234,21 @@ pub enum OnDenial {
     Hold,
 }
 
+/// `[[on_fence]]`: a program to run after a fence.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OnFence {
+    /// The program, by its absolute path, and its arguments.
+    pub run: Vec<String>,
+    /// When it is killed; default 30 s.
+    #[serde(default = "thirty_seconds")]
+    pub timeout: Seconds,
+}
+
+fn thirty_seconds() -> Seconds {
+    Seconds(Duration::from_secs(30))
+}
+
 /// How long requests wait if nothing else is said: shorter than what makes a file system or a
 /// cluster give a node up, long enough to undo a mistake.
 const HOLD_FOR: Duration = Duration::from_secs(120);
@@ -296,6 +311,9 @@ pub struct VolumeConfig {
     /// How long they wait, if they do.
     #[serde(default, skip_serializing)]
     pub hold_for: Option<Seconds>,
+    /// Programs to run after a fence, in order.
+    #[serde(default, skip_serializing)]
+    pub on_fence: Vec<OnFence>,
     /// Instead of the daemon's `[lease]`.
     #[serde(default, skip_serializing)]
     pub lease: LeaseConfig,
@@ -321,6 +339,7 @@ impl VolumeConfig {
             group: None,
             on_denial: OnDenial::default(),
             hold_for: None,
+            on_fence: Vec::new(),
             lease: LeaseConfig::default(),
         }
     }
@@ -440,6 +459,10 @@ pub fn load_volume(path: &Path) -> Result<Option<VolumeConfig>, ConfigError> {
         |what: &str| ConfigError { file: path.to_owned(), line: None, what: what.to_owned() };
     if volume.external_id.is_some() && volume.role_arn.is_none() {
         return Err(wrong("external_id without role_arn: it goes with the role that is assumed"));
+    }
+    let absolute = |hook: &OnFence| hook.run.first().is_some_and(|p| Path::new(p).is_absolute());
+    if !volume.on_fence.iter().all(absolute) {
+        return Err(wrong("on_fence.run does not begin with the absolute path of a program"));
     }
     if volume.hold_for.is_some() && volume.on_denial != OnDenial::Hold {
         return Err(wrong("hold_for without on_denial = \"hold\": nothing waits"));

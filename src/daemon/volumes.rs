@@ -22,6 +22,7 @@ use crate::daemon::{Attached, Daemon, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportOptions};
 use crate::keeper::Keeper;
+use crate::keeper::plan::PlanStep;
 use crate::key::lease::{Connection, FenceReason};
 use crate::key::wrapped::{EncryptionContext, Role};
 use crate::kms::aws::{AwsKms, AwsSettings, RoleToAssume};
@@ -326,7 +327,10 @@ impl Daemon {
         })?;
         self.table.insert(Arc::clone(&export));
         let policy = config.lease.policy(self.setup.policy);
-        let keeper = Keeper::start(Arc::clone(&export), kms, policy, &self.groups, role.as_ref());
+        let steps = config.on_fence.iter();
+        let plan = steps.map(|s| PlanStep { run: s.run.clone(), timeout: s.timeout.0 }).collect();
+        let keeper =
+            Keeper::start(Arc::clone(&export), kms, policy, &self.groups, role.as_ref(), plan);
         info!(volume = name, request_id = proof.request_id, socket = %socket.display(), "attached");
         Ok(Attached { export, keeper, socket, _listener: listener })
     }

@@ -6,19 +6,21 @@
 //! hear (see [`group`]).
 
 pub mod group;
+pub mod plan;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::{Instant, sleep_until};
 use tracing::{error, info, warn};
 
 use crate::clock::now;
 use crate::export::Export;
 use crate::keeper::group::{Groups, Heard, Seat};
+use crate::keeper::plan::PlanStep;
 use crate::key::lease::{
     FenceReason, KeyLease, LeasePolicy, LeaseState, LeaseWord, Moment, Step, Verdict,
 };
@@ -80,6 +82,7 @@ impl Keeper {
         policy: LeasePolicy,
         groups: &Groups,
         role: Option<&Role>,
+        on_fence: Vec<PlanStep>,
     ) -> Self {
         let lease = KeyLease::new(policy, now());
         let told = Timestamp::now();
@@ -113,6 +116,8 @@ impl Keeper {
             forced: false,
             planned_for,
             waiting: Vec::new(),
+            on_fence,
+            plan: JoinSet::new(),
         };
         keeping.publish();
         Self { commands, reports, task: tokio::spawn(keeping.run()) }
@@ -179,6 +184,10 @@ struct Keeping<K> {
     planned_for: usize,
     /// Who waits for the next answer to be acted upon.
     waiting: Vec<oneshot::Sender<()>>,
+    /// What to do after a fence.
+    on_fence: Vec<PlanStep>,
+    /// It, being done; ends with this.
+    plan: JoinSet<()>,
 }
 
 /// What a keeper wakes for.
@@ -399,6 +408,12 @@ impl<K: KeyService> Keeping<K> {
             // The thread that fences can only end by a panic, which ends the process.
             Err(error) => error!(volume = self.export.name(), %error, "fencing was cut off"),
         }
+        if !self.on_fence.is_empty() {
+            // Once for each fence, also when its reason changes.
+            self.plan.abort_all();
+            let facts = plan::facts(&self.export, reason);
+            self.plan.spawn(plan::carry_out(self.on_fence.clone(), facts));
+        }
         self.publish();
     }
 
@@ -419,6 +434,7 @@ impl<K: KeyService> Keeping<K> {
         match spawn_blocking(move || export.restore(key)).await {
             Ok(Ok(())) => {
                 self.lease.restored(now());
+                self.plan.abort_all();
                 info!(volume = self.export.name(), "KMS allows the key again: serving");
             }
             Ok(Err(error)) => {

@@ -20,7 +20,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("fence", &["buffer", "clock", "crypt::*", "key::*", "units"]),
     ("store", &["buffer", "units"]),
     ("device", &["buffer", "fence", "store::*", "units"]),
-    ("export", &["crypt", "device", "fence", "key", "key::lease", "store", "units", "volume"]),
+    (
+        "export",
+        &["clock", "crypt", "device", "fence", "key", "key::lease", "store", "units", "volume"],
+    ),
     ("nbd::wire", &[]),
     ("nbd::handshake", &["nbd::wire"]),
     ("nbd::stream", &[]),
@@ -38,6 +41,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     // Speaks the wire protocol and knows nothing of byokd.
     ("kms::dev", &[]),
     ("keeper", &["clock", "export", "key::*", "kms", "units"]),
+    ("keeper::plan", &["export", "key::lease"]),
     ("keeper::group", &["key::lease", "key::wrapped"]),
     // Around both.
     ("config", &["key::lease", "key::wrapped"]),

@@ -310,3 +310,45 @@ fn a_held_volume_is_detached_without_waiting() {
     assert!(client.is_closed());
     assert!(daemon.terminate().success());
 }
+
+#[test]
+fn what_is_to_be_done_after_a_fence_is_done_in_order_and_delays_nothing() {
+    let customer = Customer::new();
+    let daemon = customer.daemon();
+    daemon.create("v", "1M", customer.key.as_str());
+    let told = daemon.dir.path().join("told");
+    let told_text = told.display();
+    daemon.define(
+        "v",
+        &format!(
+            "[[on_fence]]\nrun = [\"/nonexistent\"]\n\
+             [[on_fence]]\nrun = [\"/bin/sleep\", \"600\"]\ntimeout = \"1s\"\n\
+             [[on_fence]]\nrun = [\"/bin/sh\", \"-c\", \"env > {told_text}.new; mv {told_text}.new {told_text}; exec sleep 600\"]"
+        ),
+    );
+    daemon.ok(&["attach", "v"]);
+    customer.set_enabled(false);
+    until("the plan was carried out", || told.exists());
+    let lease = lease(&daemon, "v");
+    assert!(lease["fence_ms"].as_u64().unwrap() < 2000, "{lease}");
+    let told = std::fs::read_to_string(told).unwrap();
+    for fact in ["BYOKD_VOLUME=v", "BYOKD_REASON=denied", "BYOKD_PURPOSE=zeebe", "BYOKD_HELD_FOR=0"]
+    {
+        assert!(told.lines().any(|line| line == fact), "{fact} in {told}");
+    }
+    assert!(!told.contains("AWS_"), "nothing of the daemon's own: {told}");
+    let log = daemon.log();
+    for words in ["on_fence: cannot be run", "on_fence: killed, out of time"] {
+        assert!(log.contains(words), "{words}");
+    }
+    customer.set_enabled(true);
+    until("it is served", || daemon.state("v") == "serving");
+    let pid = daemon.pid();
+    until("what is left of the plan has ended", || {
+        let tasks = format!("/proc/{pid}/task");
+        std::fs::read_dir(tasks).unwrap().all(|task| {
+            let children = task.unwrap().path().join("children");
+            std::fs::read_to_string(children).is_ok_and(|pids| pids.trim().is_empty())
+        })
+    });
+}

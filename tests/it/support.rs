@@ -160,7 +160,7 @@ impl Daemon {
         let text = std::fs::read_to_string(&path).expect("its definition");
         let kept = text.lines().filter(|line| {
             let key = line.split(" = ").next().unwrap_or_default();
-            !more.lines().any(|new| new.split(" = ").next() == Some(key))
+            !more.lines().any(|new| new.split(" = ").next() == Some(key) && !key.is_empty())
         });
         let text = kept.chain(more.lines()).map(|line| format!("{line}\n")).collect::<String>();
         std::fs::write(&path, text).expect("it is written");

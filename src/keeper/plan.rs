@@ -1,0 +1,66 @@
+//! What a node does after a fence: dirty and cached plaintext of local mounts is not byokd's, but
+//! somebody has to deal with it. An ordered list of programs, each with a time limit.
+//!
+//! The fence never waits for any of it. A restored volume ends what is left of the plan.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::Command;
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use crate::export::Export;
+use crate::key::lease::FenceReason;
+
+/// One program to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlanStep {
+    /// The program, by its absolute path, and its arguments.
+    pub run: Vec<String>,
+    /// When it is killed.
+    pub timeout: Duration,
+}
+
+/// Runs the steps one after the other, whatever becomes of each. Dropped, it kills the program
+/// that is running.
+pub(super) async fn carry_out(steps: Vec<PlanStep>, facts: Vec<(&'static str, String)>) {
+    for PlanStep { run, timeout: limit } in steps {
+        let Some((program, arguments)) = run.split_first() else { continue };
+        let mut command = Command::new(program);
+        command.args(arguments).env_clear().envs(facts.iter().cloned()).env("PATH", PATH);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
+        let ended = match command.spawn() {
+            Ok(mut child) => timeout(limit, child.wait()).await,
+            Err(error) => Ok(Err(error)),
+        };
+        match ended {
+            Ok(Ok(status)) if status.success() => info!(program, "on_fence: done"),
+            Ok(Ok(status)) => warn!(program, %status, "on_fence: failed"),
+            Ok(Err(error)) => warn!(program, %error, "on_fence: cannot be run"),
+            Err(_) => {
+                warn!(program, seconds = limit.as_secs_f64(), "on_fence: killed, out of time")
+            }
+        }
+    }
+}
+
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What a program is told of the volume, in its environment.
+pub(super) fn facts(export: &Export, reason: FenceReason) -> Vec<(&'static str, String)> {
+    let header = export.volume().header();
+    let wrapped = &header.token().wrapped;
+    let word = serde_json::to_value(reason).ok();
+    let word = word.and_then(|w| w.as_str().map(str::to_owned)).unwrap_or_default();
+    let purpose = wrapped.context.purpose().map(|p| p.to_string()).unwrap_or_default();
+    let held = export.held_for().unwrap_or_default().as_secs();
+    vec![
+        ("BYOKD_VOLUME", export.name().to_owned()),
+        ("BYOKD_UUID", header.uuid().to_string()),
+        ("BYOKD_PURPOSE", purpose),
+        ("BYOKD_KEY_ARN", wrapped.key_arn.to_string()),
+        ("BYOKD_REASON", word),
+        ("BYOKD_HELD_FOR", held.to_string()),
+    ]
+}
