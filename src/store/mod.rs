@@ -30,6 +30,25 @@ pub enum Speed {
     Queued,
 }
 
+/// Whether a store that failed so may do better in a moment: it ran out of memory or slots, or the
+/// path to a disk flapped. A flush is never repeated: the kernel forgets what it could not write,
+/// and a second flush would succeed without it.
+#[must_use]
+pub fn is_transient(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(
+            Errno::EAGAIN
+                | Errno::EBUSY
+                | Errno::EIO
+                | Errno::ENOBUFS
+                | Errno::ENOLINK
+                | Errno::ENOMEM
+                | Errno::ETIMEDOUT
+        )
+    )
+}
+
 /// Whether to bypass the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DirectIo {

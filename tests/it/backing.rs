@@ -233,7 +233,7 @@ fn a_store_that_is_cut_off_while_it_is_served_fails_what_is_gone() {
     );
 }
 
-/// A disk that can be made to hang: nbdkit, in memory, behind nbdfuse.
+/// A disk that can be made to hang, and to fail: nbdkit, in memory, behind nbdfuse.
 struct HangingDisk {
     file: Option<NbdFile>,
     nbdkit: Child,
@@ -247,7 +247,8 @@ impl HangingDisk {
         let nbdkit = Command::new("nbdkit")
             .args(["--foreground", "--unix"])
             .arg(&socket)
-            .args(["memory", "32M"])
+            .args(["--filter=error", "memory", "32M", "error=EIO", "error-rate=100%"])
+            .arg(format!("error-file={}", dir.path().join("fail").display()))
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
@@ -260,6 +261,30 @@ impl HangingDisk {
 
     fn path(&self) -> PathBuf {
         self.file.as_ref().unwrap().path()
+    }
+
+    /// Whether it fails at everything from now on.
+    fn fail(&self, fail: bool) {
+        let file = self._dir.path().join("fail");
+        if fail {
+            File::create(file).unwrap();
+        } else {
+            std::fs::remove_file(file).unwrap();
+        }
+    }
+
+    /// Puts a volume that `daemon` makes on it, and attaches that as `v`.
+    fn attach(&self, daemon: &Daemon, key: &str) {
+        // What nbdfuse shows is a file whose size cannot be changed, so the volume is copied there.
+        daemon.create("made", "8M", key);
+        run(Command::new("dd")
+            .args(["conv=notrunc", "bs=1M", "status=none"])
+            .arg(format!("if={}", daemon.backing("made").display()))
+            .arg(format!("of={}", self.path().display())));
+        daemon.ok(&["volume", "forget", "made"]);
+        let definition = daemon.dir.path().join("volumes.d/v.toml");
+        std::fs::write(definition, format!("backing = \"{}\"\n", self.path().display())).unwrap();
+        daemon.ok(&["attach", "v"]);
     }
 
     fn signal(&self, signal: &str) {
@@ -285,16 +310,7 @@ fn a_store_that_hangs_holds_neither_the_key_nor_a_client_back() {
     let disk = HangingDisk::new();
     let daemon = Daemon::start();
     let key = daemon.key();
-    // What nbdfuse shows is a file whose size cannot be changed, so the volume is copied there.
-    daemon.create("made", "8M", &key);
-    run(Command::new("dd")
-        .args(["conv=notrunc", "bs=1M", "status=none"])
-        .arg(format!("if={}", daemon.backing("made").display()))
-        .arg(format!("of={}", disk.path().display())));
-    daemon.ok(&["volume", "forget", "made"]);
-    let definition = daemon.dir.path().join("volumes.d/v.toml");
-    std::fs::write(definition, format!("backing = \"{}\"\n", disk.path().display())).unwrap();
-    daemon.ok(&["attach", "v"]);
+    disk.attach(&daemon, &key);
     let uri = daemon.uri("v");
     nbdsh(&uri, "h.pwrite(b'k' * 65536, 0)\nh.flush()");
     disk.signal("-STOP");
@@ -408,4 +424,40 @@ fn a_socket_serves_only_whom_its_definition_names() {
     daemon.ok(&["attach", "v"]);
     let served = as_nobody();
     assert!(served.status.success(), "{}", String::from_utf8_lossy(&served.stderr));
+}
+
+#[test]
+fn a_store_that_fails_for_a_moment_is_tried_again_and_one_that_goes_on_is_an_error() {
+    if !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let disk = HangingDisk::new();
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    disk.attach(&daemon, &key);
+    let uri = daemon.uri("v");
+    // Beyond what the page cache could hold of it.
+    let work = "h.pwrite(b'r' * 65536, {0})\nassert h.pread(65536, {0}) == b'r' * 65536\n\
+                h.pwrite(b's' * 100, {0} + 70000)\nassert h.pread(100, {0} + 70000) == b's' * 100";
+    nbdsh(&uri, &work.replace("{0}", "0"));
+    disk.fail(true);
+    std::thread::scope(|scope| {
+        let (uri, work) = (&uri, work.replace("{0}", "(1 << 20)"));
+        let client = scope.spawn(move || nbdsh(uri, &work));
+        until("the store has failed", || daemon.log().contains("trying again"));
+        disk.fail(false);
+        client.join().unwrap();
+    });
+    assert_eq!(daemon.ok(&["status", "v"])["volumes"][0]["failed_requests"], 0);
+    disk.fail(true);
+    nbdsh(
+        &uri,
+        "import time\nbegan = time.monotonic()\n\
+         try:\n    h.pread(4096, 3 << 20)\n    assert False, 'it cannot be read'\n\
+         except nbd.Error as error:\n    assert error.errno == 'EIO', error\n\
+         assert 1 < time.monotonic() - began < 5",
+    );
+    disk.fail(false);
+    nbdsh(&uri, "h.pread(4096, 3 << 20)");
+    daemon.ok(&["detach", "v"]);
 }

@@ -15,6 +15,7 @@ mod parts;
 mod reads;
 mod replies;
 mod requests;
+mod retry;
 mod slab;
 mod spin;
 mod writes;
@@ -36,6 +37,7 @@ use crate::nbd::transmission::inbox::Inbox;
 use crate::nbd::transmission::slab::Slab;
 use crate::nbd::transmission::spin::Spin;
 use crate::nbd::wire::{BadMagic, Command, Errno, Head, ReplyStyle, Request};
+use crate::store::Durability;
 use crate::store::uring::{Completion, Ring};
 use crate::units::SectorRange;
 
@@ -127,6 +129,10 @@ struct Part {
     held: usize,
     /// Its task was given up, and the export counts it.
     orphan: bool,
+    /// For a write.
+    durability: Durability,
+    /// How often the store has failed at it.
+    failures: u32,
 }
 
 enum Reply {

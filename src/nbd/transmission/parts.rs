@@ -8,8 +8,8 @@ use crate::buffer::{Ciphertext, MAX_BUFFER};
 use crate::device::Claim;
 use crate::nbd::transmission::{Data, Outcome, Part, Reply, Task, Transmission, WATCH_CREDIT};
 use crate::nbd::wire::{Chunk, Command, Errno, Head};
-use crate::store::Speed;
 use crate::store::uring::{Completion, Op, Ring};
+use crate::store::{Durability, Speed};
 use crate::units::SectorRange;
 
 impl Transmission {
@@ -27,7 +27,16 @@ impl Transmission {
             Op::Read(data) | Op::Write(data, _) => data.bytes().len(),
             Op::Flush | Op::Discard => 0,
         };
-        let part = Part { task, at, wanted, claim, held, orphan: false };
+        let durability = match &op {
+            Op::Write(_, durability) => *durability,
+            Op::Read(_) | Op::Flush | Op::Discard => Durability::Cached,
+        };
+        let part = Part { task, at, wanted, claim, held, orphan: false, durability, failures: 0 };
+        self.submit(part, op)
+    }
+
+    fn submit(&mut self, part: Part, op: Op) -> Outcome {
+        let at = part.at;
         if self.export.backing().speed() == Speed::Immediate {
             return self.start_now(part, op);
         }
@@ -62,8 +71,12 @@ impl Transmission {
     }
 
     /// One part's I/O has ended.
-    pub(super) fn finish(&mut self, part: Part, ended: Completion) -> Outcome {
-        let Part { task, at, wanted, claim, held, orphan } = part;
+    pub(super) fn finish(&mut self, mut part: Part, ended: Completion) -> Outcome {
+        let (ended, again) = self.look_at_failure(&mut part, ended);
+        if let Some(op) = again {
+            return self.submit(part, op);
+        }
+        let Part { task, at, wanted, claim, held, orphan, .. } = part;
         let writes = claim.is_some();
         if let Some(claim) = claim {
             self.lane.end(claim);
@@ -94,6 +107,22 @@ impl Transmission {
             }
         };
         self.part_ended(task, result)
+    }
+
+    /// What to try again, if that is worth it.
+    fn look_at_failure(&mut self, part: &mut Part, ended: Completion) -> (Completion, Option<Op>) {
+        let Completion { token, result: Err(error), buffer: Some(data) } = ended else {
+            return (ended, None);
+        };
+        let given_up = part.orphan || self.tasks.expect(part.task).answered;
+        let again = !given_up && self.try_again(&error, part.failures);
+        if !again {
+            return (Completion { token, result: Err(error), buffer: Some(data) }, None);
+        }
+        part.failures += 1;
+        let op =
+            if part.claim.is_some() { Op::Write(data, part.durability) } else { Op::Read(data) };
+        (Completion { token, result: Err(error), buffer: None }, Some(op))
     }
 
     pub(super) fn data_ready(&mut self, index: usize, at: SectorRange, data: Data) -> Outcome {

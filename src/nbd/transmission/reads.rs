@@ -111,17 +111,25 @@ impl Transmission {
     pub(super) fn read_now(&mut self, at: SectorRange) -> Result<(Plaintext, usize), Errno> {
         let buffer = self.take(at).map_err(|_| Errno::NoMem)?;
         let held = buffer.len();
-        match self.export.backing().read(at, buffer) {
-            Ok(data) => match self.unsealed(data, at).map_err(|_| Errno::Io)? {
-                Ok(plain) => Ok((plain, held)),
-                Err((error, data)) => {
-                    self.give_back(data.into_buffer(), held);
-                    Err(self.refused(error))
+        let (mut failures, mut buffer) = (0, buffer);
+        let data = loop {
+            match self.export.backing().read(at, buffer) {
+                Ok(data) => break data,
+                Err((error, back)) if self.try_again(&error, failures) => {
+                    failures += 1;
+                    buffer = back;
                 }
-            },
-            Err((error, buffer)) => {
-                self.give_back(buffer, held);
-                Err(self.store_failed("read", at, &error))
+                Err((error, back)) => {
+                    self.give_back(back, held);
+                    return Err(self.store_failed("read", at, &error));
+                }
+            }
+        };
+        match self.unsealed(data, at).map_err(|_| Errno::Io)? {
+            Ok(plain) => Ok((plain, held)),
+            Err((error, data)) => {
+                self.give_back(data.into_buffer(), held);
+                Err(self.refused(error))
             }
         }
     }

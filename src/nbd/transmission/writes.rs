@@ -158,7 +158,13 @@ impl Transmission {
             old.bytes_mut()[skip..skip + index(len)].copy_from_slice(new.bytes());
             let sealed = self.seal(old, at, held).map_err(|_| Errno::Io)?;
             let data = sealed.map_err(|error| self.refused(error))?;
-            let written = export.backing().write(at, &data, durability);
+            let mut failures = 0;
+            let written = loop {
+                match export.backing().write(at, &data, durability) {
+                    Err(error) if self.try_again(&error, failures) => failures += 1,
+                    ended => break ended,
+                }
+            };
             self.give_back(data.into_buffer(), held);
             written.map_err(|error| self.store_failed("write", at, &error))
         });

@@ -1,0 +1,34 @@
+//! Another try for what a store failed at, within a bound: one error is enough to make a file system
+//! refuse everything until it is mounted anew, so none is told for what a moment can mend.
+
+use std::io;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tracing::warn;
+
+use crate::nbd::transmission::Transmission;
+use crate::store::is_transient;
+
+/// Tries after the first: 20 ms, 80 ms, 320 ms and 1.28 s apart. Some 2 s bridge a path that comes
+/// back or a moment without memory, and are well under what any client waits.
+const TRIES: u32 = 4;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+
+impl Transmission {
+    /// Whether to try again after `failures` earlier failures; waits before it says so, unless the
+    /// fence closes meanwhile.
+    pub(super) fn try_again(&mut self, error: &io::Error, failures: u32) -> bool {
+        if failures >= TRIES || !is_transient(error) || self.export.gives_up() {
+            return false;
+        }
+        warn!(volume = self.export.name(), %error, "the backing store failed; trying again");
+        let pause = FIRST_PAUSE * 4u32.pow(failures);
+        let mut waker = [PollFd::new(self.client.waker(), PollFlags::POLLIN)];
+        let millis = u16::try_from(pause.as_millis()).unwrap_or(u16::MAX);
+        // Woken early, the wake-up stays for whoever looks for it.
+        let _polled = poll(&mut waker, PollTimeout::from(millis));
+        !self.export.gives_up()
+    }
+}
