@@ -14,7 +14,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{error, info, warn};
 
 use crate::clock::now;
@@ -29,7 +29,7 @@ use crate::kms::{Evidence, KeyService, KmsError, Proof, ServiceError};
 use crate::units::rfc3339;
 
 /// How often time alone is looked at: what bounds service after the machine slept.
-const TICK: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_millis(500);
 
 /// How long after a probe what a sibling heard may bring the next one.
 const SIBLING_PAUSE: Duration = Duration::from_millis(500);
@@ -352,6 +352,10 @@ impl<K: KeyService> Keeping<K> {
                     None => return Asked::Ended,
                 },
                 result = &mut probe => return Asked::Answered(result),
+                () = sleep(TICK) => {
+                    let step = self.lease.tick(now());
+                    self.act(step).await;
+                }
             }
         }
     }
@@ -367,6 +371,7 @@ impl<K: KeyService> Keeping<K> {
                 message = error.message,
                 request_id = error.request_id,
                 verdict = ?error.verdict,
+                alert = error.verdict.alert(),
                 remedy = error.remedy,
                 "KMS did not allow a probe"
             );

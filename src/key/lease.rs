@@ -12,7 +12,9 @@
 //!   any -- suspend --> Suspended -- resume --> Restoring
 //! ```
 //!
-//! A denial is confirmed by a second one on a new connection before the fence closes. After a
+//! A denial is confirmed by a second one on a new connection before the fence closes; an answer that
+//! does not fit the volume by five more in a row, for damaged bytes look like that. A denial that
+//! nothing confirms or takes back within an interval and 1.5 s is believed. After a
 //! confirmed denial one success does not open it again: KMS is eventually consistent and may
 //! answer by turns. Time is [`Moment`], which goes on while the machine sleeps.
 
@@ -47,6 +49,21 @@ pub enum Verdict {
     Credentials,
     /// The answer does not fit the volume: header damaged or swapped.
     Mismatch,
+}
+
+impl Verdict {
+    /// The name of the alarm that such an answer is a reason for, in logs and rules; a success is
+    /// none.
+    #[must_use]
+    pub fn alert(self) -> Option<&'static str> {
+        match self {
+            Self::Allowed => None,
+            Self::Denied => Some("key-denied"),
+            Self::Unavailable => Some("kms-unavailable"),
+            Self::Credentials => Some("own-credentials"),
+            Self::Mismatch => Some("volume-mismatch"),
+        }
+    }
 }
 
 /// What the key state `Unavailable` means: the customer disconnected the custom key store that
@@ -241,6 +258,15 @@ pub enum Step {
     Restore,
 }
 
+/// Answers in a row that do not fit a volume before it is fenced for it.
+///
+/// One byte in three of an answer betrays itself so when it is damaged; as many in a row by chance
+/// are rarer than once in a thousand, if every single answer is damaged.
+const MISMATCHES: u32 = 6;
+
+/// How long after a probe interval a denial is believed that nothing has confirmed or taken back.
+const UNCONFIRMED: Duration = Duration::from_millis(1500);
+
 /// The lease on one volume's key.
 #[derive(Clone, Debug)]
 pub struct KeyLease {
@@ -251,6 +277,8 @@ pub struct KeyLease {
     last_success: Moment,
     /// When the first denial of the current run was heard.
     first_denial: Option<Moment>,
+    /// Answers in a row that did not fit the volume.
+    mismatches: u32,
     fenced: bool,
 }
 
@@ -264,6 +292,7 @@ impl KeyLease {
             since: now,
             last_success: now,
             first_denial: None,
+            mismatches: 0,
             fenced: false,
         }
     }
@@ -308,25 +337,29 @@ impl KeyLease {
     /// before anybody has ticked.
     #[must_use]
     pub fn serves_until(&self) -> Option<Moment> {
-        let over = self.over()?;
-        Some(Moment(self.last_success.0.saturating_add(over)))
+        self.end().map(|(end, _)| end)
     }
 
-    /// How long after the last success service is over in this state; `None` if time alone never
-    /// ends it.
-    fn over(&self) -> Option<Duration> {
-        let Allowance::For(allowance) = self.policy.allowance else { return None };
-        match self.state {
-            LeaseState::Unverified => Some(allowance),
+    /// When service is over if nothing more is heard, and in which state the lease is then.
+    fn end(&self) -> Option<(Moment, LeaseState)> {
+        if !self.state.serves() {
+            return None;
+        }
+        let after = |moment: Moment, time| Moment(moment.0.saturating_add(time));
+        let denied = self.first_denial.map(|denial| {
+            let end = after(denial, self.policy.interval.saturating_add(UNCONFIRMED));
+            (end, LeaseState::Revoked(FenceReason::Denied))
+        });
+        let expired = match self.policy.allowance {
+            Allowance::Never => None,
+            Allowance::For(allowance) if self.state == LeaseState::Unverified => Some(allowance),
             // With an allowance of nothing, the time a probe takes must not count as an outage.
-            LeaseState::Held | LeaseState::Suspect => {
+            Allowance::For(allowance) => {
                 Some(allowance.max(self.policy.interval.saturating_mul(2)))
             }
-            LeaseState::Revoked(_)
-            | LeaseState::Expired
-            | LeaseState::Restoring(_)
-            | LeaseState::Suspended => None,
-        }
+        };
+        let expired = expired.map(|time| (after(self.last_success, time), LeaseState::Expired));
+        denied.into_iter().chain(expired).min_by_key(|(end, _)| *end)
     }
 
     /// How long after the last probe the next one is due, before jitter, and over which connection.
@@ -353,10 +386,13 @@ impl KeyLease {
             }
             return Step::None;
         }
+        if verdict != Verdict::Mismatch {
+            self.mismatches = 0;
+        }
         let step = match verdict {
             Verdict::Allowed => self.allowed(now),
             Verdict::Denied => self.denied(now),
-            Verdict::Mismatch => self.fence(now, LeaseState::Revoked(FenceReason::Mismatch)),
+            Verdict::Mismatch => self.mismatched(now),
             Verdict::Unavailable | Verdict::Credentials => self.no_verdict(now),
         };
         if step == Step::None { self.tick(now) } else { step }
@@ -365,10 +401,8 @@ impl KeyLease {
     /// Time has passed. To be called at least as often as a probe is due, and when the machine
     /// wakes, before anything is served.
     pub fn tick(&mut self, now: Moment) -> Step {
-        match self.over() {
-            Some(over) if now.since(self.last_success) > over => {
-                self.fence(now, LeaseState::Expired)
-            }
+        match self.end() {
+            Some((end, state)) if now > end => self.fence(now, state),
             _ => Step::None,
         }
     }
@@ -442,9 +476,31 @@ impl KeyLease {
                 self.enter(now, LeaseState::Suspect);
                 Step::None
             }
+            // Suspected for an answer that did not fit.
+            LeaseState::Suspect if self.first_denial.is_none() => {
+                self.first_denial = Some(now);
+                Step::None
+            }
             LeaseState::Suspect | LeaseState::Expired | LeaseState::Restoring(_) => {
                 self.first_denial.get_or_insert(now);
                 self.fence(now, LeaseState::Revoked(FenceReason::Denied))
+            }
+            LeaseState::Revoked(_) | LeaseState::Suspended => Step::None,
+        }
+    }
+
+    /// Bytes that were damaged on the way look like this once or twice; an endpoint that is not the
+    /// customer's KMS does always.
+    fn mismatched(&mut self, now: Moment) -> Step {
+        self.mismatches = self.mismatches.saturating_add(1);
+        match self.state {
+            LeaseState::Held | LeaseState::Unverified => {
+                self.enter(now, LeaseState::Suspect);
+                Step::None
+            }
+            LeaseState::Suspect if self.mismatches < MISMATCHES => Step::None,
+            LeaseState::Suspect | LeaseState::Expired | LeaseState::Restoring(_) => {
+                self.fence(now, LeaseState::Revoked(FenceReason::Mismatch))
             }
             LeaseState::Revoked(_) | LeaseState::Suspended => Step::None,
         }
@@ -521,6 +577,27 @@ mod tests {
     }
 
     #[test]
+    fn a_denial_that_nothing_confirms_or_takes_back_is_believed_in_time() {
+        let mut lease = lease();
+        lease.observe(at(10), Verdict::Denied);
+        for second in 11..=21 {
+            assert_eq!(lease.observe(at(second), Verdict::Unavailable), Step::None);
+        }
+        assert_eq!(lease.serves_until(), Some(Moment(at(21).0 + Duration::from_millis(500))));
+        assert_eq!(lease.tick(at(22)), Step::Fence(FenceReason::Denied));
+    }
+
+    #[test]
+    fn a_damaged_answer_is_no_denial_and_does_not_confirm_one() {
+        let mut lease = lease();
+        assert_eq!(lease.observe(at(10), Verdict::Mismatch), Step::None);
+        assert_eq!(lease.observe(at(11), Verdict::Mismatch), Step::None);
+        assert_eq!(lease.observe(at(12), Verdict::Denied), Step::None, "the first denial");
+        assert_eq!(lease.observe(at(13), Verdict::Mismatch), Step::None);
+        assert_eq!(lease.observe(at(14), Verdict::Denied), Step::Fence(FenceReason::Denied));
+    }
+
+    #[test]
     fn a_denial_that_is_not_confirmed_changes_nothing() {
         let mut lease = lease();
         lease.observe(at(10), Verdict::Denied);
@@ -577,6 +654,7 @@ mod tests {
             3 => Just(Verdict::Denied),
             2 => Just(Verdict::Unavailable),
             1 => Just(Verdict::Credentials),
+            2 => Just(Verdict::Mismatch),
         ]
     }
 
@@ -589,23 +667,37 @@ mod tests {
             let mut now = 0;
             let (mut fenced, mut run) = (false, 0);
             let mut last_success = 0;
-            let mut denials = 0;
+            let (mut denials, mut mismatches) = (0, 0);
+            let mut denied_at = None;
             for (verdict, pause, ticks) in events {
                 now += pause / 10;
+                let unconfirmed = denied_at.is_some_and(|at| now - at > 11);
                 if ticks && let Step::Fence(reason) = lease.tick(at(now)) {
-                    prop_assert_eq!(reason, FenceReason::Expired);
-                    prop_assert!(now - last_success > 20);
+                    if reason == FenceReason::Denied {
+                        prop_assert!(unconfirmed);
+                    } else {
+                        prop_assert_eq!(reason, FenceReason::Expired);
+                        prop_assert!(now - last_success > 20);
+                    }
                     (fenced, run) = (true, 0);
                 }
+                if ticks {
+                    prop_assert!(fenced || !unconfirmed, "a denial is not put off for ever");
+                }
+                mismatches = if verdict == Verdict::Mismatch { mismatches + 1 } else { 0 };
                 match verdict {
-                    Verdict::Allowed => { run += 1; last_success = now; denials = 0; }
-                    Verdict::Denied => { run = 0; denials += 1; }
+                    Verdict::Allowed => { run += 1; last_success = now; denials = 0; denied_at = None; }
+                    Verdict::Denied => { run = 0; denials += 1; denied_at.get_or_insert(now); }
                     Verdict::Unavailable | Verdict::Credentials | Verdict::Mismatch => run = 0,
                 }
                 match lease.observe(at(now), verdict) {
                     Step::Fence(FenceReason::Denied) => {
-                        prop_assert_eq!(verdict, Verdict::Denied);
-                        prop_assert!(denials >= 2 || fenced, "one denial alone never fences");
+                        prop_assert!(verdict == Verdict::Denied || unconfirmed);
+                        prop_assert!(denials >= 2 || fenced || unconfirmed, "one denial alone never fences");
+                        fenced = true;
+                    }
+                    Step::Fence(FenceReason::Mismatch) => {
+                        prop_assert!(mismatches >= 6 || fenced, "one damaged answer never fences");
                         fenced = true;
                     }
                     Step::Fence(reason) => {
@@ -616,12 +708,13 @@ mod tests {
                     Step::Restore => {
                         prop_assert!(fenced && run >= 2, "only a run of successes opens a fence");
                         lease.restored(at(now));
-                        (fenced, run) = (false, 0);
+                        (fenced, run, denied_at) = (false, 0, None);
                     }
                     Step::None => {}
                 }
                 prop_assert_eq!(lease.state().serves(), !fenced);
                 prop_assert!(fenced || denials < 2, "a confirmed denial always fences");
+                prop_assert!(fenced || mismatches < 6, "a wrong endpoint always fences");
                 if !fenced && verdict != Verdict::Allowed {
                     prop_assert!(now - last_success <= 3600, "the allowance is kept");
                 }

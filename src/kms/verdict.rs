@@ -46,6 +46,8 @@ pub enum Unproven {
     OtherKey,
     /// A success with another plaintext than the one expected.
     OtherPlaintext,
+    /// An answer that came before, by its request id: a cache or a replay.
+    Replayed,
 }
 
 /// Why there was no answer.
@@ -77,6 +79,7 @@ impl Unproven {
             Self::Empty => "EmptyAnswer",
             Self::OtherKey => "OtherKey",
             Self::OtherPlaintext => "OtherPlaintext",
+            Self::Replayed => "ReplayedAnswer",
         }
     }
 }
@@ -270,6 +273,9 @@ const STATE_IN_WORDS: [&str; 4] =
 
 fn judge_unproven(unproven: Unproven) -> Judgement {
     match unproven {
+        Unproven::Replayed => unavailable(
+            "an answer of KMS came a second time: look for a cache or a proxy on the way",
+        ),
         Unproven::NoCode | Unproven::Garbled => unavailable(
             "something other than KMS answered: look for a proxy or load balancer on the way, and \
              at the endpoint setting",

@@ -1,12 +1,15 @@
 //! Every fault between byokd and KMS, through the real SDK: what it means, and that nothing but a
 //! denial takes a volume away. The customer's side is played by the development KMS.
 
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 
 use aws_sdk_kms::types::{KeySpec, KeyUsageType};
-use byokd::key::lease::Verdict;
+use byokd::key::lease::{KeyLease, LeasePolicy, LeaseWord, Moment, Step, Verdict};
+use byokd::key::wrapped::Canary;
+use byokd::kms::aws::AwsKms;
 use byokd::kms::dev::{DEV_REGION, Fault, FaultKind};
 use serde_json::Value;
 
@@ -14,101 +17,272 @@ use crate::customer::Customer;
 use crate::support::{Daemon, have, nbdsh, output, until};
 
 /// A fault, and what a probe that meets it has to say.
-fn matrix() -> Vec<(Fault, Verdict, &'static str)> {
+struct Row {
+    /// In docs/REVOCATION.md.
+    input: &'static str,
+    fault: Fault,
+    verdict: Verdict,
+    code: &'static str,
+}
+
+fn row(input: &'static str, fault: Fault, verdict: Verdict, code: &'static str) -> Row {
+    Row { input, fault, verdict, code }
+}
+
+fn matrix() -> Vec<Row> {
     use Verdict::{Allowed, Credentials, Denied, Mismatch, Unavailable};
     let html = |status| Fault { status: Some(status), ..Fault::new(FaultKind::Html) };
     let state = |word: &str| Fault {
         state: Some(serde_json::from_value(word.into()).unwrap()),
         ..Fault::new(FaultKind::KeyState)
     };
+    let says = |code: &str| Fault::error(400, code, "");
     let invalid = |message| Fault::error(400, "KMSInvalidStateException", message).on(&["Decrypt"]);
     let stall = Duration::from_secs(30);
     vec![
         // The customer's will.
-        (Fault::error(400, "AccessDeniedException", "no"), Denied, "AccessDeniedException"),
-        (Fault::error(400, "DisabledException", "off"), Denied, "DisabledException"),
-        (Fault::error(400, "NotFoundException", "gone"), Denied, "NotFoundException"),
-        (
-            Fault::error(400, "InvalidGrantTokenException", "x"),
+        row(
+            "access denied by a policy",
+            says("AccessDeniedException"),
+            Denied,
+            "AccessDeniedException",
+        ),
+        row("the key is disabled", says("DisabledException"), Denied, "DisabledException"),
+        row("the key is gone", says("NotFoundException"), Denied, "NotFoundException"),
+        row(
+            "the grant is revoked",
+            says("InvalidGrantTokenException"),
             Denied,
             "InvalidGrantTokenException",
         ),
-        (state("PendingDeletion"), Denied, "KMSInvalidStateException"),
-        (state("PendingImport"), Denied, "KMSInvalidStateException"),
-        (invalid("The external key is not enabled"), Denied, "KMSInvalidStateException"),
-        (Fault::new(FaultKind::Alternate), Denied, "AccessDeniedException"),
+        row(
+            "the key waits for its deletion",
+            state("PendingDeletion"),
+            Denied,
+            "KMSInvalidStateException",
+        ),
+        row(
+            "its replica waits for deletion",
+            state("PendingReplicaDeletion"),
+            Denied,
+            "KMSInvalidStateException",
+        ),
+        row("its material was deleted", state("PendingImport"), Denied, "KMSInvalidStateException"),
+        row(
+            "its key store is disconnected",
+            state("Unavailable"),
+            Denied,
+            "KMSInvalidStateException",
+        ),
+        row(
+            "the external key is disabled",
+            invalid("The external key is not enabled"),
+            Denied,
+            "KMSInvalidStateException",
+        ),
+        row(
+            "the external key is gone",
+            invalid("KMS could not find the external key"),
+            Denied,
+            "KMSInvalidStateException",
+        ),
+        row(
+            "the external key manager refuses",
+            invalid("The external key store proxy denied access to the operation"),
+            Denied,
+            "KMSInvalidStateException",
+        ),
+        row(
+            "denied and allowed by turns, while a change spreads through KMS",
+            Fault::new(FaultKind::Alternate),
+            Denied,
+            "AccessDeniedException",
+        ),
         // KMS's own trouble.
-        (Fault::new(FaultKind::Throttle), Unavailable, "ThrottlingException"),
-        (Fault::error(500, "KMSInternalException", ""), Unavailable, "KMSInternalException"),
-        (
+        row("throttled", Fault::new(FaultKind::Throttle), Unavailable, "ThrottlingException"),
+        row(
+            "throttled by the account's limit",
+            says("RequestLimitExceeded"),
+            Unavailable,
+            "RequestLimitExceeded",
+        ),
+        row(
+            "an internal error",
+            Fault::error(500, "KMSInternalException", ""),
+            Unavailable,
+            "KMSInternalException",
+        ),
+        row(
+            "a dependency's time-out",
             Fault::error(500, "DependencyTimeoutException", ""),
             Unavailable,
             "DependencyTimeoutException",
         ),
-        (Fault::error(503, "ServiceUnavailable", ""), Unavailable, "ServiceUnavailable"),
-        (invalid("The proxy did not respond in time"), Unavailable, "KMSInvalidStateException"),
-        (state("Creating"), Unavailable, "KMSInvalidStateException"),
-        // An error that nobody knows decides nothing, whatever its status.
-        (Fault::error(403, "BrandNewException", "?"), Unavailable, "BrandNewException"),
+        row(
+            "the key is not available for a moment",
+            Fault::error(500, "KeyUnavailableException", ""),
+            Unavailable,
+            "KeyUnavailableException",
+        ),
+        row("503", Fault::error(503, "ServiceUnavailable", ""), Unavailable, "ServiceUnavailable"),
+        row(
+            "the external key store does not answer in time",
+            invalid("The external key store proxy did not respond in time"),
+            Unavailable,
+            "KMSInvalidStateException",
+        ),
+        row(
+            "the external key store is unhealthy",
+            invalid("All external key managers are unhealthy"),
+            Unavailable,
+            "KMSInvalidStateException",
+        ),
+        row("the key is being made", state("Creating"), Unavailable, "KMSInvalidStateException"),
+        row(
+            "an error that nobody knows, with status 403",
+            Fault::error(403, "BrandNewException", "?"),
+            Unavailable,
+            "BrandNewException",
+        ),
         // Trouble on the way.
-        (Fault::new(FaultKind::Timeout).lasting(stall), Unavailable, "Timeout"),
-        (Fault::new(FaultKind::Latency).lasting(stall), Unavailable, "Timeout"),
-        (Fault::new(FaultKind::Drip), Unavailable, "Timeout"),
-        (Fault::new(FaultKind::Reset), Unavailable, "Reset"),
-        (Fault::new(FaultKind::ResetMidBody), Unavailable, "Reset"),
-        (Fault::new(FaultKind::Garbage), Unavailable, "GarbledAnswer"),
-        (Fault::new(FaultKind::Empty200), Unavailable, "EmptyAnswer"),
-        (html(403), Unavailable, "NoErrorCode"),
-        (html(502), Unavailable, "NoErrorCode"),
-        (Fault::new(FaultKind::Http), Unavailable, "NoErrorCode"),
+        row(
+            "no answer for 30 s",
+            Fault::new(FaultKind::Timeout).lasting(stall),
+            Unavailable,
+            "Timeout",
+        ),
+        row(
+            "an answer after 30 s",
+            Fault::new(FaultKind::Latency).lasting(stall),
+            Unavailable,
+            "Timeout",
+        ),
+        row("an answer that drips", Fault::new(FaultKind::Drip), Unavailable, "Timeout"),
+        row("a reset instead of an answer", Fault::new(FaultKind::Reset), Unavailable, "Reset"),
+        row(
+            "a reset in the middle of an answer",
+            Fault::new(FaultKind::ResetMidBody),
+            Unavailable,
+            "Reset",
+        ),
+        row("200 with garbage", Fault::new(FaultKind::Garbage), Unavailable, "GarbledAnswer"),
+        row("200 with nothing", Fault::new(FaultKind::Empty200), Unavailable, "EmptyAnswer"),
+        row("a page of HTML with status 403", html(403), Unavailable, "NoErrorCode"),
+        row("a page of HTML with status 502", html(502), Unavailable, "NoErrorCode"),
+        row("500 without an error code", Fault::new(FaultKind::Http), Unavailable, "NoErrorCode"),
         // Our own trouble.
-        (Fault::error(400, "ExpiredTokenException", ""), Credentials, "ExpiredTokenException"),
-        (
-            Fault::error(400, "UnrecognizedClientException", ""),
+        row(
+            "our credentials have expired",
+            says("ExpiredTokenException"),
+            Credentials,
+            "ExpiredTokenException",
+        ),
+        row(
+            "our credentials are unknown",
+            says("UnrecognizedClientException"),
             Credentials,
             "UnrecognizedClientException",
         ),
-        (
-            Fault::error(400, "InvalidSignatureException", ""),
+        row(
+            "our signature is refused twice",
+            says("InvalidSignatureException"),
             Credentials,
             "InvalidSignatureException",
         ),
         // A clock that is wrong is measured and made up for.
-        (Fault { seconds: Some(900), ..Fault::new(FaultKind::ClockSkew) }, Allowed, ""),
+        row(
+            "our clock is 15 minutes off",
+            Fault { seconds: Some(900), ..Fault::new(FaultKind::ClockSkew) },
+            Allowed,
+            "",
+        ),
         // An answer for another volume.
-        (Fault::new(FaultKind::WrongPlaintext), Mismatch, "OtherPlaintext"),
-        (Fault::new(FaultKind::WrongKeyArn), Mismatch, "OtherKey"),
-        (
-            Fault::error(400, "InvalidCiphertextException", ""),
+        row(
+            "200 with another plaintext",
+            Fault::new(FaultKind::WrongPlaintext),
+            Mismatch,
+            "OtherPlaintext",
+        ),
+        row("200 for another key", Fault::new(FaultKind::WrongKeyArn), Mismatch, "OtherKey"),
+        row(
+            "the blob is not the key's",
+            says("InvalidCiphertextException"),
             Mismatch,
             "InvalidCiphertextException",
         ),
-        (Fault::error(400, "IncorrectKeyException", ""), Mismatch, "IncorrectKeyException"),
+        row(
+            "the blob is another key's",
+            says("IncorrectKeyException"),
+            Mismatch,
+            "IncorrectKeyException",
+        ),
+        row(
+            "the key is for something else",
+            says("InvalidKeyUsageException"),
+            Mismatch,
+            "InvalidKeyUsageException",
+        ),
     ]
 }
 
+/// A word as JSON and the documents have it.
+fn word(value: impl serde::Serialize) -> String {
+    serde_json::to_value(value).unwrap().as_str().unwrap().to_owned()
+}
+
+/// Every fault through the real SDK, twice, into a lease: what the document's table says.
 #[test]
 fn every_fault_has_its_verdict_and_ends_within_the_limit() {
     let customer = Customer::new();
     let client = customer.client_at(customer.kms.endpoint());
     let canary = customer.canary(&client);
-    let mut wrong = Vec::new();
-    for (fault, verdict, code) in matrix() {
-        let what = format!("{fault:?}");
+    let document = include_str!("../../docs/REVOCATION.md");
+    let (mut wrong, mut lines) = (Vec::new(), Vec::new());
+    for Row { input, fault, verdict, code } in matrix() {
         customer.kms.inject(fault);
-        let began = std::time::Instant::now();
-        let said = customer.probe(&client, &canary);
-        let took = began.elapsed();
-        customer.kms.clear_faults();
-        if said != (verdict, code.to_owned()) || took > Duration::from_secs(2) {
-            wrong.push(format!("{what}: {said:?} after {took:?}"));
+        let mut lease = KeyLease::new(LeasePolicy::default(), Moment(Duration::ZERO));
+        let mut states = Vec::new();
+        for turn in 1..=2 {
+            let began = std::time::Instant::now();
+            let said = customer.probe(&client, &canary);
+            let took = began.elapsed();
+            if turn == 1 && said != (verdict, code.to_owned()) || took > Duration::from_secs(2) {
+                wrong.push(format!("{input}: {said:?} after {took:?}"));
+            }
+            lease.observe(Moment(Duration::from_secs(10 * turn)), said.0);
+            states.push(word(lease.state().word()));
         }
+        if verdict == Verdict::Mismatch {
+            for turn in 3..=6 {
+                lease.observe(Moment(Duration::from_secs(20 + turn)), verdict);
+            }
+            assert_eq!(lease.state().word(), LeaseWord::Revoked);
+        }
+        customer.kms.clear_faults();
         let after = customer.probe(&client, &canary);
         if after.0 != Verdict::Allowed {
-            wrong.push(format!("after {what}: {after:?}"));
+            wrong.push(format!("after {input}: {after:?}"));
+        }
+        let fenced = match (verdict, states[1].as_str()) {
+            (Verdict::Denied, "revoked") => "within the interval + 2 s",
+            (Verdict::Mismatch, _) => "with the sixth such answer in a row",
+            (Verdict::Unavailable | Verdict::Credentials, _) => "when the allowance is over",
+            _ => "never",
+        };
+        let said = if code.is_empty() { String::new() } else { format!("`{code}`") };
+        let alert = verdict.alert().map(|alert| format!("`{alert}`")).unwrap_or_default();
+        let line = format!(
+            "| {input} | {said} | {} | {} | {} | {fenced} | {alert} |",
+            word(verdict),
+            states[0],
+            states[1]
+        );
+        if !document.contains(&line) {
+            lines.push(line);
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(lines.is_empty(), "docs/REVOCATION.md does not say:\n{}", lines.join("\n"));
 }
 
 #[test]
@@ -130,6 +304,143 @@ fn an_endpoint_that_is_no_kms_is_no_verdict() {
         verdict == Verdict::Unavailable && ["Dns", "Timeout"].contains(&code.as_str()),
         "{code}"
     );
+}
+
+/// A way to KMS that damages what passes: each connection's answer is cut, delayed, has a byte
+/// flipped, is replaced by an earlier one, or passes.
+struct BadWay {
+    address: std::net::SocketAddr,
+    /// Of a thousand answers, so many are damaged.
+    damaged: std::sync::Arc<std::sync::atomic::AtomicU32>,
+}
+
+impl BadWay {
+    fn new(to: std::net::SocketAddr, seed: u64) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let damaged = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let (share, mut state) = (std::sync::Arc::clone(&damaged), seed);
+        // It ends with the test's process.
+        std::thread::spawn(move || {
+            let mut earlier = Vec::new();
+            for client in listener.incoming() {
+                let mut random = |below: u64| {
+                    // Any generator does; this one is splitmix64.
+                    state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                    let mut mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                    mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+                    (mixed ^ mixed >> 31) % below
+                };
+                let mut answer = Self::ask(to, client.as_ref().unwrap());
+                let share = u64::from(share.load(std::sync::atomic::Ordering::Relaxed));
+                let sent = answer.clone();
+                if random(1000) < share && !answer.is_empty() {
+                    match random(4) {
+                        0 => answer.truncate(usize::try_from(random(answer.len() as u64)).unwrap()),
+                        1 => std::thread::park_timeout(Duration::from_millis(random(300))),
+                        2 => {
+                            let at = usize::try_from(random(answer.len() as u64)).unwrap();
+                            answer[at] ^= 1 << random(7);
+                        }
+                        _ => answer.clone_from(&earlier),
+                    }
+                }
+                if random(3) == 0 {
+                    earlier = sent;
+                }
+                // The client may have given up.
+                let _sent = client.unwrap().write_all(&answer);
+            }
+        });
+        Self { address, damaged }
+    }
+
+    /// The answer to the one request of a connection.
+    fn ask(to: std::net::SocketAddr, mut client: &TcpStream) -> Vec<u8> {
+        let mut server = TcpStream::connect(to).unwrap();
+        let mut request = Vec::new();
+        let mut part = [0; 4096];
+        loop {
+            let n = client.read(&mut part).unwrap_or(0);
+            request.extend_from_slice(&part[..n]);
+            let text = String::from_utf8_lossy(&request).to_lowercase();
+            let head = text.find("\r\n\r\n").map(|at| at + 4);
+            let body = text.split("content-length: ").nth(1).and_then(|rest| {
+                rest.split("\r\n").next().and_then(|len| len.parse::<usize>().ok())
+            });
+            match (head, body) {
+                (Some(head), Some(body)) if request.len() >= head + body => break,
+                _ if n == 0 => return Vec::new(),
+                _ => {}
+            }
+        }
+        let close =
+            String::from_utf8_lossy(&request).replacen("\r\n", "\r\nconnection: close\r\n", 1);
+        server.write_all(close.as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        server.read_to_end(&mut answer).unwrap();
+        answer
+    }
+
+    fn damage(&self, of_a_thousand: u32) {
+        self.damaged.store(of_a_thousand, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+/// A lease, kept over a bad way: how many probes until it fences, if it does.
+fn probes_to_fence(
+    customer: &Customer,
+    client: &AwsKms,
+    canary: &Canary,
+    most: u64,
+) -> Option<u64> {
+    let mut now = Duration::ZERO;
+    let mut lease = KeyLease::new(LeasePolicy::default(), Moment(now));
+    (1..=most).find(|_| {
+        now += lease.next_probe().0;
+        let (verdict, _) = customer.probe(client, canary);
+        lease.observe(Moment(now), verdict) != Step::None || !lease.state().serves()
+    })
+}
+
+#[test]
+fn a_bad_way_to_kms_neither_fences_nor_hides_a_denial() {
+    let customer = Customer::new();
+    let canary = customer.canary(&customer.client_at(customer.kms.endpoint()));
+    for seed in 0..4 {
+        let way = BadWay::new(customer.kms.address(), seed);
+        let client = customer.client_at(&format!("http://{}", way.address));
+        way.damage(500);
+        assert_eq!(probes_to_fence(&customer, &client, &canary, 150), None, "seed {seed}");
+        customer.set_enabled(false);
+        let probes = probes_to_fence(&customer, &client, &canary, 100);
+        assert!(probes.is_some_and(|probes| probes < 30), "seed {seed}: {probes:?}");
+        customer.set_enabled(true);
+    }
+}
+
+#[test]
+fn an_answer_that_comes_a_second_time_proves_nothing() {
+    let customer = Customer::new();
+    let client = customer.client_at(customer.kms.endpoint());
+    let canary = customer.canary(&client);
+    let recorded = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = recorded.local_addr().unwrap();
+    let to = customer.kms.address();
+    std::thread::spawn(move || {
+        let mut first: Option<Vec<u8>> = None;
+        for client in recorded.incoming() {
+            let mut client = client.unwrap();
+            let answer = BadWay::ask(to, &client);
+            // The client may have given up.
+            let _sent = client.write_all(first.get_or_insert(answer));
+        }
+    });
+    let client = customer.client_at(&format!("http://{address}"));
+    assert_eq!(customer.probe(&client, &canary).0, Verdict::Allowed);
+    customer.set_enabled(false);
+    let again = customer.probe(&client, &canary);
+    assert_eq!(again, (Verdict::Unavailable, "ReplayedAnswer".to_owned()));
 }
 
 /// What KMS said last, by its code.

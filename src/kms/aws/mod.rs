@@ -25,7 +25,9 @@ mod settings;
 mod witness;
 mod words;
 
+use std::collections::VecDeque;
 use std::error::Error;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use aws_config::SdkConfig;
@@ -64,7 +66,12 @@ pub struct AwsKms {
     region: String,
     store: DisconnectedStore,
     witness: Option<Witness>,
+    /// Request ids of the latest answers, oldest first.
+    seen: Mutex<VecDeque<String>>,
 }
+
+/// Request ids that are remembered: some minutes of a node with many volumes.
+const REMEMBERED: usize = 1024;
 
 impl AwsKms {
     /// Sets the clients up. Nothing is sent to KMS yet; finding a region or credentials may read
@@ -114,6 +121,7 @@ impl AwsKms {
             region,
             store: settings.disconnected_store,
             witness: settings.witness.clone().map(Witness::new),
+            seen: Mutex::default(),
         })
     }
 
@@ -191,6 +199,9 @@ impl AwsKms {
         let request_id = output.request_id().map(ToOwned::to_owned);
         let plaintext = output.plaintext.take().map(Blob::into_inner).map(Zeroizing::new);
         let unproven = |what| self.unproven(Operation::Decrypt, arn, what, request_id.clone());
+        if self.is_replayed(request_id.as_deref()) {
+            return Err(unproven(Unproven::Replayed));
+        }
         match output.key_id() {
             Some(key) if key == arn.as_str() => {}
             Some(_) => return Err(unproven(Unproven::OtherKey)),
@@ -236,6 +247,7 @@ impl AwsKms {
             Unproven::Empty => "a success without key ARN, plaintext or blob",
             Unproven::OtherKey => "a success that names another key",
             Unproven::OtherPlaintext => "a success with another plaintext than expected",
+            Unproven::Replayed => "an answer with the request id of an earlier one",
         };
         KmsError {
             operation,
@@ -246,6 +258,20 @@ impl AwsKms {
             verdict: judgement.verdict,
             remedy: judgement.remedy.to_owned(),
         }
+    }
+
+    /// Whether an answer with this request id came before; it is remembered.
+    fn is_replayed(&self, id: Option<&str>) -> bool {
+        let Some(id) = id else { return false };
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.iter().any(|earlier| earlier == id) {
+            return true;
+        }
+        if seen.len() >= REMEMBERED {
+            seen.pop_front();
+        }
+        seen.push_back(id.to_owned());
+        false
     }
 
     /// The error of a call, judged. An invalid key state is looked up first, for the exception
@@ -261,6 +287,14 @@ impl AwsKms {
     {
         let words = Words::of(&error);
         drop(error);
+        let unproven = |what, words: Words| self.unproven(operation, arn, what, words.request_id());
+        if self.is_replayed(words.request_id().as_deref()) {
+            return unproven(Unproven::Replayed, words);
+        }
+        // A request that was damaged on the way is answered for a key that nobody asked for.
+        if words.kind == Kind::Code && words.names_another_key(arn) {
+            return unproven(Unproven::OtherKey, words);
+        }
         let mut key_state = None;
         if words.kind == Kind::Code && words.code == "KMSInvalidStateException" {
             // One attempt within a probe's limit: this is part of a probe.

@@ -70,6 +70,24 @@ impl Words {
         Self { kind, code, message, request_id }
     }
 
+    /// The answer's request id, if it has one.
+    pub(super) fn request_id(&self) -> Option<String> {
+        self.request_id.clone()
+    }
+
+    /// Whether the message is about another KMS key than `arn`.
+    pub(super) fn names_another_key(&self, arn: &KeyArn) -> bool {
+        let words =
+            self.message.split(|c: char| !(c.is_ascii_alphanumeric() || ":/-_.".contains(c)));
+        let mut keys = words
+            .map(|word| word.trim_end_matches(['.', ':']))
+            .filter(|word| {
+                word.starts_with("arn:") && word.contains(":kms:") && word.contains(":key/")
+            })
+            .peekable();
+        keys.peek().is_some() && keys.all(|key| key != arn.as_str())
+    }
+
     pub(super) fn judged(
         self,
         operation: Operation,
