@@ -1,12 +1,8 @@
 //! What `byokctl` prints: words for people, or JSON for programs.
 
-#![expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "printing is what this module is for"
-)]
+#![expect(clippy::print_stderr, reason = "printing is what this module is for")]
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
@@ -15,6 +11,13 @@ use serde_json::Value;
 
 use crate::control::{Answer, ControlError, VolumeState, VolumeStatus};
 use crate::key::wrapped::KeyArn;
+
+/// Prints a line. Whoever reads may have had enough (`byokctl status | head -1`): that is no error.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        let _taken = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
 
 /// Where and how to print.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +35,7 @@ impl Output {
     /// One line, for people only.
     pub fn line(&self, text: &str) {
         if !self.json {
-            println!("{text}");
+            say!("{text}");
         }
     }
 
@@ -64,7 +67,7 @@ impl Output {
         if self.json
             && let Ok(text) = serde_json::to_string(value)
         {
-            println!("{text}");
+            say!("{text}");
         }
     }
 
@@ -81,7 +84,7 @@ impl Output {
     /// A key policy; where it goes is said beside it.
     pub fn key_policy(&self, arn: &KeyArn, policy: &Value) {
         if let Ok(text) = serde_json::to_string_pretty(policy) {
-            println!("{text}");
+            say!("{text}");
         }
         if !self.json {
             eprintln!("Add these statements to the key policy of {arn}.");
@@ -96,20 +99,20 @@ impl Output {
             return;
         }
         match answer {
-            Answer::Version { version, api } => println!("byokd {version}, API {api}"),
-            Answer::Done => println!("done"),
+            Answer::Version { version, api } => say!("byokd {version}, API {api}"),
+            Answer::Done => say!("done"),
             Answer::Volume(volume) => detail(volume),
             Answer::Volumes { volumes } => match &volumes[..] {
-                [] => println!("There are no volumes. Make one with `byokctl volume create`."),
+                [] => say!("There are no volumes. Make one with `byokctl volume create`."),
                 [one] => detail(one),
                 several => table(several),
             },
             Answer::KeyCheck { steps } => {
                 for step in steps {
                     let mark = if step.ok { "ok    " } else { "FAILED" };
-                    println!("{mark}  {:<10} {}", step.step, step.detail);
+                    say!("{mark}  {:<10} {}", step.step, step.detail);
                     if let Some(remedy) = &step.remedy {
-                        println!("        do: {remedy}");
+                        say!("        do: {remedy}");
                     }
                 }
             }
@@ -149,9 +152,13 @@ fn size(bytes: u64) -> String {
 
 fn table(volumes: &[VolumeStatus]) {
     let width = volumes.iter().map(|v| v.name.len()).max().unwrap_or(0).max(6);
-    println!(
+    say!(
         "{:width$}  {:10}  {:13}  {:>9}  {:>5}  NOTE",
-        "VOLUME", "STATE", "PURPOSE", "SIZE", "CONNS"
+        "VOLUME",
+        "STATE",
+        "PURPOSE",
+        "SIZE",
+        "CONNS"
     );
     for volume in volumes {
         let purpose = volume.purpose.map(|p| p.as_str()).unwrap_or("-");
@@ -165,7 +172,7 @@ fn table(volumes: &[VolumeStatus]) {
                 None => volume.header_note.clone().unwrap_or_default(),
             },
         };
-        println!(
+        say!(
             "{:width$}  {:10}  {purpose:13}  {:>9}  {:>5}  {}",
             volume.name,
             state(volume),
@@ -175,12 +182,12 @@ fn table(volumes: &[VolumeStatus]) {
         );
     }
     let fenced = volumes.iter().filter(|v| v.state == VolumeState::Fenced).count();
-    println!("{} volumes, {fenced} fenced", volumes.len());
+    say!("{} volumes, {fenced} fenced", volumes.len());
 }
 
 fn detail(volume: &VolumeStatus) {
-    let line = |name: &str, value: String| println!("  {name:<12} {value}");
-    println!("{}: {}", volume.name, state(volume));
+    let line = |name: &str, value: String| say!("  {name:<12} {value}");
+    say!("{}: {}", volume.name, state(volume));
     if let Some(purpose) = volume.purpose {
         line("purpose", purpose.to_string());
     }

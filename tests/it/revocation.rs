@@ -184,7 +184,7 @@ fn load(daemon: &Daemon) -> Client {
     let file = daemon.dir.path().join("load.fio");
     let text = format!(
         "[global]\nioengine=nbd\nuri={}\nsize=8m\nrw=randwrite\niodepth=16\nverify=crc32c\n\
-         verify_fatal=1\ntime_based=1\nruntime=10\nrate_iops=2000\n{}{}{}{}",
+         verify_fatal=1\nthread=1\ntime_based=1\nruntime=10\nrate_iops=2000\n{}{}{}{}",
         daemon.uri("v"),
         job("pages", "0", "bs=4k"),
         job("mixed", "16m", "bsrange=4k-1m\nrate_iops=200"),
@@ -351,4 +351,36 @@ fn what_is_to_be_done_after_a_fence_is_done_in_order_and_delays_nothing() {
             std::fs::read_to_string(children).is_ok_and(|pids| pids.trim().is_empty())
         })
     });
+}
+
+#[test]
+fn under_load_a_detach_and_a_sigterm_end_in_time_and_lose_nothing_flushed() {
+    if !have(&["fio", "nbdsh"]) {
+        return;
+    }
+    let customer = Customer::new();
+    let mut daemon = customer.daemon();
+    daemon.volume("v", "80M", customer.key.as_str());
+    let uri = daemon.uri("v");
+    for (turn, stop) in [("detach", false), ("sigterm", true)] {
+        nbdsh(&uri, &format!("h.pwrite(b'{turn}' * 8, 64 << 20)\nh.flush()"));
+        // fio 3.33 does not end when its connections do: it is ended below.
+        let client = load(&daemon);
+        until("fio works", || daemon.ok(&["status", "v"])["volumes"][0]["connections"] == 4);
+        let began = Instant::now();
+        if stop {
+            assert!(daemon.terminate().success());
+        } else {
+            daemon.ok(&["detach", "v"]);
+        }
+        // What is in flight is finished, then the connections end.
+        assert!(began.elapsed() < Duration::from_secs(5), "{turn}: {:?}", began.elapsed());
+        drop(client);
+        if stop {
+            daemon.crash_and_restart();
+        }
+        daemon.ok(&["attach", "v"]);
+        let len = 8 * turn.len();
+        nbdsh(&uri, &format!("assert h.pread({len}, 64 << 20) == b'{turn}' * 8"));
+    }
 }

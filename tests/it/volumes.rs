@@ -235,3 +235,18 @@ fn a_second_daemon_on_the_same_state_is_refused() {
     );
     assert_eq!(second.status.code(), Some(WRONG_STATE));
 }
+
+#[test]
+fn a_reader_that_has_had_enough_is_no_error() {
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.volume("v", "1M", &key);
+    let command = format!(
+        "set -o pipefail; {} --socket {} status v | head -c 1 >/dev/null",
+        env!("CARGO_BIN_EXE_byokctl"),
+        daemon.socket().display()
+    );
+    for _ in 0..20 {
+        run(Command::new("bash").args(["-c", &command]));
+    }
+}
