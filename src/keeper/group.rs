@@ -11,7 +11,7 @@
 //!                                               v3 ------------|----------
 //! ```
 //!
-//! A [`Pace`] bounds how often the whole node asks, whatever happens.
+//! A pace bounds how often the whole node asks, whatever happens.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

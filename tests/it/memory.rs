@@ -6,11 +6,13 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::process::{Child, Command, Stdio};
 
 use aes::cipher::{BlockCipherEncrypt, KeyInit};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use byokd::kms::dev::Fault;
+use tempfile::TempDir;
 
 use crate::customer::Customer;
 use crate::raw::{READ, Raw, WRITE, request};
@@ -153,27 +155,71 @@ impl Needles {
     }
 }
 
-/// A daemon whose key memory can be read by root, a volume, and what to search for.
+/// A TLS end in front of KMS.
+struct TlsFront {
+    process: Child,
+    dir: TempDir,
+}
+
+impl TlsFront {
+    fn new(customer: &Customer) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/tls_front.py");
+        let process = Command::new("/usr/bin/python3")
+            .arg(script)
+            .arg(dir.path())
+            .arg(customer.kms.address().port().to_string())
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let front = Self { process, dir };
+        until("the TLS end listens", || front.dir.path().join("port").exists());
+        front
+    }
+
+    fn endpoint(&self) -> String {
+        let port = std::fs::read_to_string(self.dir.path().join("port")).unwrap();
+        format!("https://localhost:{port}")
+    }
+
+    fn environment(&self) -> Vec<(String, String)> {
+        let ca = self.dir.path().join("ca.pem");
+        vec![("SSL_CERT_FILE".to_owned(), ca.to_str().unwrap().to_owned())]
+    }
+}
+
+impl Drop for TlsFront {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _killed = self.process.kill();
+        let _ended = self.process.wait();
+    }
+}
+
+/// A daemon whose key memory can be read by root, under a KMS behind TLS, a volume, and what to
+/// search for.
 struct Scene {
     customer: Customer,
     daemon: Daemon,
     needles: Needles,
     plain: Vec<u8>,
+    _front: TlsFront,
 }
 
 impl Scene {
     fn new() -> Self {
         let customer = Customer::new();
-        let daemon = Daemon::configured(&format!(
-            "secret_memory = \"locked\"\nmax_connections = 64\n{}",
-            customer.settings("", "probe_interval = \"1s\"\n")
-        ));
+        let front = TlsFront::new(&customer);
+        let settings = customer.settings("", "probe_interval = \"1s\"\n");
+        let settings = settings.replace(customer.kms.endpoint(), &front.endpoint());
+        let settings = format!("secret_memory = \"locked\"\nmax_connections = 64\n{settings}");
+        let daemon = Daemon::configured_with(&settings, front.environment());
         daemon.create("v", "8M", customer.key.as_str());
         let key = customer.volume_key(&daemon.backing("v"));
         let mut plain = vec![0; PLAIN];
         aws_lc_rs::rand::fill(&mut plain).unwrap();
         let needles = Needles::new(&key, &plain);
-        Self { customer, daemon, needles, plain }
+        Self { customer, daemon, needles, plain, _front: front }
     }
 
     fn found(&self) -> Vec<&'static str> {

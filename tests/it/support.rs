@@ -18,6 +18,7 @@ pub(crate) struct Daemon {
     pub(crate) dir: TempDir,
     child: Child,
     mode: Mode,
+    env: Vec<(String, String)>,
 }
 
 /// How it is run.
@@ -50,11 +51,16 @@ impl Daemon {
     }
 
     pub(crate) fn start_in(dir: TempDir) -> Self {
-        Self::run(dir, Mode::Dev)
+        Self::run(dir, Mode::Dev, Vec::new())
     }
 
     /// As in production, in memory, with these settings besides where things go.
     pub(crate) fn configured(settings: &str) -> Self {
+        Self::configured_with(settings, Vec::new())
+    }
+
+    /// The same with more in its environment.
+    pub(crate) fn configured_with(settings: &str, env: Vec<(String, String)>) -> Self {
         let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
         let place = dir.path().display();
         let text = format!(
@@ -62,12 +68,12 @@ impl Daemon {
              nbd_dir = \"{place}/nbd\"\n{settings}"
         );
         std::fs::write(dir.path().join("byokd.toml"), text).expect("settings are written");
-        Self::run(dir, Mode::Configured)
+        Self::run(dir, Mode::Configured, env)
     }
 
-    fn run(dir: TempDir, mode: Mode) -> Self {
-        let child = spawn(dir.path(), mode);
-        let mut daemon = Self { dir, child, mode };
+    fn run(dir: TempDir, mode: Mode, env: Vec<(String, String)>) -> Self {
+        let child = spawn(dir.path(), mode, &env);
+        let mut daemon = Self { dir, child, mode, env };
         daemon.wait_ready();
         daemon
     }
@@ -90,7 +96,7 @@ impl Daemon {
     pub(crate) fn crash_and_restart(&mut self) {
         self.child.kill().expect("our own child");
         self.child.wait().expect("our own child");
-        self.child = spawn(self.dir.path(), self.mode);
+        self.child = spawn(self.dir.path(), self.mode, &self.env);
         self.wait_ready();
     }
 
@@ -191,7 +197,7 @@ impl Daemon {
     }
 }
 
-fn spawn(dir: &Path, mode: Mode) -> Child {
+fn spawn(dir: &Path, mode: Mode, env: &[(String, String)]) -> Child {
     let log = std::fs::File::options()
         .create(true)
         .append(true)
@@ -208,6 +214,7 @@ fn spawn(dir: &Path, mode: Mode) -> Child {
             .env("AWS_ACCESS_KEY_ID", "test")
             .env("AWS_SECRET_ACCESS_KEY", "test"),
     };
+    command.envs(env.iter().cloned());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("byokd starts")
 }
 
