@@ -14,7 +14,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 use tracing::{error, info, warn};
 
 use crate::clock::now;
@@ -28,8 +28,12 @@ use crate::key::wrapped::Role;
 use crate::kms::{Evidence, KeyService, KmsError, Proof, ServiceError};
 use crate::units::rfc3339;
 
-/// How often time alone is looked at: what bounds service after the machine slept.
-const TICK: Duration = Duration::from_millis(500);
+/// How often time alone is looked at, if nothing else is due: after the machine slept, the key that
+/// may not be used any more is destroyed within this time.
+const TICK: Duration = Duration::from_secs(5);
+
+/// The least step of time that is waited for.
+const MOMENT: Duration = Duration::from_millis(5);
 
 /// How long after a probe what a sibling heard may bring the next one.
 const SIBLING_PAUSE: Duration = Duration::from_millis(500);
@@ -256,13 +260,21 @@ impl<K: KeyService> Keeping<K> {
     }
 
     async fn wait(&mut self) -> Event {
-        let wake = self.next.min(Instant::now() + TICK);
+        let wake = self.next.min(self.over());
         tokio::select! {
             biased;
             command = self.inbox.recv() => Event::Told(command),
             heard = self.seat.news() => Event::Heard(heard),
             () = sleep_until(wake) => Event::Time,
         }
+    }
+
+    /// When time alone ends something: the lease, or the wait of requests.
+    fn over(&self) -> Instant {
+        // A moment later, so that it is over then.
+        let lease = self.lease.serves_until().map(|end| end.since(now()) + MOMENT);
+        let hold = self.export.held_for().map(|left| left + MOMENT);
+        Instant::now() + lease.into_iter().chain(hold).fold(TICK, Duration::min)
     }
 
     /// When the next probe is due, after one that has just ended.
@@ -344,6 +356,7 @@ impl<K: KeyService> Keeping<K> {
         tokio::pin!(probe);
         self.probed = Instant::now().max(paced);
         loop {
+            let over = self.over();
             tokio::select! {
                 biased;
                 command = self.inbox.recv() => match command {
@@ -352,9 +365,10 @@ impl<K: KeyService> Keeping<K> {
                     None => return Asked::Ended,
                 },
                 result = &mut probe => return Asked::Answered(result),
-                () = sleep(TICK) => {
+                () = sleep_until(over) => {
                     let step = self.lease.tick(now());
                     self.act(step).await;
+                    self.export.end_hold();
                 }
             }
         }

@@ -660,6 +660,49 @@ mod tests {
 
     proptest! {
         #[test]
+        fn siblings_open_no_fence_and_confirm_no_denial_and_an_operator_comes_first(
+            events in proptest::collection::vec((0u8..6, verdict(), 0u64..300), 1..200),
+        ) {
+            let mut lease = lease();
+            let (mut now, mut suspended, mut denials) = (0, false, 0);
+            for (kind, verdict, pause) in events {
+                now += pause / 10;
+                let served = lease.state().serves();
+                match kind {
+                    0 => {
+                        lease.suspend(at(now));
+                        suspended = true;
+                    }
+                    1 => {
+                        lease.resume(at(now));
+                        suspended = false;
+                    }
+                    2 | 3 => {
+                        let step = lease.observe_sibling(at(now), verdict);
+                        prop_assert!(served || !lease.state().serves(), "a sibling opens nothing");
+                        if step != Step::None {
+                            let time_alone = lease.clone().tick(at(now)) == Step::None;
+                            prop_assert!(time_alone, "only time fences after a sibling's answer");
+                        }
+                    }
+                    _ => {
+                        match verdict {
+                            Verdict::Denied => denials += 1,
+                            Verdict::Allowed => denials = 0,
+                            Verdict::Unavailable | Verdict::Credentials | Verdict::Mismatch => {}
+                        }
+                        if lease.observe(at(now), verdict) == Step::Restore {
+                            prop_assert!(!suspended);
+                            lease.restored(at(now));
+                        }
+                        prop_assert!(denials < 2 || !lease.state().serves());
+                    }
+                }
+                prop_assert_eq!(suspended, lease.state() == LeaseState::Suspended);
+            }
+        }
+
+        #[test]
         fn whatever_happens_the_promises_hold(
             events in proptest::collection::vec((verdict(), 0u64..5000, any::<bool>()), 1..200),
         ) {

@@ -234,14 +234,14 @@ fn a_store_that_is_cut_off_while_it_is_served_fails_what_is_gone() {
 }
 
 /// A disk that can be made to hang, and to fail: nbdkit, in memory, behind nbdfuse.
-struct HangingDisk {
+pub(crate) struct HangingDisk {
     file: Option<NbdFile>,
     nbdkit: Child,
     _dir: TempDir,
 }
 
 impl HangingDisk {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
         let nbdkit = Command::new("nbdkit")
@@ -273,8 +273,8 @@ impl HangingDisk {
         }
     }
 
-    /// Puts a volume that `daemon` makes on it, and attaches that as `v`.
-    fn attach(&self, daemon: &Daemon, key: &str) {
+    /// Puts a volume that `daemon` makes on it, and attaches that under this name.
+    pub(crate) fn attach(&self, daemon: &Daemon, name: &str, key: &str) {
         // What nbdfuse shows is a file whose size cannot be changed, so the volume is copied there.
         daemon.create("made", "8M", key);
         run(Command::new("dd")
@@ -282,12 +282,12 @@ impl HangingDisk {
             .arg(format!("if={}", daemon.backing("made").display()))
             .arg(format!("of={}", self.path().display())));
         daemon.ok(&["volume", "forget", "made"]);
-        let definition = daemon.dir.path().join("volumes.d/v.toml");
+        let definition = daemon.dir.path().join(format!("volumes.d/{name}.toml"));
         std::fs::write(definition, format!("backing = \"{}\"\n", self.path().display())).unwrap();
-        daemon.ok(&["attach", "v"]);
+        daemon.ok(&["attach", name]);
     }
 
-    fn signal(&self, signal: &str) {
+    pub(crate) fn signal(&self, signal: &str) {
         run(Command::new("kill").args([signal, &self.nbdkit.id().to_string()]));
     }
 }
@@ -310,7 +310,7 @@ fn a_store_that_hangs_holds_neither_the_key_nor_a_client_back() {
     let disk = HangingDisk::new();
     let daemon = Daemon::start();
     let key = daemon.key();
-    disk.attach(&daemon, &key);
+    disk.attach(&daemon, "v", &key);
     let uri = daemon.uri("v");
     nbdsh(&uri, "h.pwrite(b'k' * 65536, 0)\nh.flush()");
     disk.signal("-STOP");
@@ -434,7 +434,7 @@ fn a_store_that_fails_for_a_moment_is_tried_again_and_one_that_goes_on_is_an_err
     let disk = HangingDisk::new();
     let daemon = Daemon::start();
     let key = daemon.key();
-    disk.attach(&daemon, &key);
+    disk.attach(&daemon, "v", &key);
     let uri = daemon.uri("v");
     // Beyond what the page cache could hold of it.
     let work = "h.pwrite(b'r' * 65536, {0})\nassert h.pread(65536, {0}) == b'r' * 65536\n\

@@ -14,9 +14,11 @@ use base64::prelude::BASE64_STANDARD;
 use byokd::kms::dev::Fault;
 use tempfile::TempDir;
 
+use crate::backing::HangingDisk;
 use crate::customer::Customer;
+use crate::mounts::can_mount;
 use crate::raw::{READ, Raw, WRITE, request};
-use crate::support::{Daemon, have, nbdsh, until};
+use crate::support::{Daemon, have, nbdsh, run, until};
 
 /// Whether the memory of other processes can be read here.
 fn can_scan() -> bool {
@@ -325,6 +327,30 @@ fn the_key_is_gone_after_a_detach_and_after_an_attach_that_failed() {
     let (code, refused) = scene.daemon.ctl(&["attach", "v"]);
     assert_eq!(code, 3, "{refused}");
     assert!(scene.found().is_empty(), "denied: {:?}", scene.found());
+}
+
+#[test]
+fn a_stopping_daemon_holds_no_key_of_a_volume_that_has_ended() {
+    if !can_scan() || !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let disk = HangingDisk::new();
+    let mut scene = Scene::new();
+    scene.daemon.ok(&["attach", "v"]);
+    scene.work();
+    disk.attach(&scene.daemon, "w", scene.customer.key.as_str());
+    // A request that hangs in its store keeps the other volume, and the daemon, from ending.
+    let mut hanging = Raw::connected(&scene.daemon.dir.path().join("nbd/w.sock"), "w");
+    disk.signal("-STOP");
+    hanging.send(&request(0, READ, 1, 4 << 20, 4096));
+    let _client = scene.half_a_write();
+    until("the half of a write is there", || scene.found() == IN_USE);
+    let pid = scene.daemon.pid();
+    run(Command::new("kill").arg(pid.to_string()));
+    until("one volume has ended", || scene.daemon.log().contains("detached: flushed"));
+    assert!(scene.found().is_empty(), "stopping: {:?}", scene.found());
+    disk.signal("-CONT");
+    assert!(scene.daemon.terminate().success());
 }
 
 #[test]
