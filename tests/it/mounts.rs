@@ -4,8 +4,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use crate::support::{have, run, until};
+use crate::support::{PATIENCE, have, run, until};
 
 /// Whether this machine can mount file systems over NBD.
 pub(crate) fn can_mount(tools: &[&str]) -> bool {
@@ -27,6 +28,19 @@ fn undo(program: &str, args: &[&str]) -> bool {
     let mut command = Command::new(program);
     command.args(args).stdout(Stdio::null()).stderr(Stdio::null());
     command.status().is_ok_and(|status| status.success())
+}
+
+/// The same, once nobody holds it any more. A process that another test is starting just now has
+/// copies of this process's descriptors, also of files in a mount, until it executes its program.
+fn undo_when_free(program: &str, args: &[&str]) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    while !undo(program, args) {
+        if std::thread::panicking() || Instant::now() > deadline {
+            return false;
+        }
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
+    true
 }
 
 /// An export as a file.
@@ -140,7 +154,7 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         let dir = self.dir.to_str().expect("UTF-8");
-        let unmounted = undo("umount", &[dir]);
+        let unmounted = undo_when_free("umount", &[dir]);
         if !unmounted {
             undo("umount", &["-l", dir]);
         }
