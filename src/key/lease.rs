@@ -236,7 +236,14 @@ impl LeaseState {
     /// Whether the next answer decides: it is asked for soon, on a new connection.
     #[must_use]
     pub fn is_in_doubt(self) -> bool {
-        matches!(self, Self::Suspect | Self::Restoring(_))
+        match self {
+            Self::Suspect => true,
+            // Without a success in the current run there is nothing to hurry for.
+            Self::Restoring(successes) => successes > 0,
+            Self::Held | Self::Unverified | Self::Revoked(_) | Self::Expired | Self::Suspended => {
+                false
+            }
+        }
     }
 
     /// Whether the volume may be served.
@@ -365,16 +372,10 @@ impl KeyLease {
     /// How long after the last probe the next one is due, before jitter, and over which connection.
     #[must_use]
     pub fn next_probe(&self) -> (Duration, Connection) {
-        match self.state {
-            LeaseState::Suspect => (self.policy.confirm, Connection::Fresh),
-            LeaseState::Restoring(_) => {
-                (self.policy.confirm.min(self.policy.interval), Connection::Fresh)
-            }
-            LeaseState::Held
-            | LeaseState::Unverified
-            | LeaseState::Revoked(_)
-            | LeaseState::Expired
-            | LeaseState::Suspended => (self.policy.interval, Connection::Pooled),
+        if self.state.is_in_doubt() {
+            (self.policy.confirm.min(self.policy.interval), Connection::Fresh)
+        } else {
+            (self.policy.interval, Connection::Pooled)
         }
     }
 
@@ -511,6 +512,10 @@ impl KeyLease {
             LeaseState::Held => self.enter(now, LeaseState::Unverified),
             // A run of successes has to be one.
             LeaseState::Restoring(_) => self.enter(now, LeaseState::Restoring(0)),
+            // It was not a denial that made it suspect, and the run of what did has ended.
+            LeaseState::Suspect if self.first_denial.is_none() => {
+                self.enter(now, LeaseState::Unverified);
+            }
             LeaseState::Suspect
                 if Allowance::For(now.since(self.last_success)) > self.policy.allowance =>
             {
@@ -574,6 +579,22 @@ mod tests {
         assert!(lease.next_probe().0 <= Duration::from_secs(1));
         assert_eq!(lease.observe(at(11), Verdict::Denied), Step::Fence(FenceReason::Denied));
         assert_eq!(lease.first_denial(), Some(at(10)));
+    }
+
+    #[test]
+    fn an_outage_is_not_answered_by_asking_faster() {
+        let mut lease = lease();
+        let interval = LeasePolicy::default().interval;
+        lease.observe(at(10), Verdict::Mismatch);
+        lease.observe(at(11), Verdict::Unavailable);
+        assert_eq!(lease.state(), LeaseState::Unverified);
+        assert_eq!(lease.next_probe().0, interval);
+        lease.observe(at(20), Verdict::Denied);
+        lease.observe(at(21), Verdict::Denied);
+        lease.observe(at(30), Verdict::Allowed);
+        assert!(lease.next_probe().0 < interval, "a second success would restore it");
+        lease.observe(at(31), Verdict::Unavailable);
+        assert_eq!(lease.next_probe().0, interval);
     }
 
     #[test]

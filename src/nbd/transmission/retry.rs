@@ -2,9 +2,9 @@
 //! refuse everything until it is mounted anew, so none is told for what a moment can mend.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollTimeout, poll};
 use tracing::warn;
 
 use crate::nbd::transmission::Transmission;
@@ -16,6 +16,8 @@ const TRIES: u32 = 4;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 
+const STEP_MILLIS: u8 = 10;
+
 impl Transmission {
     /// Whether to try again after `failures` earlier failures; waits before it says so, unless the
     /// fence closes meanwhile.
@@ -24,11 +26,11 @@ impl Transmission {
             return false;
         }
         warn!(volume = self.export.name(), %error, "the backing store failed; trying again");
-        let pause = FIRST_PAUSE * 4u32.pow(failures);
-        let mut waker = [PollFd::new(self.client.waker(), PollFlags::POLLIN)];
-        let millis = u16::try_from(pause.as_millis()).unwrap_or(u16::MAX);
-        // Woken early, the wake-up stays for whoever looks for it.
-        let _polled = poll(&mut waker, PollTimeout::from(millis));
+        let until = Instant::now() + FIRST_PAUSE * 4u32.pow(failures);
+        while Instant::now() < until && !self.export.gives_up() {
+            // In short steps: a fence that closes is not kept waiting.
+            let _nothing = poll(&mut [], PollTimeout::from(STEP_MILLIS));
+        }
         !self.export.gives_up()
     }
 }
