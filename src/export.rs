@@ -26,7 +26,7 @@ use crate::fence::{Fence, KeyDestroyed};
 use crate::key::VolumeKey;
 use crate::key::lease::FenceReason;
 use crate::store::{Backing, DirectIo};
-use crate::units::Geometry;
+use crate::units::{Geometry, millis};
 use crate::volume::{Access, UnlockedVolume, VolumeError};
 
 /// How long a connection has, after the fence closed, to answer what it holds and wipe it. Then it
@@ -122,10 +122,6 @@ pub(crate) struct Client {
     clean_after: AtomicU64,
     pid: Option<i32>,
     failed: AtomicU64,
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

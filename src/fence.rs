@@ -30,7 +30,7 @@ use crate::crypt::{CryptError, Engine};
 use crate::key::VolumeKey;
 use crate::key::lease::{FenceReason, Moment};
 use crate::key::secret::SecretArena;
-use crate::units::SectorRange;
+use crate::units::{SectorRange, millis};
 
 /// The fence is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -115,15 +115,15 @@ impl Fence {
 
     /// Ends service at `until` if the fence has not been closed by then; `None`: never.
     pub fn serve_until(&self, until: Option<Moment>) {
-        let millis = until.map_or(FOR_EVER, |u| u64::try_from(u.0.as_millis()).unwrap_or(FOR_EVER));
-        self.until.store(millis, Ordering::Release);
+        let until = until.map_or(FOR_EVER, |until| millis(until.0));
+        self.until.store(until, Ordering::Release);
     }
 
     /// `Err` if the lease has run out and nobody has closed the fence yet.
     #[inline]
     fn check_time(&self) -> Result<(), Fenced> {
         let until = self.until.load(Ordering::Acquire);
-        if until != FOR_EVER && clock::now().0.as_millis() > u128::from(until) {
+        if until != FOR_EVER && millis(clock::now().0) > until {
             return Err(Fenced(FenceReason::Expired));
         }
         Ok(())

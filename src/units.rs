@@ -1,8 +1,10 @@
-//! Offsets, sectors and geometry: the one place where ranges and overflow are checked; and how a
-//! time is written.
+//! Offsets, sectors and geometry: the one place where ranges and overflow are checked; and how
+//! times and words are written.
 //!
 //! A [`SectorRange`] is made only by [`Geometry`], so whoever holds one knows that it lies inside
 //! the volume. Sizes are bytes unless a name says sectors.
+
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -12,6 +14,19 @@ use thiserror::Error;
 #[must_use]
 pub fn rfc3339(time: Timestamp) -> String {
     time.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string()
+}
+
+/// A time span in whole milliseconds.
+#[must_use]
+pub fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The word that a value is in JSON, for other places that write it.
+#[must_use]
+pub fn word(value: impl Serialize) -> String {
+    let value = serde_json::to_value(value).ok();
+    value.and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 /// The data unit of the cipher and the smallest thing the store is asked for.

@@ -11,7 +11,7 @@ use crate::export::Connected;
 use crate::keeper::KeyReport;
 use crate::key::lease::LeaseWord;
 use crate::luks2::Header;
-use crate::units::{SectorSize, rfc3339};
+use crate::units::{SectorSize, millis, rfc3339, word};
 use crate::volume::inspect;
 
 /// Everything known of a volume.
@@ -104,14 +104,13 @@ fn client(connected: Connected) -> ClientStatus {
 }
 
 fn lease(report: KeyReport, held_for: Option<Duration>) -> LeaseStatus {
-    let word = serde_json::to_value(report.state).ok();
     LeaseStatus {
-        state: word.and_then(|w| w.as_str().map(str::to_owned)).unwrap_or_default(),
+        state: word(report.state),
         since: rfc3339(report.since),
         last_success: Some(rfc3339(report.last_success)),
         allowance_left: report.allowance_left.map(|left| left.as_secs()),
         held_for: held_for.map(|left| left.as_secs()),
-        fence_ms: report.fenced_after.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX)),
+        fence_ms: report.fenced_after.map(millis),
         evidence: report.evidence,
     }
 }

@@ -12,6 +12,7 @@ use tracing::{info, warn};
 
 use crate::export::Export;
 use crate::key::lease::FenceReason;
+use crate::units::word;
 
 /// One program to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,8 +52,6 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 pub(super) fn facts(export: &Export, reason: FenceReason) -> Vec<(&'static str, String)> {
     let header = export.volume().header();
     let wrapped = &header.token().wrapped;
-    let word = serde_json::to_value(reason).ok();
-    let word = word.and_then(|w| w.as_str().map(str::to_owned)).unwrap_or_default();
     let purpose = wrapped.context.purpose().map(|p| p.to_string()).unwrap_or_default();
     let held = export.held_for().unwrap_or_default().as_secs();
     vec![
@@ -60,7 +59,7 @@ pub(super) fn facts(export: &Export, reason: FenceReason) -> Vec<(&'static str, 
         ("BYOKD_UUID", header.uuid().to_string()),
         ("BYOKD_PURPOSE", purpose),
         ("BYOKD_KEY_ARN", wrapped.key_arn.to_string()),
-        ("BYOKD_REASON", word),
+        ("BYOKD_REASON", word(reason)),
         ("BYOKD_HELD_FOR", held.to_string()),
     ]
 }

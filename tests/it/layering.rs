@@ -41,7 +41,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     // Speaks the wire protocol and knows nothing of byokd.
     ("kms::dev", &[]),
     ("keeper", &["clock", "export", "key::*", "kms", "units"]),
-    ("keeper::plan", &["export", "key::lease"]),
+    ("keeper::plan", &["export", "key::lease", "units"]),
     ("keeper::group", &["key::lease", "key::wrapped"]),
     // Around both.
     ("config", &["key::lease", "key::wrapped"]),
