@@ -5,9 +5,9 @@
 //! It counts only while it has shown before that it can be used. What it said holds for a few
 //! seconds, so that a denial and its confirmation ask it once.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Mutex;
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -27,8 +27,14 @@ const AMBIGUOUS: &str = "AccessDeniedException";
 
 pub(super) struct Witness {
     arn: KeyArn,
-    canary: tokio::sync::Mutex<Option<Canary>>,
-    said: Mutex<Option<(Instant, Testimony)>>,
+    /// Held while it is asked: volumes that are denied together ask once.
+    ready: Mutex<Option<Ready>>,
+}
+
+/// A witness that has shown that it can be used.
+struct Ready {
+    canary: Canary,
+    said: Option<(Instant, Testimony)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +47,7 @@ enum Testimony {
 
 impl Witness {
     pub(super) fn new(arn: KeyArn) -> Self {
-        Self { arn, canary: tokio::sync::Mutex::default(), said: Mutex::default() }
+        Self { arn, ready: Mutex::default() }
     }
 }
 
@@ -49,8 +55,8 @@ impl AwsKms {
     /// Makes the witness ready, now that credentials and endpoint have just worked.
     pub(super) async fn prepare_witness(&self) {
         let Some(witness) = &self.witness else { return };
-        let mut canary = witness.canary.lock().await;
-        if canary.is_some() {
+        let mut ready = witness.ready.lock().await;
+        if ready.is_some() {
             return;
         }
         let mark = [("byokd-witness".to_owned(), "true".to_owned())];
@@ -58,9 +64,9 @@ impl AwsKms {
             return;
         };
         match self.make_canary(&witness.arn, &context).await {
-            Ok(made) => {
+            Ok(canary) => {
                 info!(key = %witness.arn, "the witness key is ready");
-                *canary = Some(made);
+                *ready = Some(Ready { canary, said: None });
             }
             Err(error) => {
                 warn!(key = %witness.arn, %error, "the witness key cannot be used: every denial is taken for the customer's");
@@ -92,11 +98,9 @@ impl AwsKms {
     }
 
     async fn testimony(&self, witness: &Witness) -> Testimony {
-        // Held while it is asked: volumes that are denied together ask once.
-        let canary = witness.canary.lock().await;
-        let Some(canary) = canary.as_ref() else { return Testimony::Nothing };
-        let said = *witness.said.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((at, testimony)) = said
+        let mut ready = witness.ready.lock().await;
+        let Some(Ready { canary, said }) = ready.as_mut() else { return Testimony::Nothing };
+        if let Some((at, testimony)) = *said
             && at.elapsed() < FRESH
         {
             return testimony;
@@ -108,8 +112,7 @@ impl AwsKms {
             }
             Ok(_) | Err(_) => Testimony::Nothing,
         };
-        let now = Some((Instant::now(), testimony));
-        *witness.said.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        *said = Some((Instant::now(), testimony));
         testimony
     }
 }
