@@ -31,6 +31,11 @@ impl Transmission {
         Ok(self.export.gatekeeper().check().is_ok())
     }
 
+    /// Whether to knock at the gate again, after waiting for that if this volume's requests wait.
+    pub(super) fn wait_out(&mut self, error: &EnterError) -> Outcome<bool> {
+        Ok(matches!(error, EnterError::Fenced(_)) && self.hold()?)
+    }
+
     /// Gives up everything that was decrypted, and keeps what is in flight.
     pub(super) fn let_go(&mut self) -> Outcome {
         self.holding = true;
@@ -54,13 +59,9 @@ impl Transmission {
     ) -> Outcome<Result<Plaintext, (EnterError, Ciphertext)>> {
         loop {
             match unseal(&self.gate, data, at) {
-                Err((error @ EnterError::Fenced(_), back)) => {
-                    if !self.hold()? {
-                        return Ok(Err((error, back)));
-                    }
-                    data = back;
-                }
-                other => return Ok(other),
+                Ok(plain) => return Ok(Ok(plain)),
+                Err((error, back)) if self.wait_out(&error)? => data = back,
+                Err(refused) => return Ok(Err(refused)),
             }
         }
     }

@@ -64,7 +64,7 @@ impl Transmission {
                         }
                         Err(error) => error,
                     };
-                    if !matches!(error, EnterError::Fenced(_)) || !self.hold()? {
+                    if !self.wait_out(&error)? {
                         break Err((error, buffer));
                     }
                 };
@@ -114,7 +114,7 @@ impl Transmission {
                 Ok(pass) => return Ok(Ok(pass.seal(plain, at))),
                 Err(error) => error,
             };
-            if !matches!(error, EnterError::Fenced(_)) || !self.hold()? {
+            if !self.wait_out(&error)? {
                 self.pool.give_plaintext(plain);
                 self.release(held);
                 return Ok(Err(error));
