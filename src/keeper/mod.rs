@@ -368,7 +368,7 @@ impl<K: KeyService> Keeping<K> {
                 () = sleep_until(over) => {
                     let step = self.lease.tick(now());
                     self.act(step).await;
-                    self.export.end_hold();
+                    self.publish();
                 }
             }
         }
