@@ -3,13 +3,13 @@
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::mounts::{LoopDevice, Mount, NbdFile, can_mount};
-use crate::support::{Daemon, have, nbdsh, output, python_nbd, run, until};
+use crate::support::{Daemon, Running, have, nbdsh, output, python_nbd, run, until};
 
 const FAILED: i32 = 1;
 const USAGE: i32 = 2;
@@ -236,7 +236,7 @@ fn a_store_that_is_cut_off_while_it_is_served_fails_what_is_gone() {
 /// A disk that can be made to hang, and to fail: nbdkit, in memory, behind nbdfuse.
 pub(crate) struct HangingDisk {
     file: Option<NbdFile>,
-    nbdkit: Child,
+    nbdkit: Running,
     _dir: TempDir,
 }
 
@@ -253,7 +253,7 @@ impl HangingDisk {
             .spawn()
             .unwrap();
         until("nbdkit listens", || socket.exists());
-        let mut disk = Self { file: None, nbdkit, _dir: dir };
+        let mut disk = Self { file: None, nbdkit: Running(nbdkit), _dir: dir };
         let uri = format!("nbd+unix:///?socket={}", socket.display());
         disk.file = Some(NbdFile::new(&uri, &disk._dir.path().join("fuse")));
         disk
@@ -288,17 +288,14 @@ impl HangingDisk {
     }
 
     pub(crate) fn signal(&self, signal: &str) {
-        run(Command::new("kill").args([signal, &self.nbdkit.id().to_string()]));
+        run(Command::new("kill").args([signal, &self.nbdkit.0.id().to_string()]));
     }
 }
 
 impl Drop for HangingDisk {
     fn drop(&mut self) {
+        // So that the rest ends: the file, then nbdkit.
         self.signal("-CONT");
-        drop(self.file.take());
-        // It may have ended already.
-        let _killed = self.nbdkit.kill();
-        let _ended = self.nbdkit.wait();
     }
 }
 
@@ -329,7 +326,7 @@ fn a_store_that_hangs_holds_neither_the_key_nor_a_client_back() {
         .stderr(File::options().append(true).create(true).open(&log).unwrap())
         .spawn()
         .unwrap();
-    let mut client = Ended(client);
+    let mut client = Running(client);
     let said = || std::fs::read_to_string(&log).unwrap();
     until("the client has sent its request", || said().contains("sent"));
     daemon.ok(&["dev", "key", "disable", &key]);
@@ -342,17 +339,6 @@ fn a_store_that_hangs_holds_neither_the_key_nor_a_client_back() {
     until("the volume is served again", || daemon.state("v") == "serving");
     nbdsh(&uri, "assert h.pread(65536, 0) == b'k' * 65536\nh.flush()");
     daemon.ok(&["detach", "v"]);
-}
-
-/// A process that ends with its owner.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _killed = self.0.kill();
-        let _ended = self.0.wait();
-    }
 }
 
 #[test]
@@ -448,7 +434,7 @@ fn a_store_that_fails_for_a_moment_is_tried_again_and_one_that_goes_on_is_an_err
         disk.fail(false);
         client.join().unwrap();
     });
-    assert_eq!(daemon.ok(&["status", "v"])["volumes"][0]["failed_requests"], 0);
+    assert_eq!(daemon.status("v")["failed_requests"], 0);
     disk.fail(true);
     nbdsh(
         &uri,

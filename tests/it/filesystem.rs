@@ -4,12 +4,12 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::mounts::{Disk, Mount, can_mount};
-use crate::support::{Daemon, output, run, until};
+use crate::support::{Daemon, Running, output, run, until};
 
 #[derive(Clone, Copy, PartialEq)]
 enum FileSystem {
@@ -128,25 +128,6 @@ fn append_until_it_fails(file: &Path, acknowledged: &AtomicU64) -> std::io::Erro
             return error;
         }
         acknowledged.store(next + 1, Ordering::Relaxed);
-    }
-}
-
-/// A process that ends with its owner.
-struct Running(Child);
-
-impl Running {
-    /// Waits for its end; fails the test when it hangs.
-    fn ends(&mut self, what: &str) -> std::process::ExitStatus {
-        until(what, || self.0.try_wait().expect("our own child").is_some());
-        self.0.wait().expect("our own child")
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _killed = self.0.kill();
-        let _ended = self.0.wait();
     }
 }
 

@@ -445,8 +445,7 @@ fn an_answer_that_comes_a_second_time_proves_nothing() {
 
 /// What KMS said last, by its code.
 fn evidence(daemon: &Daemon) -> String {
-    let answer = daemon.ok(&["status", "v"]);
-    answer["volumes"][0]["lease"]["evidence"]["code"].as_str().unwrap_or_default().to_owned()
+    daemon.status("v")["lease"]["evidence"]["code"].as_str().unwrap_or_default().to_owned()
 }
 
 #[test]
@@ -472,7 +471,7 @@ fn trouble_that_is_no_denial_takes_no_volume_away() {
         customer.kms.clear_faults();
         until("a success ends it", || daemon.state("v") == "serving");
     }
-    let lease = &daemon.ok(&["status", "v"])["volumes"][0]["lease"];
+    let lease = &daemon.status("v")["lease"];
     assert!(lease["fence_ms"].is_null(), "never fenced: {lease}");
 }
 
@@ -487,8 +486,7 @@ fn one_denial_that_is_not_confirmed_takes_no_volume_away() {
     customer.kms.inject(Fault::error(400, "AccessDeniedException", "stale").times(1));
     until("the denial is heard", || evidence(&daemon) == "AccessDeniedException");
     let held = || {
-        let answer = daemon.ok(&["status", "v"]);
-        let lease = &answer["volumes"][0]["lease"];
+        let lease = &daemon.status("v")["lease"];
         assert!(lease["fence_ms"].is_null(), "never fenced: {lease}");
         lease["state"] == "held"
     };

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use aes::cipher::{BlockCipherEncrypt, KeyInit};
 use base64::Engine as _;
@@ -18,7 +18,7 @@ use crate::backing::HangingDisk;
 use crate::customer::Customer;
 use crate::mounts::can_mount;
 use crate::raw::{READ, Raw, WRITE, request};
-use crate::support::{Daemon, have, nbdsh, run, until};
+use crate::support::{Daemon, Running, have, nbdsh, run, until};
 
 /// Whether the memory of other processes can be read here.
 fn can_scan() -> bool {
@@ -159,7 +159,7 @@ impl Needles {
 
 /// A TLS end in front of KMS.
 struct TlsFront {
-    process: Child,
+    _process: Running,
     dir: TempDir,
 }
 
@@ -174,7 +174,7 @@ impl TlsFront {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let front = Self { process, dir };
+        let front = Self { _process: Running(process), dir };
         until("the TLS end listens", || front.dir.path().join("port").exists());
         front
     }
@@ -187,14 +187,6 @@ impl TlsFront {
     fn environment(&self) -> Vec<(String, String)> {
         let ca = self.dir.path().join("ca.pem");
         vec![("SSL_CERT_FILE".to_owned(), ca.to_str().unwrap().to_owned())]
-    }
-}
-
-impl Drop for TlsFront {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _killed = self.process.kill();
-        let _ended = self.process.wait();
     }
 }
 

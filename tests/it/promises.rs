@@ -1,4 +1,4 @@
-//! docs/PROMISES.md names tests that there are.
+//! docs/PROMISES.md, and what auditors are given, name tests that there are.
 
 use std::path::{Path, PathBuf};
 
@@ -15,6 +15,14 @@ fn homes(name: &str) -> Vec<PathBuf> {
         }
         _ => vec![root.join("tests/it").join(modules.join("/")).with_extension("rs")],
     }
+}
+
+fn is_there(name: &str) -> bool {
+    let function = format!("fn {}(", name.rsplit("::").next().unwrap());
+    let holds = |home: &PathBuf| {
+        std::fs::read_to_string(home).is_ok_and(|source| source.contains(&function))
+    };
+    homes(name).iter().any(holds)
 }
 
 #[test]
@@ -34,11 +42,7 @@ fn every_promise_names_a_test_that_there_is_or_is_pending() {
                 assert!(Path::new(env!("CARGO_MANIFEST_DIR")).join(name).exists(), "no {name}");
                 continue;
             }
-            let function = format!("fn {}(", name.rsplit("::").next().unwrap());
-            let there = homes(name).iter().any(|home| {
-                std::fs::read_to_string(home).is_ok_and(|source| source.contains(&function))
-            });
-            assert!(there, "there is no test {name}");
+            assert!(is_there(name), "there is no test {name}");
             named += 1;
         }
     }
@@ -53,11 +57,7 @@ fn every_test_that_an_auditor_is_told_of_is_there() {
     {
         let words = document.split('`').skip(1).step_by(2);
         for name in words.filter(|word| word.contains("::") && !word.ends_with("::")) {
-            let function = format!("fn {}(", name.rsplit("::").next().unwrap());
-            let there = homes(name).iter().any(|home| {
-                std::fs::read_to_string(home).is_ok_and(|source| source.contains(&function))
-            });
-            assert!(there, "there is no test {name}");
+            assert!(is_there(name), "there is no test {name}");
             named += 1;
         }
     }

@@ -1,21 +1,21 @@
 //! Taking the key away and giving it back: for a key, for one volume, by hand, and when it is not
 //! the customer who denies. The customer's side is played by the development KMS.
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use byokd::kms::dev::Fault;
 use serde_json::Value;
 
 use crate::customer::Customer;
-use crate::support::{Daemon, have, nbdsh, until};
+use crate::support::{Daemon, Running, have, nbdsh, until};
 
 /// From the change at KMS to the fence: the probe interval, and 2 s. The first denied answer comes
 /// after the change, so this is more than is promised.
 const BOUND: Duration = Duration::from_secs(3);
 
 fn lease(daemon: &Daemon, name: &str) -> Value {
-    daemon.ok(&["status", name])["volumes"][0]["lease"].clone()
+    daemon.status(name)["lease"].take()
 }
 
 fn never_fenced(daemon: &Daemon, name: &str) {
@@ -165,20 +165,9 @@ fn a_denial_that_the_witness_shares_takes_nothing_away() {
     until("the volume is fenced", || daemon.state("v") == "fenced");
 }
 
-/// A client that ends with its owner.
-struct Client(Child);
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _killed = self.0.kill();
-        let _ended = self.0.wait();
-    }
-}
-
 /// fio, writing and verifying all it wrote, over four connections, in sizes and places of all
 /// kinds, for at least ten seconds.
-fn load(daemon: &Daemon) -> Client {
+fn load(daemon: &Daemon) -> Running {
     let job =
         |name: &str, offset: &str, extra: &str| format!("[{name}]\noffset={offset}\n{extra}\n");
     let file = daemon.dir.path().join("load.fio");
@@ -201,7 +190,7 @@ fn load(daemon: &Daemon) -> Client {
         .stderr(log)
         .spawn()
         .unwrap();
-    Client(child)
+    Running(child)
 }
 
 #[test]
@@ -221,7 +210,7 @@ fn held_requests_go_on_when_the_key_comes_back_in_time() {
         daemon.define("v", "on_denial = \"hold\"\nhold_for = \"60s\"");
         daemon.ok(&["attach", "v"]);
         let mut client = load(&daemon);
-        until("fio works", || daemon.ok(&["status", "v"])["volumes"][0]["connections"] == 4);
+        until("fio works", || daemon.status("v")["connections"] == 4);
         for _ in 0..2 {
             customer.set_enabled(false);
             until("the volume is fenced", || daemon.state("v") == "fenced");
@@ -230,11 +219,11 @@ fn held_requests_go_on_when_the_key_comes_back_in_time() {
             customer.set_enabled(true);
             until("the volume is served", || daemon.state("v") == "serving");
         }
-        until("fio has ended", || client.0.try_wait().unwrap().is_some());
+        let ended = client.ends("fio has ended");
         let said = std::fs::read_to_string(daemon.dir.path().join("fio.log")).unwrap();
-        assert!(client.0.wait().unwrap().success(), "{said}");
-        let status = daemon.ok(&["status", "v"]);
-        assert_eq!(status["volumes"][0]["failed_requests"], 0, "{status}");
+        assert!(ended.success(), "{said}");
+        let status = daemon.status("v");
+        assert_eq!(status["failed_requests"], 0, "{status}");
     }
 }
 
@@ -281,7 +270,7 @@ while True:
         until("the client works", || asked.exists());
         customer.set_enabled(false);
         until("the client has failed", || told.exists());
-        let status = daemon.ok(&["status", "v"])["volumes"][0].clone();
+        let status = daemon.status("v");
         assert_eq!(status["state"], "fenced");
         assert!(status["lease"]["held_for"].is_null(), "{status}");
         assert!(status["failed_requests"].as_u64().unwrap() > 0, "{status}");
@@ -366,7 +355,7 @@ fn under_load_a_detach_and_a_sigterm_end_in_time_and_lose_nothing_flushed() {
         nbdsh(&uri, &format!("h.pwrite(b'{turn}' * 8, 64 << 20)\nh.flush()"));
         // fio 3.33 does not end when its connections do: it is ended below.
         let client = load(&daemon);
-        until("fio works", || daemon.ok(&["status", "v"])["volumes"][0]["connections"] == 4);
+        until("fio works", || daemon.status("v")["connections"] == 4);
         let began = Instant::now();
         if stop {
             assert!(daemon.terminate().success());

@@ -190,10 +190,33 @@ impl Daemon {
         ]);
     }
 
+    /// All that is said of a volume.
+    pub(crate) fn status(&self, name: &str) -> Value {
+        self.ok(&["status", name])["volumes"][0].take()
+    }
+
     /// The word for a volume's state.
     pub(crate) fn state(&self, name: &str) -> String {
-        let answer = self.ok(&["status", name]);
-        answer["volumes"][0]["state"].as_str().expect("a state").to_owned()
+        self.status(name)["state"].as_str().expect("a state").to_owned()
+    }
+}
+
+/// A process that ends with its owner.
+pub(crate) struct Running(pub(crate) Child);
+
+impl Running {
+    /// Waits for its end; fails the test when it hangs.
+    pub(crate) fn ends(&mut self, what: &str) -> std::process::ExitStatus {
+        until(what, || self.0.try_wait().expect("our own child").is_some());
+        self.0.wait().expect("our own child")
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _killed = self.0.kill();
+        let _ended = self.0.wait();
     }
 }
 
