@@ -172,6 +172,14 @@ pub enum KeyCommand {
         /// The volume's name.
         name: String,
     },
+    /// Wrap a volume's key anew, after a rotation or to move it to another KMS key.
+    Rewrap {
+        /// The volume's name.
+        name: String,
+        /// ARN of the KMS key to move to; without it, the one that it has.
+        #[arg(long)]
+        key: Option<KeyArn>,
+    },
     /// Ask KMS now instead of when it is due, and act upon the answer.
     Recheck {
         /// A volume's name, or a key's ARN for all attached volumes under it.
@@ -190,6 +198,9 @@ pub struct PolicyArgs {
     /// Allow only volumes of this purpose.
     #[arg(long)]
     pub purpose: Option<Purpose>,
+    /// Allow rewrapping as well, from and to this key.
+    #[arg(long)]
+    pub rewrap: bool,
 }
 
 /// `byokctl dev`.

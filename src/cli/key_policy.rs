@@ -18,6 +18,10 @@ pub fn statement(policy: &PolicyArgs) -> Value {
         condition["StringEquals"] =
             json!({ format!("kms:EncryptionContext:{CONTEXT_PURPOSE}"): purpose.as_str() });
     }
+    let mut uses = vec!["kms:Decrypt", "kms:GenerateDataKey"];
+    if policy.rewrap {
+        uses.extend(["kms:ReEncryptFrom", "kms:ReEncryptTo"]);
+    }
     let principal = json!({ "AWS": policy.principal });
     json!({
         "Version": "2012-10-17",
@@ -26,7 +30,7 @@ pub fn statement(policy: &PolicyArgs) -> Value {
                 "Sid": "ByokdUseKeyForVolumes",
                 "Effect": "Allow",
                 "Principal": principal,
-                "Action": ["kms:Decrypt", "kms:GenerateDataKey"],
+                "Action": uses,
                 "Resource": "*",
                 "Condition": condition,
             },
@@ -52,6 +56,7 @@ mod tests {
             arn: "arn:aws:kms:eu-central-1:111122223333:key/k".parse().unwrap(),
             principal: "arn:aws:iam::444455556666:role/byokd".into(),
             purpose: Some(Purpose::Zeebe),
+            rewrap: false,
         });
         let uses = &policy["Statement"][0];
         assert_eq!(uses["Action"], json!(["kms:Decrypt", "kms:GenerateDataKey"]));

@@ -52,6 +52,9 @@ pub fn run(
         Command::Key { command: KeyCommand::Resume { name } } => {
             tell(&socket, &Request::KeyResume { name }, out)
         }
+        Command::Key { command: KeyCommand::Rewrap { name, key } } => {
+            tell(&socket, &Request::KeyRewrap { name, key }, out)
+        }
         Command::Key { command: KeyCommand::Recheck { target } } => {
             tell(&socket, &Request::KeyRecheck { target }, out)
         }

@@ -79,6 +79,15 @@ pub enum Request {
         /// A volume's name, or a key's ARN for all attached volumes under it.
         target: String,
     },
+    /// Wraps the volume key anew, attached or not, and writes it to the header: answered with
+    /// [`Answer::Volume`].
+    KeyRewrap {
+        /// The volume's name.
+        name: String,
+        /// By this key; by the one that it has, without.
+        #[serde(default)]
+        key: Option<KeyArn>,
+    },
     /// Tries a key step by step: answered with [`Answer::KeyCheck`].
     KeyCheck {
         /// The key.

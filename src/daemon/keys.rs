@@ -80,7 +80,9 @@ impl Daemon {
         let what = format!("recheck {target}");
         let chosen: Vec<_> = match target.parse::<KeyArn>() {
             Ok(arn) => {
-                let under = |volume: &Volume| volume.with(|now| key_of(&now.service) == Some(&arn));
+                let under = |volume: &Volume| {
+                    volume.with(|now| key_of(&now.service).as_ref() == Some(&arn))
+                };
                 let all = self.volumes().clone();
                 all.into_iter().filter(|(_, volume)| under(volume)).collect()
             }
@@ -107,10 +109,10 @@ impl Daemon {
     }
 }
 
-fn key_of(service: &Service) -> Option<&KeyArn> {
+fn key_of(service: &Service) -> Option<KeyArn> {
     match service {
         Service::Attached(attached) => {
-            Some(&attached.export.volume().header().token().wrapped.key_arn)
+            Some(attached.export.volume().header().token().wrapped.key_arn.clone())
         }
         Service::Detached | Service::Attaching | Service::Detaching => None,
     }

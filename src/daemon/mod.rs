@@ -1,11 +1,12 @@
 //! Puts the parts together: start, serve the control API, stop.
 //!
 //! A [`Daemon`] is shared by the control connections. It keeps the definitions of volumes and what
-//! is attached; what is done to them stands in `volumes` and `keys`, what is said of
+//! is attached; what is done to them stands in `volumes`, `keys` and `rewrap`, what is said of
 //! them in `status`.
 
 mod keys;
 mod refusals;
+mod rewrap;
 mod status;
 mod volumes;
 
@@ -171,6 +172,8 @@ pub struct Daemon {
 struct Volume {
     /// Held while it is attached, detached or forgotten: one at a time.
     changing: tokio::sync::Mutex<()>,
+    /// Held while its key is rewrapped: one at a time.
+    rewrapping: tokio::sync::Mutex<()>,
     now: Mutex<Now>,
 }
 
@@ -201,7 +204,11 @@ struct Attached {
 impl Volume {
     fn new(config: VolumeConfig) -> Self {
         let now = Now { config, service: Service::Detached, problem: None };
-        Self { changing: tokio::sync::Mutex::default(), now: Mutex::new(now) }
+        Self {
+            changing: tokio::sync::Mutex::default(),
+            rewrapping: tokio::sync::Mutex::default(),
+            now: Mutex::new(now),
+        }
     }
 
     /// Looks at it, or changes it, without waiting for anybody.
@@ -336,6 +343,7 @@ impl Daemon {
             Request::Detach { name } => self.detach(&name).await.map(Answer::Volume),
             Request::KeySuspend { name } => self.suspend(&name).await.map(Answer::Volume),
             Request::KeyResume { name } => self.resume(&name).await.map(Answer::Volume),
+            Request::KeyRewrap { name, key } => self.rewrap(&name, key).await.map(Answer::Volume),
             Request::KeyRecheck { target } => {
                 self.recheck(&target).await.map(|volumes| Answer::Volumes { volumes })
             }

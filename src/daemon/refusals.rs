@@ -26,6 +26,7 @@ pub(super) fn by_volume(what: &str, error: &VolumeError) -> ControlError {
     let exit = match error.class() {
         VolumeErrorClass::NotFound
         | VolumeErrorClass::Busy
+        | VolumeErrorClass::Changed
         | VolumeErrorClass::WouldOverwrite
         | VolumeErrorClass::NotAVolume => ExitCode::WrongState,
         VolumeErrorClass::Request => ExitCode::Usage,

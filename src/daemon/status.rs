@@ -65,7 +65,7 @@ fn known(name: &str, now: &Now) -> VolumeStatus {
 fn in_service(status: &mut VolumeStatus, attached: &Attached) {
     let report = attached.keeper.report();
     let unlocked = attached.export.volume();
-    describe(status, unlocked.header());
+    describe(status, &unlocked.header());
     status.header_note = unlocked.recovery().map(str::to_owned);
     status.read_only = attached.export.options().read_only;
     status.clients = attached.export.connected().into_iter().map(client).collect();

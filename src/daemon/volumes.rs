@@ -77,7 +77,7 @@ impl Daemon {
         self.setup.config.volumes_dir.join(format!("{name}.toml"))
     }
 
-    fn read_definition(&self, name: &str) -> Result<Option<VolumeConfig>, String> {
+    pub(super) fn read_definition(&self, name: &str) -> Result<Option<VolumeConfig>, String> {
         load_volume(&self.definition(name)).map_err(|e| e.to_string())
     }
 

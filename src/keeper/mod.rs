@@ -26,6 +26,7 @@ use crate::key::lease::{
 };
 use crate::key::wrapped::Role;
 use crate::kms::{Evidence, KeyService, KmsError, Proof, ServiceError};
+use crate::luks2::Header;
 use crate::units::rfc3339;
 
 /// How often time alone is looked at, if nothing else is due: after the machine slept, the key that
@@ -62,6 +63,7 @@ enum Command {
     Suspend(oneshot::Sender<()>),
     Resume(oneshot::Sender<()>),
     Recheck(oneshot::Sender<()>),
+    Rewrapped(Seat, oneshot::Sender<()>),
 }
 
 /// The handle of a volume's keeper. Dropping it ends the task.
@@ -101,7 +103,8 @@ impl Keeper {
         };
         let (commands, inbox) = mpsc::channel(8);
         let (tell, reports) = watch::channel(first.clone());
-        let key = &export.volume().header().token().canary.wrapped.key_arn;
+        let header = export.volume().header();
+        let key = &header.token().canary.wrapped.key_arn;
         let seat = groups.join(key, role, policy.interval);
         // Volumes that are attached together spread over the first interval.
         let ago = policy.interval.mul_f64(0.5 * random());
@@ -109,6 +112,7 @@ impl Keeper {
         let (next, planned_for) = (seat.next(probed, 0.0), seat.count());
         let mut keeping = Keeping {
             export,
+            header,
             kms,
             lease,
             report: first,
@@ -161,6 +165,12 @@ impl Teller {
         self.ask(Command::Recheck).await;
     }
 
+    /// The volume's key has another wrapping, which is written: from now on that is probed and
+    /// unwrapped, among the volumes of `seat`. KMS has been asked once when this returns.
+    pub async fn rewrapped(&self, seat: Seat) {
+        self.ask(|done| Command::Rewrapped(seat, done)).await;
+    }
+
     async fn ask(&self, command: impl FnOnce(oneshot::Sender<()>) -> Command) {
         let (done, wait) = oneshot::channel();
         if self.0.send(command(done)).await.is_ok() {
@@ -172,6 +182,8 @@ impl Teller {
 
 struct Keeping<K> {
     export: Arc<Export>,
+    /// What is probed and unwrapped, and goes with `seat`.
+    header: Arc<Header>,
     kms: Arc<K>,
     lease: KeyLease,
     report: KeyReport,
@@ -235,6 +247,13 @@ impl<K: KeyService> Keeping<K> {
                     self.waiting.push(heard);
                 }
                 Event::Told(Some(Command::Recheck(heard))) => {
+                    (self.next, self.forced) = (Instant::now(), true);
+                    self.waiting.push(heard);
+                }
+                Event::Told(Some(Command::Rewrapped(seat, heard))) => {
+                    self.header = self.export.volume().header();
+                    self.planned_for = seat.count();
+                    self.seat = seat;
                     (self.next, self.forced) = (Instant::now(), true);
                     self.waiting.push(heard);
                 }
@@ -347,11 +366,11 @@ impl<K: KeyService> Keeping<K> {
     /// the probe.
     async fn ask(&mut self) -> Asked {
         let (_, connection) = self.lease.next_probe();
-        let (kms, export) = (Arc::clone(&self.kms), Arc::clone(&self.export));
+        let (kms, header) = (Arc::clone(&self.kms), Arc::clone(&self.header));
         let paced = self.seat.paced();
         let probe = async {
             sleep_until(paced).await;
-            kms.probe(&export.volume().header().token().canary, connection).await
+            kms.probe(&header.token().canary, connection).await
         };
         tokio::pin!(probe);
         self.probed = Instant::now().max(paced);
@@ -437,8 +456,7 @@ impl<K: KeyService> Keeping<K> {
     }
 
     async fn restore(&mut self) {
-        let wrapped = &self.export.volume().header().token().wrapped;
-        let key = match self.kms.unwrap_key(wrapped).await {
+        let key = match self.kms.unwrap_key(&self.header.token().wrapped).await {
             Ok((key, _)) => key,
             Err(error) => {
                 if let ServiceError::Kms(error) = &error {

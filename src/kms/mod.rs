@@ -28,6 +28,8 @@ pub enum Operation {
     GenerateDataKey,
     /// `Decrypt`.
     Decrypt,
+    /// `ReEncrypt`.
+    ReEncrypt,
 }
 
 impl std::fmt::Display for Operation {
@@ -36,6 +38,7 @@ impl std::fmt::Display for Operation {
             Self::DescribeKey => "DescribeKey",
             Self::GenerateDataKey => "GenerateDataKey",
             Self::Decrypt => "Decrypt",
+            Self::ReEncrypt => "ReEncrypt",
         })
     }
 }
@@ -155,6 +158,14 @@ pub trait KeyService: Send + Sync + 'static {
         &self,
         wrapped: &WrappedKey,
     ) -> impl Future<Output = Result<(VolumeKey, Proof), ServiceError>> + Send;
+
+    /// Wraps a wrapped volume key anew, by `to`, in the same context: KMS does it within itself, so
+    /// that the key crosses no wire. What comes back is proved only by unwrapping it.
+    fn rewrap_key(
+        &self,
+        wrapped: &WrappedKey,
+        to: &KeyArn,
+    ) -> impl Future<Output = Result<WrappedKey, KmsError>> + Send;
 
     /// Makes a canary: a 32-byte data key under the same key and context, of which only the blob
     /// and the plaintext's SHA-256 are kept.

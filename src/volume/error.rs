@@ -27,6 +27,8 @@ pub enum VolumeErrorClass {
     ReadOnly,
     /// Something is there already.
     WouldOverwrite,
+    /// Someone changed it meanwhile.
+    Changed,
     /// The key is not the volume's.
     WrongKey,
     /// What was asked for makes no sense.
@@ -59,6 +61,9 @@ pub enum VolumeError {
     /// Someone has it open.
     #[error("{} is in use: another daemon, or another volume of this one, has it open", .0.display())]
     Busy(PathBuf),
+    /// Its header is not the one that was read.
+    #[error("the header of {} was changed by somebody else meanwhile", .0.display())]
+    Changed(PathBuf),
     /// It is too short.
     #[error("{} has {found} bytes, but its header says that data reaches to byte {needed}; it was cut off", path.display())]
     TooSmall {
@@ -131,6 +136,7 @@ impl VolumeError {
                 HeaderError::Encode(_) | HeaderError::NoRandomness => VolumeErrorClass::Io,
             },
             Self::Busy(_) => VolumeErrorClass::Busy,
+            Self::Changed(_) => VolumeErrorClass::Changed,
             Self::TooSmall { .. } => VolumeErrorClass::TooSmall,
             Self::Overwritten { .. } => VolumeErrorClass::Damaged,
             Self::WouldOverwrite { .. } => VolumeErrorClass::WouldOverwrite,
@@ -151,6 +157,7 @@ impl VolumeError {
                 "Restore the header from a backup with `cryptsetup luksHeaderRestore`; the data is untouched."
             }
             VolumeErrorClass::Busy => "Detach it where it is attached, then try again.",
+            VolumeErrorClass::Changed => "Look at the volume's status, then try again.",
             VolumeErrorClass::TooSmall => {
                 "Restore the backing store to its full size; do not write to it before that."
             }

@@ -10,27 +10,30 @@
 //! |---|---|
 //! | `create.rs` | new volumes |
 //! | `backing.rs` | the store as a file: lock, size, what others keep on it |
+//! | `rewrap.rs` | another wrapping for a volume's key |
 //! | `error.rs` | why something could not be done |
 
 mod backing;
 mod create;
 mod error;
+mod rewrap;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::Flock;
 use nix::libc;
 
 use crate::key::VolumeKey;
-use crate::key::wrapped::{Canary, WrappedKey};
 use crate::luks2::{AREA, Header, Recovery};
 use crate::units::Geometry;
 use backing::{FOREIGN_SIGNATURES, check_writable, lock, read_up_to, signature, size_of};
 
 pub use create::{CreateOptions, NewVolume};
 pub use error::{VolumeError, VolumeErrorClass};
+pub use rewrap::NextHeader;
 
 /// Whether a volume is opened for writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +49,10 @@ pub struct LockedVolume {
     file: Flock<File>,
     path: PathBuf,
     access: Access,
-    header: Header,
+    /// Held for no longer than it takes to look at it, or to put another in its place.
+    header: Mutex<Arc<Header>>,
+    /// Held while a header is written.
+    writing: Mutex<()>,
     recovery: Option<String>,
 }
 
@@ -86,13 +92,20 @@ impl LockedVolume {
                 Some(note)
             }
         };
-        Ok(Self { file, path: path.to_owned(), access, header, recovery })
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            access,
+            header: Mutex::new(Arc::new(header)),
+            writing: Mutex::default(),
+            recovery,
+        })
     }
 
     /// The header.
     #[must_use]
-    pub fn header(&self) -> &Header {
-        &self.header
+    pub fn header(&self) -> Arc<Header> {
+        Arc::clone(&lock_mutex(&self.header))
     }
 
     /// What was wrong with the header, if anything.
@@ -110,7 +123,7 @@ impl LockedVolume {
     /// back locked.
     pub fn unlock(mut self, key: &VolumeKey) -> Result<UnlockedVolume, (Box<Self>, VolumeError)> {
         let verified = self
-            .header
+            .header()
             .verify(key)
             .map_err(|source| VolumeError::WrongKey { path: self.path.clone(), source });
         match verified.and_then(|()| self.repair()) {
@@ -124,7 +137,7 @@ impl LockedVolume {
         let done = if self.access == Access::ReadOnly {
             "not repaired, because it is open read-only"
         } else {
-            write_header(&self.file, &self.header, &self.path)?;
+            write_header(&self.file, &self.header(), &self.path)?;
             tracing::warn!(path = %self.path.display(), note, "header repaired from its good copy");
             "repaired from the good copy"
         };
@@ -138,10 +151,10 @@ impl LockedVolume {
 pub struct UnlockedVolume(LockedVolume);
 
 impl UnlockedVolume {
-    /// The header.
+    /// The header as it is now: a rewrap puts another in its place.
     #[must_use]
-    pub fn header(&self) -> &Header {
-        &self.0.header
+    pub fn header(&self) -> Arc<Header> {
+        self.0.header()
     }
 
     /// What was wrong with the header, if anything.
@@ -156,7 +169,7 @@ impl UnlockedVolume {
     /// It is not this volume's.
     pub fn verify(&self, key: &VolumeKey) -> Result<(), VolumeError> {
         let path = || self.0.path.clone();
-        self.0.header.verify(key).map_err(|source| VolumeError::WrongKey { path: path(), source })
+        self.header().verify(key).map_err(|source| VolumeError::WrongKey { path: path(), source })
     }
 
     /// The size of the volume and its sectors.
@@ -188,27 +201,6 @@ impl UnlockedVolume {
     pub fn file(&self) -> &File {
         &self.0.file
     }
-
-    /// Replaces the wrapped key and the canary, crash-safe.
-    ///
-    /// # Errors
-    /// The header could not be written; the old or the new one is good.
-    pub fn rewrap(
-        &mut self,
-        key: &VolumeKey,
-        wrapped: WrappedKey,
-        canary: Canary,
-    ) -> Result<(), VolumeError> {
-        let path = self.0.path.clone();
-        let next = self
-            .0
-            .header
-            .rewrapped(key, wrapped, canary)
-            .map_err(|source| VolumeError::Header { path: path.clone(), source })?;
-        write_header(&self.0.file, &next, &path)?;
-        self.0.header = next;
-        Ok(())
-    }
 }
 
 /// Reads the header at `path` without locking or repairing anything: for looking at a volume that
@@ -224,6 +216,10 @@ pub fn inspect(path: &Path) -> Result<(Header, Option<String>), VolumeError> {
         Recovery::Needed(note) => Some(note),
     };
     Ok((header, note))
+}
+
+fn lock_mutex<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn read_header(file: &File, path: &Path) -> Result<(Header, Recovery), VolumeError> {
@@ -261,7 +257,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::key::secret::SecretMemoryError;
-    use crate::key::wrapped::{EncryptionContext, Purpose};
+    use crate::key::wrapped::{Canary, EncryptionContext, Purpose, WrappedKey};
     use crate::luks2::WrongKey;
     use crate::units::SectorSize;
 
@@ -297,7 +293,7 @@ pub(crate) mod tests {
         }
     }
 
-    fn make(path: &Path) -> Uuid {
+    pub(crate) fn make(path: &Path) -> Uuid {
         let new = NewVolume::prepare(options(path.to_owned())).unwrap();
         let uuid = new.uuid();
         let (wrapped, canary) = wrapped(uuid, 7);

@@ -111,7 +111,11 @@ impl Customer {
     }
 
     pub(crate) fn set_enabled(&self, enabled: bool) {
-        let key = self.key.as_str();
+        self.set_key_enabled(&self.key, enabled);
+    }
+
+    pub(crate) fn set_key_enabled(&self, key: &KeyArn, enabled: bool) {
+        let key = key.as_str();
         if enabled {
             self.runtime.block_on(self.console.enable_key().key_id(key).send()).unwrap();
         } else {

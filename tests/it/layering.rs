@@ -40,7 +40,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("kms::verdict", &["key::lease"]),
     // Speaks the wire protocol and knows nothing of byokd.
     ("kms::dev", &[]),
-    ("keeper", &["clock", "export", "key::*", "kms", "units"]),
+    ("keeper", &["clock", "export", "key::*", "kms", "luks2", "units"]),
     ("keeper::plan", &["export", "key::lease", "units"]),
     ("keeper::group", &["key::lease", "key::wrapped"]),
     // Around both.

@@ -25,5 +25,6 @@ mod promises;
 mod raw;
 mod readme;
 mod revocation;
+mod rewrap;
 mod seeds;
 mod volumes;

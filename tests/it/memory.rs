@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use aes::cipher::{BlockCipherEncrypt, KeyInit};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use byokd::kms::dev::Fault;
+use byokd::kms::dev::{Fault, FaultKind};
 use tempfile::TempDir;
 
 use crate::backing::HangingDisk;
@@ -319,6 +319,33 @@ fn the_key_is_gone_after_a_detach_and_after_an_attach_that_failed() {
     let (code, refused) = scene.daemon.ctl(&["attach", "v"]);
     assert_eq!(code, 3, "{refused}");
     assert!(scene.found().is_empty(), "denied: {:?}", scene.found());
+}
+
+#[test]
+fn a_rewrap_leaves_no_key_behind() {
+    if !can_scan() {
+        return;
+    }
+    let scene = Scene::new();
+    let other = scene.customer.another_key();
+    scene.daemon.ok(&["key", "rewrap", "v", "--key", other.as_str()]);
+    assert!(scene.found().is_empty(), "rewrapped, detached: {:?}", scene.found());
+    // It fails after the volume key was unwrapped.
+    let mut foreign = Fault::new(FaultKind::WrongPlaintext).on(&["Decrypt"]);
+    foreign.skip = 1;
+    scene.customer.kms.inject(foreign);
+    let (code, refused) = scene.daemon.ctl(&["key", "rewrap", "v"]);
+    assert_eq!(code, 1, "{refused}");
+    assert!(scene.found().is_empty(), "refused: {:?}", scene.found());
+    scene.customer.kms.clear_faults();
+    scene.daemon.ok(&["attach", "v"]);
+    scene.work();
+    let client = scene.half_a_write();
+    until("the half of a write is there", || scene.found() == IN_USE);
+    scene.daemon.ok(&["key", "rewrap", "v", "--key", scene.customer.key.as_str()]);
+    scene.daemon.ok(&["detach", "v"]);
+    assert!(scene.found().is_empty(), "rewrapped, then detached: {:?}", scene.found());
+    drop(client);
 }
 
 #[test]

@@ -287,6 +287,10 @@ impl AwsKms {
     {
         let words = Words::of(&error);
         drop(error);
+        self.judged(operation, arn, words).await
+    }
+
+    async fn judged(&self, operation: Operation, arn: &KeyArn, words: Words) -> KmsError {
         let unproven = |what, words: Words| self.unproven(operation, arn, what, words.request_id());
         if self.is_replayed(words.request_id().as_deref()) {
             return unproven(Unproven::Replayed, words);
@@ -305,6 +309,18 @@ impl AwsKms {
                 .and_then(|key| key.key_state.map(|state| state.as_str().to_owned()));
         }
         words.judged(operation, arn, key_state.as_deref(), self.store)
+    }
+
+    /// The error of a rewrap, judged for whichever of the two keys it names.
+    async fn rewrap_failed(&self, from: &KeyArn, to: &KeyArn, words: Words) -> KmsError {
+        let about = if words.names_another_key(from) { to } else { from };
+        let error = self.judged(Operation::ReEncrypt, about, words).await;
+        if !error.code.starts_with("AccessDenied") {
+            return error;
+        }
+        let remedy = "a rewrap needs kms:ReEncryptFrom on the old key and kms:ReEncryptTo on the new \
+                      one: `byokctl key policy ARN --rewrap` prints the statements";
+        KmsError { remedy: remedy.to_owned(), ..error }
     }
 }
 
@@ -341,6 +357,42 @@ impl KeyService for AwsKms {
         })??;
         self.prepare_witness().await;
         Ok((key, Proof { request_id }))
+    }
+
+    async fn rewrap_key(&self, wrapped: &WrappedKey, to: &KeyArn) -> Result<WrappedKey, KmsError> {
+        let from = &wrapped.key_arn;
+        self.check_region(Operation::ReEncrypt, from)?;
+        self.check_rules(to).await?;
+        let context = pairs(&wrapped.context);
+        let answer = self
+            .describing
+            .re_encrypt()
+            .source_key_id(from.as_str())
+            .destination_key_id(to.as_str())
+            .ciphertext_blob(Blob::new(wrapped.blob.clone()))
+            .set_source_encryption_context(Some(context.clone()))
+            .set_destination_encryption_context(Some(context))
+            .send()
+            .await;
+        let output = match answer {
+            Ok(output) => output,
+            Err(error) => return Err(self.rewrap_failed(from, to, Words::of(&error)).await),
+        };
+        let request_id = output.request_id().map(ToOwned::to_owned);
+        let unproven = |what| self.unproven(Operation::ReEncrypt, to, what, request_id.clone());
+        match (output.source_key_id(), output.key_id()) {
+            (Some(source), Some(key)) if source == from.as_str() && key == to.as_str() => {}
+            (Some(_), Some(_)) => return Err(unproven(Unproven::OtherKey)),
+            _ => return Err(unproven(Unproven::Empty)),
+        }
+        match output.ciphertext_blob {
+            Some(blob) if !blob.as_ref().is_empty() => Ok(WrappedKey {
+                key_arn: to.clone(),
+                blob: blob.into_inner(),
+                context: wrapped.context.clone(),
+            }),
+            Some(_) | None => Err(unproven(Unproven::Empty)),
+        }
     }
 
     async fn make_canary(
