@@ -28,7 +28,10 @@ fn documents() -> Vec<PathBuf> {
         let names = entries.map(|entry| Path::new(dir).join(entry.unwrap().file_name()));
         names.filter(|path| path.extension().is_some_and(|e| e == "md")).collect::<Vec<_>>()
     };
-    ["", "docs", "fuzz", "tests/fixtures/luks2"].into_iter().flat_map(markdown).collect()
+    ["", "docs", "fuzz", "tests/fixtures/luks2", "workloads"]
+        .into_iter()
+        .flat_map(markdown)
+        .collect()
 }
 
 /// The part of a document under a heading, up to the next of the same level or a higher one.

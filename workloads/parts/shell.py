@@ -1,0 +1,71 @@
+"""Commands, processes and waiting, for everything else here."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+BINARIES = TARGET / "release"
+# What `workloads/fetch` brought.
+FETCHED = TARGET / "workloads" / "tools"
+
+
+class Failure(Exception):
+    """A story cannot go on: what was tried and what came of it."""
+
+
+def run(*command, **options):
+    """Runs a command that has to succeed; gives what it printed."""
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
+    if done.returncode:
+        raise Failure(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def does(*command, seconds=60):
+    """Whether a command succeeds; for what may be done or not wanted any more."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return subprocess.run([str(c) for c in command], capture_output=True, timeout=seconds).returncode == 0
+    return False
+
+
+def until(what, so, seconds=60):
+    """Waits for something to become so; gives the seconds that it took."""
+    begun = time.monotonic()
+    while not so():
+        if time.monotonic() - begun > seconds:
+            raise Failure(f"waited {seconds} s in vain: {what}")
+        time.sleep(0.01)
+    return time.monotonic() - begun
+
+
+class Process:
+    """A program with a log, killed at the latest when the stack unwinds."""
+
+    def __init__(self, stack, command, log, **options):
+        self.log = log
+        with open(log, "ab") as out:
+            self.child = subprocess.Popen([str(c) for c in command], stdin=subprocess.DEVNULL, stdout=out, stderr=out, **options)
+        stack.callback(self.kill)
+
+    def ended(self):
+        return self.child.poll() is not None
+
+    def kill(self):
+        """As a crash ends it: without a word."""
+        if not self.ended():
+            self.child.kill()
+        self.child.wait(60)
+
+    def stop(self, seconds=60):
+        """Asks it to end, and gives its exit code."""
+        if not self.ended():
+            self.child.send_signal(signal.SIGTERM)
+        try:
+            return self.child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise Failure(f"{self.child.args[0]} does not end {seconds} s after SIGTERM") from None

@@ -1,0 +1,10 @@
+"""The programs that are put on a volume. All answer to the same words, so that a story is told once:
+
+    start(data)     the program runs on a directory of the volume and serves
+    load()          its load begins; each acknowledgement goes into `acks`, off the device
+    stopped()       whether it has ended or its load met an error
+    halt()          the load ends in peace; an error in it is a Failure
+    stop(), kill()  the program ends in peace, or as in a crash
+    verify(data)    what it has kept: (whether all that was acknowledged is there, what it says)
+    complaints()    the lines of its own log that tell of trouble
+"""

@@ -1,0 +1,75 @@
+"""Programs that are their own load: the journal and RocksDB. One process appends until it is stopped."""
+
+import signal
+import subprocess
+import sys
+import time
+
+from parts import acks
+from parts.shell import FETCHED, ROOT, Failure, Process, until
+
+HERE = ROOT / "workloads" / "programs"
+
+
+class Writer:
+    volume_mib = 4096
+    script, python, arguments = None, sys.executable, ()
+
+    def __init__(self, stack, report_dir, seed):
+        self.stack, self.seed = stack, seed
+        self.acks, self.log = report_dir / f"{self.name}.acks", report_dir / f"{self.name}.log"
+        self.acks.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
+        self.process = None
+
+    def command(self, verb, data):
+        return [self.python, HERE / self.script, verb, data / self.name, self.acks, self.seed, *self.arguments]
+
+    def start(self, data):
+        (data / self.name).mkdir(exist_ok=True)
+        self.data = data
+
+    def load(self):
+        self.process = Process(self.stack, self.command("append", self.data), self.log)
+        begun = time.monotonic()
+        until(f"{self.name} acknowledges", lambda: self.process.ended() or acks.last_time(self.acks) > begun)
+        if self.process.ended():
+            raise Failure(f"{self.name} ended before it acknowledged anything: {self.complaints()[-1:]}")
+
+    def stopped(self):
+        return self.process.ended()
+
+    def halt(self):
+        if self.process.ended():
+            raise Failure(f"{self.name} ended by itself with {self.process.child.returncode}: {self.complaints()[-3:]}")
+        self.process.child.send_signal(signal.SIGKILL)
+        self.process.child.wait(60)
+
+    def stop(self):
+        pass
+
+    def kill(self):
+        self.process.kill()
+
+    def verify(self, data):
+        done = subprocess.run([str(c) for c in self.command("verify", data)], capture_output=True, text=True)
+        return done.returncode == 0, (done.stdout + done.stderr).strip()
+
+    def complaints(self):
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        code = self.process.child.returncode if self.process else None
+        if code == -signal.SIGBUS:
+            lines.append("ended by SIGBUS: a page of the mapped segment could not be had")
+        return lines[-1:] if lines else []
+
+
+class Journal(Writer):
+    """Zeebe's journal, as a generator."""
+    name, purpose, script = "journal", "zeebe", "journal_writer.py"
+    arguments = (128,)
+
+
+class RocksDb(Writer):
+    """RocksDB itself."""
+    name, purpose, script = "rocksdb", "zeebe", "rocksdb_writer.py"
+    python = FETCHED / "venv" / "bin" / "python"

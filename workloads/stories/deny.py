@@ -1,0 +1,54 @@
+"""b. The customer denies the key in the middle of the load, and gives it back.
+
+The program has to stop or see errors in bounded time with nothing hanging; after the key is back and the file system
+mounted again, it starts, and every acknowledged record is there."""
+
+import time
+
+from parts import acks
+from parts.shell import until
+
+from .setting import Setting, go_on_for
+
+# Interval of the probes, their variation and the promise of 2 s.
+FENCED_WITHIN = 3.3
+
+
+def story(stack, report, make_program, seed, quick):
+    s = Setting(stack, report, make_program, seed)
+    s.begin()
+    report.check("the load runs while the key is allowed", go_on_for(s.program, 5 if quick else 40))
+    way = ("disable", "enable") if seed % 2 else ("deny", "allow")
+    denied = report.event(f"key: {way[0]}")
+    s.byokd.ctl("dev", "key", way[0], s.key)
+    until("the volume is fenced", lambda: s.byokd.volume("v")["state"] == "fenced")
+    fenced = report.event("fenced")
+    report.check(f"fenced {fenced - denied:.2f} s after the change, within {FENCED_WITHIN} s", fenced - denied <= FENCED_WITHIN)
+    until(f"{s.program.name} stops or sees errors", s.program.stopped, 120)
+    stopped = report.event(f"{s.program.name} has stopped")
+    report.number("from the change to the program's end or first error", stopped - denied, "s")
+    last = acks.last_time(s.program.acks)
+    report.number("from the change to the last acknowledgement", last - denied, "s")
+    report.log_lines(s.program.name, s.program.complaints())
+    s.program.kill()
+    begun = time.monotonic()
+    s.unmount()
+    report.event("unmounted")
+    report.check(f"nothing hangs: file system, disk and client went in {time.monotonic() - begun:.1f} s", True)
+    s.byokd.ctl("dev", "key", way[1], s.key)
+    report.event(f"key: {way[1]}")
+    until("the volume is served again", lambda: s.byokd.volume("v")["state"] == "serving")
+    report.event("served again")
+    s.mount()
+    s.program.start(s.data)
+    s.everything_is_there("after the key came back")
+    s.program.load()
+    report.event("load goes on")
+    report.check("the load runs again", go_on_for(s.program, 3 if quick else 30))
+    s.program.halt()
+    s.everything_is_there("at the end")
+    s.program.stop()
+    s.file_system_is_clean("at the end")
+    rows = acks.read(s.program.acks)
+    report.load(s.program.name, rows)
+    return {s.program.name: rows}
