@@ -28,6 +28,8 @@
 //! | [`volume`] | create, open, unlock: crash-safe header updates |
 //! | [`kms`] | the customer's key service, its errors as verdicts, the development KMS |
 //! | [`keeper`] | probes, and what follows from them |
+//! | [`progress`] | whether the parts of the daemon go on |
+//! | [`systemd`] | what the service manager is told, and the descriptors it keeps |
 //! | [`config`] | byokd.toml and volumes.d |
 //! | [`control`] | the control API: types, server, client |
 //! | [`daemon`] | puts the parts together |
@@ -51,6 +53,8 @@ pub mod kms;
 pub mod listener;
 pub mod luks2;
 pub mod nbd;
+pub mod progress;
 pub mod store;
+pub mod systemd;
 pub mod units;
 pub mod volume;

@@ -9,6 +9,7 @@ use byokd::config::{self, Seconds};
 use byokd::daemon::{self, Setup};
 use byokd::exit::ExitCode;
 use byokd::harden::harden;
+use byokd::systemd::Systemd;
 use clap::Parser;
 use tracing::Level;
 use tracing_subscriber::filter::{FilterExt, filter_fn};
@@ -55,6 +56,7 @@ fn main() -> Code {
         .with_target(false);
     let filter = FilterExt::and(args.log, no_secrets);
     tracing_subscriber::registry().with(lines.with_filter(filter)).init();
+    let systemd = Systemd::from_env();
     if let Err(error) = harden() {
         return fail(
             ExitCode::Failed,
@@ -77,7 +79,7 @@ fn main() -> Code {
         .thread_name("control")
         .enable_all()
         .build();
-    match runtime.map(|runtime| runtime.block_on(daemon::run(setup))) {
+    match runtime.map(|runtime| runtime.block_on(daemon::run(setup, systemd))) {
         Ok(Ok(())) => ExitCode::Ok.into(),
         Ok(Err(error)) => fail(error.exit(), &error, error.remedy()),
         Err(error) => fail(ExitCode::Failed, &error, "Free memory or raise the limit of threads."),

@@ -20,6 +20,7 @@ use crate::daemon::{Setup, run as run_daemon};
 use crate::exit::ExitCode;
 use crate::harden::harden;
 use crate::key::wrapped::{KeyArn, Purpose};
+use crate::systemd::Systemd;
 use crate::units::SectorSize;
 
 /// What is written: easy to find in a file that is not encrypted.
@@ -138,7 +139,9 @@ pub fn serve(state_dir: &Path, probe_interval: Duration) -> Result<ExitCode, Con
         .enable_all()
         .build()
         .map_err(|e| failed(what, e))?;
-    runtime.block_on(run_daemon(Setup::dev(&dir, probe_interval))).map_err(|e| failed(what, e))?;
+    runtime
+        .block_on(run_daemon(Setup::dev(&dir, probe_interval), Systemd::default()))
+        .map_err(|e| failed(what, e))?;
     Ok(ExitCode::Ok)
 }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -13,9 +14,14 @@ use crate::control::{Answer, ControlError, Request};
 use crate::daemon::Daemon;
 use crate::exit::ExitCode;
 use crate::listener::{BoundSocket, Peers, bind};
+use crate::progress::Part;
 
 /// The longest request.
 const MAX_REQUEST: u64 = 1 << 20;
+
+/// How often the task is heard of, and within what time it must be.
+const TICK: Duration = Duration::from_secs(5);
+const BOUND: Duration = Duration::from_secs(15);
 
 /// The task that answers; dropping it ends it and removes its socket.
 pub struct ControlServer {
@@ -30,15 +36,23 @@ impl Drop for ControlServer {
 }
 
 impl ControlServer {
-    /// Answers requests at `path`.
+    /// Answers requests at `path`; `part` says that it does.
     ///
     /// # Errors
     /// The socket cannot be made.
-    pub fn start(path: &Path, peers: Peers, daemon: Arc<Daemon>) -> io::Result<Self> {
+    pub fn start(path: &Path, peers: Peers, daemon: Arc<Daemon>, part: Part) -> io::Result<Self> {
         let (listener, socket) = bind(path, &peers)?;
         let task = tokio::spawn(async move {
+            let mut tick = tokio::time::interval(TICK);
             loop {
-                match listener.accept().await {
+                let accepted = tokio::select! {
+                    accepted = listener.accept() => accepted,
+                    _ = tick.tick() => {
+                        part.goes_on(BOUND);
+                        continue;
+                    }
+                };
+                match accepted {
                     Ok((stream, _)) => {
                         let (peers, daemon) = (peers.clone(), Arc::clone(&daemon));
                         tokio::spawn(async move {
@@ -49,7 +63,7 @@ impl ControlServer {
                     }
                     Err(error) => {
                         warn!(%error, "cannot accept a control connection");
-                        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                        tokio::time::sleep(Duration::from_millis(100)).await;
                     }
                 }
             }

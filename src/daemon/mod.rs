@@ -7,6 +7,7 @@
 mod keys;
 mod refusals;
 mod rewrap;
+mod service;
 mod status;
 mod volumes;
 
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tracing::info;
 
 use crate::config::{Config, ConfigErrors, SecretMemory, VolumeConfig, load_volumes};
@@ -37,6 +39,11 @@ use crate::key::wrapped::Role;
 use crate::kms::aws::{AwsKms, AwsSettings, AwsSettingsError};
 use crate::kms::dev::{DEV_REGION, DevKms, DevKmsError};
 use crate::listener::{Listener, Peers};
+use crate::progress::Progress;
+use crate::systemd::{Systemd, Watchdog};
+
+/// How soon the control socket is heard of first.
+const STARTING: Duration = Duration::from_secs(10);
 
 /// Why the daemon could not start.
 #[derive(Debug, thiserror::Error)]
@@ -163,6 +170,7 @@ pub struct Daemon {
     /// Volumes that share a key.
     groups: Groups,
     table: ExportTable,
+    progress: Progress,
     volumes: Mutex<BTreeMap<String, Arc<Volume>>>,
     /// Names of volumes that are being made.
     creating: Mutex<BTreeSet<String>>,
@@ -221,7 +229,7 @@ impl Volume {
 ///
 /// # Errors
 /// It could not start.
-pub async fn run(mut setup: Setup) -> Result<(), StartError> {
+pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     if setup.config.secret_memory == SecretMemory::Locked {
         use_locked_pages_only();
     }
@@ -260,6 +268,7 @@ pub async fn run(mut setup: Setup) -> Result<(), StartError> {
         roles: tokio::sync::Mutex::default(),
         groups: Groups::new(setup.plan),
         table,
+        progress: Progress::default(),
         volumes: Mutex::new(known.collect()),
         creating: Mutex::default(),
         setup,
@@ -268,19 +277,33 @@ pub async fn run(mut setup: Setup) -> Result<(), StartError> {
         signal(SignalKind::terminate()).map_err(StartError::io("watch signals for", &control))?;
     let mut int =
         signal(SignalKind::interrupt()).map_err(StartError::io("watch signals for", &control))?;
-    let server = ControlServer::start(&control, peers, Arc::clone(&daemon))
+    let part = daemon.progress.part("the control socket", STARTING);
+    let server = ControlServer::start(&control, peers, Arc::clone(&daemon), part)
         .map_err(StartError::io("listen on", &control))?;
     info!(control = %control.display(), version = env!("CARGO_PKG_VERSION"), "ready");
-    let attaching = tokio::spawn(Arc::clone(&daemon).attach_all());
+    let Systemd { notifier, passed, watchdog } = systemd;
+    passed.close_rest(&notifier);
+    let watchdog = match watchdog {
+        Some(interval) => Some(
+            Watchdog::start(notifier.clone(), interval, daemon.progress.clone())
+                .map_err(StartError::io("start the watchdog of", &control))?,
+        ),
+        None => None,
+    };
+    let (tried, each_was_tried) = mpsc::channel(1);
+    let attaching = tokio::spawn(Arc::clone(&daemon).attach_all(tried));
     tokio::select! {
         _ = term.recv() => info!("stopping: SIGTERM"),
         _ = int.recv() => info!("stopping: SIGINT"),
+        () = daemon.tell(&notifier, each_was_tried) => {}
     }
+    notifier.stopping(&format!("stopping: {}", daemon.summary()));
     attaching.abort();
     // It was cut off, or had nothing left to do.
     let _ended = attaching.await;
     drop((server, tcp));
     daemon.stop().await;
+    drop(watchdog);
     drop(dev);
     info!("stopped");
     Ok(())

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use tokio::sync::mpsc;
 use tokio::task::{JoinSet, spawn_blocking};
 use tracing::{error, info, warn};
 
@@ -21,8 +22,8 @@ use crate::daemon::status::status;
 use crate::daemon::{Attached, Daemon, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportOptions};
-use crate::keeper::Keeper;
 use crate::keeper::plan::PlanStep;
+use crate::keeper::{Keeper, Terms};
 use crate::key::lease::{Connection, FenceReason};
 use crate::key::wrapped::{EncryptionContext, Role};
 use crate::kms::aws::{AwsKms, AwsSettings, RoleToAssume};
@@ -34,6 +35,9 @@ use crate::volume::{Access, CreateOptions, LockedVolume, NewVolume};
 
 /// How long requests in flight may take when a volume is detached or the daemon stops.
 const DRAIN: Duration = Duration::from_secs(10);
+
+/// How soon the keeper of a volume that is attached is heard of first.
+const ATTACHING: Duration = Duration::from_secs(10);
 
 /// How long to wait before a volume that should be attached is tried again.
 const RETRY: Duration = Duration::from_secs(5);
@@ -328,9 +332,12 @@ impl Daemon {
         self.table.insert(Arc::clone(&export));
         let policy = config.lease.policy(self.setup.policy);
         let steps = config.on_fence.iter();
-        let plan = steps.map(|s| PlanStep { run: s.run.clone(), timeout: s.timeout.0 }).collect();
+        let on_fence =
+            steps.map(|s| PlanStep { run: s.run.clone(), timeout: s.timeout.0 }).collect();
+        let terms = Terms { policy, on_fence };
+        let part = self.progress.part(format!("the keeper of {name}"), ATTACHING);
         let keeper =
-            Keeper::start(Arc::clone(&export), kms, policy, &self.groups, role.as_ref(), plan);
+            Keeper::start(Arc::clone(&export), kms, terms, &self.groups, role.as_ref(), part);
         info!(volume = name, request_id = proof.request_id, socket = %socket.display(), "attached");
         Ok(Attached { export, keeper, socket, _listener: listener })
     }
@@ -397,18 +404,21 @@ impl Daemon {
 
     /// Attaches what should be attached, again and again while KMS gives no verdict or says no.
     /// Dropping this ends the tries.
-    pub(super) async fn attach_all(self: Arc<Self>) {
+    /// `tried` is dropped when each has been tried once.
+    pub(super) async fn attach_all(self: Arc<Self>, tried: mpsc::Sender<()>) {
         let all = self.volumes().clone();
         let waiting =
             all.into_iter().filter(|(_, v)| v.with(|now| now.config.attach == AttachWhen::Auto));
         let mut tries = JoinSet::new();
         for (name, _) in waiting {
-            tries.spawn(Arc::clone(&self).attach_patiently(name));
+            tries.spawn(Arc::clone(&self).attach_patiently(name, tried.clone()));
         }
+        drop(tried);
         while tries.join_next().await.is_some() {}
     }
 
-    async fn attach_patiently(self: Arc<Self>, name: String) {
+    async fn attach_patiently(self: Arc<Self>, name: String, tried: mpsc::Sender<()>) {
+        let mut tried = Some(tried);
         let attached = || {
             self.volumes()
                 .get(&name)
@@ -423,6 +433,7 @@ impl Daemon {
                 return;
             }
             warn!(volume = name, why = e.why, remedy = e.remedy, "not attached yet");
+            drop(tried.take());
             tokio::time::sleep(RETRY).await;
         }
     }

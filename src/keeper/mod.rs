@@ -27,11 +27,20 @@ use crate::key::lease::{
 use crate::key::wrapped::Role;
 use crate::kms::{Evidence, KeyService, KmsError, Proof, ServiceError};
 use crate::luks2::Header;
+use crate::progress::Part;
 use crate::units::rfc3339;
 
 /// How often time alone is looked at, if nothing else is due: after the machine slept, the key that
 /// may not be used any more is destroyed within this time.
 const TICK: Duration = Duration::from_secs(5);
+
+/// How late a keeper may be before it counts as standing still: on a machine so busy, starting anew
+/// would not help sooner.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// How long a restore may take: KMS has its own time limit, and what the store still holds from
+/// before the fence is waited for.
+const RESTORE: Duration = Duration::from_secs(60);
 
 /// The least step of time that is waited for.
 const MOMENT: Duration = Duration::from_millis(5);
@@ -79,17 +88,27 @@ impl Drop for Keeper {
     }
 }
 
+/// How a lease is kept, as configured.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// When to probe, and what follows.
+    pub policy: LeasePolicy,
+    /// What to do after a fence.
+    pub on_fence: Vec<PlanStep>,
+}
+
 impl Keeper {
     /// Starts keeping the lease on `export`'s key, which has just been unwrapped: probes go to
-    /// `kms`, as `role`, in step with the other volumes of `groups`.
+    /// `kms`, as `role`, in step with the other volumes of `groups`. `part` says that it goes on.
     pub fn start<K: KeyService>(
         export: Arc<Export>,
         kms: Arc<K>,
-        policy: LeasePolicy,
+        terms: Terms,
         groups: &Groups,
         role: Option<&Role>,
-        on_fence: Vec<PlanStep>,
+        part: Part,
     ) -> Self {
+        let Terms { policy, on_fence } = terms;
         let lease = KeyLease::new(policy, now());
         let told = Timestamp::now();
         let first = KeyReport {
@@ -126,6 +145,7 @@ impl Keeper {
             waiting: Vec::new(),
             on_fence,
             plan: JoinSet::new(),
+            part,
         };
         keeping.publish();
         Self { commands, reports, task: tokio::spawn(keeping.run()) }
@@ -204,6 +224,8 @@ struct Keeping<K> {
     on_fence: Vec<PlanStep>,
     /// It, being done; ends with this.
     plan: JoinSet<()>,
+    /// Hears that this goes on.
+    part: Part,
 }
 
 /// What a keeper wakes for.
@@ -280,6 +302,7 @@ impl<K: KeyService> Keeping<K> {
 
     async fn wait(&mut self) -> Event {
         let wake = self.next.min(self.over());
+        self.part.goes_on(TICK + GRACE);
         tokio::select! {
             biased;
             command = self.inbox.recv() => Event::Told(command),
@@ -376,6 +399,7 @@ impl<K: KeyService> Keeping<K> {
         self.probed = Instant::now().max(paced);
         loop {
             let over = self.over();
+            self.part.goes_on(TICK + GRACE);
             tokio::select! {
                 biased;
                 command = self.inbox.recv() => match command {
@@ -428,6 +452,7 @@ impl<K: KeyService> Keeping<K> {
     }
 
     async fn fence(&mut self, reason: FenceReason) {
+        self.part.goes_on(GRACE);
         let started = now();
         let export = Arc::clone(&self.export);
         let fenced = spawn_blocking(move || export.fence(reason)).await;
@@ -456,6 +481,7 @@ impl<K: KeyService> Keeping<K> {
     }
 
     async fn restore(&mut self) {
+        self.part.goes_on(RESTORE);
         let key = match self.kms.unwrap_key(&self.header.token().wrapped).await {
             Ok((key, _)) => key,
             Err(error) => {

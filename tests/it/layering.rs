@@ -13,6 +13,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("exit", &[]),
     ("harden", &[]),
+    ("progress", &[]),
+    ("systemd", &["progress"]),
     ("buffer", &["units"]),
     // The data's way.
     ("crypt", &["buffer", "key::*", "units"]),
@@ -40,14 +42,14 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("kms::verdict", &["key::lease"]),
     // Speaks the wire protocol and knows nothing of byokd.
     ("kms::dev", &[]),
-    ("keeper", &["clock", "export", "key::*", "kms", "luks2", "units"]),
+    ("keeper", &["clock", "export", "key::*", "kms", "luks2", "progress", "units"]),
     ("keeper::plan", &["export", "key::lease", "units"]),
     ("keeper::group", &["key::lease", "key::wrapped"]),
     // Around both.
     ("config", &["key::lease", "key::wrapped"]),
     ("control", &["exit", "key::lease", "key::wrapped", "kms", "units"]),
     ("control::client", &["control", "exit"]),
-    ("control::server", &["control", "daemon", "exit", "listener"]),
+    ("control::server", &["control", "daemon", "exit", "listener", "progress"]),
     (
         "daemon",
         &[
@@ -62,7 +64,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "kms::*",
             "listener",
             "luks2",
+            "progress",
             "store",
+            "systemd",
             "units",
             "volume",
         ],
@@ -79,13 +83,14 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "exit",
             "harden",
             "key::wrapped",
+            "systemd",
             "units",
         ],
     ),
     ("cli::dev_keys", &["cli::args", "cli::output", "control", "exit", "key::wrapped", "kms::dev"]),
     ("cli::nbd_client", &["nbd::handshake", "nbd::wire"]),
     ("bin::byokctl", &["cli::*", "control", "exit", "harden"]),
-    ("bin::byokd", &["config", "daemon", "exit", "harden"]),
+    ("bin::byokd", &["config", "daemon", "exit", "harden", "systemd"]),
 ];
 
 /// What decides takes values and time and gives values: bytes, sockets, files and clocks are

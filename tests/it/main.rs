@@ -27,4 +27,5 @@ mod readme;
 mod revocation;
 mod rewrap;
 mod seeds;
+mod systemd;
 mod volumes;

@@ -51,7 +51,12 @@ impl Daemon {
     }
 
     pub(crate) fn start_in(dir: TempDir) -> Self {
-        Self::run(dir, Mode::Dev, Vec::new())
+        Self::start_with(dir, Vec::new())
+    }
+
+    /// With more in its environment.
+    pub(crate) fn start_with(dir: TempDir, env: Vec<(String, String)>) -> Self {
+        Self::run(dir, Mode::Dev, env)
     }
 
     /// As in production, in memory, with these settings besides where things go.

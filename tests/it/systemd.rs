@@ -1,0 +1,218 @@
+//! Under a service manager: a socket of the test's own hears what systemd would be told.
+
+use std::io::{IoSliceMut, Read};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use byokd::systemd::Notifier;
+use nix::sys::ptrace;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::{Pid, close};
+
+use crate::support::{Daemon, PATIENCE, Running};
+
+/// What systemd is to the service.
+struct Manager {
+    socket: UnixDatagram,
+    /// As in `NOTIFY_SOCKET`.
+    name: String,
+    _dir: tempfile::TempDir,
+}
+
+impl Manager {
+    fn at_a_path() -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = dir.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        Self { socket, name: path.to_str().unwrap().to_owned(), _dir: dir }
+    }
+
+    fn abstractly() -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let name = dir.path().join("notify").to_str().unwrap().to_owned();
+        let address = SocketAddr::from_abstract_name(&name).unwrap();
+        let socket = UnixDatagram::bind_addr(&address).unwrap();
+        Self { socket, name: format!("@{name}"), _dir: dir }
+    }
+
+    fn env(&self) -> (String, String) {
+        ("NOTIFY_SOCKET".to_owned(), self.name.clone())
+    }
+
+    /// The next message, if one comes in time.
+    fn hears(&self, within: Duration) -> Option<String> {
+        self.socket.set_read_timeout(Some(within)).unwrap();
+        let mut message = [0; 4096];
+        let length = self.socket.recv(&mut message).ok()?;
+        Some(String::from_utf8(message[..length].to_vec()).unwrap())
+    }
+
+    /// The next message with that line.
+    fn hears_line(&self, line: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        let mut others = Vec::new();
+        while let Some(message) = self.hears(PATIENCE) {
+            if message.lines().any(|one| one.starts_with(line)) {
+                return message;
+            }
+            others.push(message);
+            assert!(Instant::now() < deadline, "never heard {line}, but {others:?}");
+        }
+        panic!("never heard {line}, but {others:?}");
+    }
+
+    /// The next message and the descriptors with it.
+    fn hears_fds(&self) -> (String, Vec<RawFd>) {
+        self.socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let (mut message, mut control) = ([0; 4096], nix::cmsg_space!([RawFd; 4]));
+        let mut into = [IoSliceMut::new(&mut message)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let got =
+            recvmsg::<()>(self.socket.as_raw_fd(), &mut into, Some(&mut control), flags).unwrap();
+        let mut fds = Vec::new();
+        for part in got.cmsgs().unwrap() {
+            if let ControlMessageOwned::ScmRights(more) = part {
+                fds.extend(more);
+            }
+        }
+        let length = got.bytes;
+        (String::from_utf8(message[..length].to_vec()).unwrap(), fds)
+    }
+}
+
+fn what_it_is(fd: RawFd) -> std::path::PathBuf {
+    std::fs::read_link(format!("/proc/self/fd/{fd}")).unwrap()
+}
+
+fn ready_with_its_volumes_and_a_word_for_each_change(manager: &Manager) {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut daemon = Daemon::start_with(dir, vec![manager.env()]);
+    let first = manager.hears_line("READY=1");
+    assert!(first.contains("STATUS=0 volumes serving"), "{first}");
+    let key = daemon.key();
+    daemon.create("vol", "8M", &key);
+    daemon.define("vol", "attach = \"auto\"");
+
+    daemon.crash_and_restart();
+    let ready = manager.hears_line("READY=1");
+    assert!(ready.contains("STATUS=1 volume serving"), "its volumes were not tried: {ready}");
+    daemon.ok(&["dev", "key", "disable", &key]);
+    manager.hears_line("STATUS=0 volumes serving, 1 fenced");
+    daemon.ok(&["dev", "key", "enable", &key]);
+    manager.hears_line("STATUS=1 volume serving");
+    assert!(daemon.terminate().success());
+    manager.hears_line("STOPPING=1");
+}
+
+#[test]
+fn ready_is_said_when_volumes_were_tried_and_the_status_is_kept_current() {
+    ready_with_its_volumes_and_a_word_for_each_change(&Manager::at_a_path());
+}
+
+#[test]
+fn a_manager_at_an_abstract_address_is_told_as_well() {
+    ready_with_its_volumes_and_a_word_for_each_change(&Manager::abstractly());
+}
+
+#[test]
+fn the_watchdog_hears_nothing_while_a_part_stands_still() {
+    let manager = Manager::abstractly();
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let watchdog = ("WATCHDOG_USEC".to_owned(), "1000000".to_owned());
+    let daemon = Daemon::start_with(dir, vec![manager.env(), watchdog]);
+    manager.hears_line("WATCHDOG=1");
+    manager.hears_line("WATCHDOG=1");
+
+    let stopped = stop_threads(&daemon, "control");
+    assert!(stopped.len() >= 2, "the runtime has two threads");
+    let words = manager.hears_line("STATUS=standing still");
+    assert!(words.contains("the control socket"), "{words}");
+    assert_eq!(manager.hears(Duration::from_secs(2)), None, "the watchdog was told all is well");
+
+    for thread in stopped {
+        ptrace::detach(thread, None).unwrap();
+    }
+    manager.hears_line("WATCHDOG=1");
+    daemon.ok(&["status"]);
+}
+
+/// Stops the threads of that name, and nothing else. They go on when this thread ends, at the
+/// latest.
+fn stop_threads(daemon: &Daemon, name: &str) -> Vec<Pid> {
+    let mut stopped = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap() {
+        let task = entry.unwrap().path();
+        let comm = std::fs::read_to_string(task.join("comm")).unwrap_or_default();
+        if comm.trim() == name {
+            let id = task.file_name().unwrap().to_str().unwrap().parse().unwrap();
+            let thread = Pid::from_raw(id);
+            ptrace::seize(thread, ptrace::Options::empty()).unwrap();
+            ptrace::interrupt(thread).unwrap();
+            waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+            stopped.push(thread);
+        }
+    }
+    stopped
+}
+
+#[test]
+fn a_descriptor_is_stored_by_name_and_its_end_is_awaited() {
+    let manager = Manager::at_a_path();
+    let notifier = Notifier::to(manager.name.as_ref()).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    assert!(notifier.store_fd("nbd-vol", &theirs).unwrap());
+    let (message, fds) = manager.hears_fds();
+    assert_eq!(message, "FDSTORE=1\nFDNAME=nbd-vol\nFDPOLL=0");
+    assert_eq!(fds.len(), 1);
+    assert_eq!(what_it_is(fds[0]), what_it_is(theirs.as_raw_fd()));
+    close(fds[0]).unwrap();
+    drop(ours);
+
+    notifier.forget_fds("nbd-vol").unwrap();
+    assert_eq!(manager.hears_fds(), ("FDSTOREREMOVE=1\nFDNAME=nbd-vol".to_owned(), Vec::new()));
+
+    let late = notifier.settle(Duration::from_millis(50)).unwrap_err();
+    assert_eq!(late.kind(), std::io::ErrorKind::TimedOut);
+    let (message, fds) = manager.hears_fds();
+    assert_eq!((message.as_str(), fds.len()), ("BARRIER=1", 1));
+    close(fds[0]).unwrap();
+    std::thread::scope(|scope| {
+        let settled = scope.spawn(|| notifier.settle(PATIENCE));
+        let (_, fds) = manager.hears_fds();
+        close(fds[0]).unwrap();
+        settled.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn descriptors_that_nobody_knows_are_closed_with_a_word() {
+    let manager = Manager::abstractly();
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let log = dir.path().join("log");
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    // The shell puts them where systemd would: a socket as 3, something else as 4.
+    let script = "export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=stranger:file; \
+                  exec \"$0\" \"$@\" 3<&0 4</dev/null </dev/null";
+    let child = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_byokd"), "--dev", "--state-dir"])
+        .arg(dir.path())
+        .env("NOTIFY_SOCKET", &manager.name)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(std::fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    let _daemon = Running(child);
+    let forgotten = manager.hears_line("FDSTOREREMOVE=1");
+    assert!(forgotten.contains("FDNAME=stranger"), "{forgotten}");
+    manager.hears_line("READY=1");
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(ours.read(&mut [0]).unwrap(), 0, "the daemon still holds it");
+    let log = std::fs::read_to_string(&log).unwrap();
+    assert!(log.contains("nobody knows name=\"stranger\""), "{log}");
+    assert!(log.contains("nobody can use name=\"file\""), "{log}");
+}
