@@ -3,9 +3,12 @@
 use std::path::{Path, PathBuf};
 
 /// The files in which a test of this name may stand: `a::b::tests::c` in `src/a/b.rs` or
-/// `src/a/b/mod.rs`, `a::c` in `tests/it/a.rs`.
+/// `src/a/b/mod.rs`, `a::c` in `tests/it/a.rs`, `vm-tests/a::c` in `vm-tests/tests/a.py`.
 fn homes(name: &str) -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    if let Some((file, _)) = name.strip_prefix("vm-tests/").and_then(|name| name.split_once("::")) {
+        return vec![root.join("vm-tests/tests").join(file).with_extension("py")];
+    }
     let modules: Vec<_> = name.split("::").collect();
     let modules = &modules[..modules.len() - 1];
     match modules.split_last() {
@@ -18,7 +21,8 @@ fn homes(name: &str) -> Vec<PathBuf> {
 }
 
 fn is_there(name: &str) -> bool {
-    let function = format!("fn {}(", name.rsplit("::").next().unwrap());
+    let keyword = if name.starts_with("vm-tests/") { "\ndef" } else { "fn" };
+    let function = format!("{keyword} {}(", name.rsplit("::").next().unwrap());
     let holds = |home: &PathBuf| {
         std::fs::read_to_string(home).is_ok_and(|source| source.contains(&function))
     };
