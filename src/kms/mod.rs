@@ -10,6 +10,7 @@ mod http;
 pub mod verdict;
 
 use std::future::Future;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -20,7 +21,7 @@ use crate::key::secret::SecretMemoryError;
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
 
 /// The operation of the KMS API that was tried.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Operation {
     /// `DescribeKey`.
     DescribeKey,
@@ -42,6 +43,24 @@ impl std::fmt::Display for Operation {
         })
     }
 }
+
+/// One request that was sent to KMS, as the customer's CloudTrail has it too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// What was asked for.
+    pub operation: Operation,
+    /// Of which key.
+    pub key: KeyArn,
+    /// The encryption context that went with it.
+    pub context: Option<EncryptionContext>,
+    /// The id of the answer, if one came.
+    pub request_id: Option<String>,
+    /// The exception it was answered with, or `NoAnswer`; absent after a success.
+    pub error: Option<String>,
+}
+
+/// Is told of every request to KMS once its answer is there, or will not come. It must not wait.
+pub type Observer = Arc<dyn Fn(Call) + Send + Sync>;
 
 /// A call to KMS that did not succeed: what was tried, on which key, what came back.
 #[derive(Debug, Error)]

@@ -13,6 +13,7 @@
 //! | file | what it is |
 //! |---|---|
 //! | `settings.rs` | region, endpoint, credentials, time limits |
+//! | `calls.rs` | every request, told to whoever keeps account of them |
 //! | `check.rs` | a key tried step by step, and the rules it has to keep |
 //! | `witness.rs` | whose fault a denial is |
 //! | `words.rs` | what an error of the SDK says |
@@ -20,6 +21,7 @@
 //! Four SDK clients share one configuration, so one set of cached credentials: with and without
 //! retries, with pooled and with fresh connections.
 
+mod calls;
 mod check;
 mod settings;
 mod witness;
@@ -27,7 +29,7 @@ mod words;
 
 use std::collections::VecDeque;
 use std::error::Error;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use aws_config::SdkConfig;
@@ -47,6 +49,7 @@ use crate::key::lease::{Connection, DisconnectedStore};
 use crate::key::secret::SecretMemoryError;
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
 use crate::key::{VOLUME_KEY_LEN, VolumeKey};
+use calls::Calls;
 use settings::{retries, shared_config, timeouts};
 use witness::Witness;
 use words::{Kind, Words};
@@ -108,6 +111,9 @@ impl AwsKms {
             // Not in the shared configuration: there it would move STS to that address too.
             if let Some(endpoint) = &settings.endpoint {
                 config = config.endpoint_url(endpoint);
+            }
+            if let Some(observer) = &settings.observer {
+                config = config.interceptor(Calls(Arc::clone(observer)));
             }
             Client::from_conf(config.build())
         };
@@ -483,7 +489,6 @@ fn pairs(context: &EncryptionContext) -> std::collections::HashMap<String, Strin
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use aws_credential_types::Credentials;

@@ -14,6 +14,7 @@ use thiserror::Error;
 
 use crate::key::lease::DisconnectedStore;
 use crate::key::wrapped::KeyArn;
+use crate::kms::Observer;
 use crate::kms::http::{self, Reuse};
 
 /// How KMS is reached and as whom.
@@ -42,6 +43,8 @@ pub struct AwsSettings {
     pub witness: Option<KeyArn>,
     /// Access key id and secret key, instead of the SDK's chain: for the development KMS only.
     pub static_credentials: Option<(String, String)>,
+    /// Who is told of every request.
+    pub observer: Option<Observer>,
 }
 
 /// A role to assume, in the customer's account or ours.
@@ -72,6 +75,7 @@ impl Default for AwsSettings {
             disconnected_store: DisconnectedStore::default(),
             witness: None,
             static_credentials: None,
+            observer: None,
         }
     }
 }
@@ -91,6 +95,7 @@ impl fmt::Debug for AwsSettings {
             .field("disconnected_store", &self.disconnected_store)
             .field("witness", &self.witness)
             .field("static_credentials", &self.static_credentials.as_ref().map(|(id, _)| id))
+            .field("observer", &self.observer.is_some())
             .finish()
     }
 }
