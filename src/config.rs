@@ -11,8 +11,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::audit::chain::Hash;
+use crate::audit::{AuditSettings, OnFailure};
 use crate::key::lease::{Allowance, DisconnectedStore, LeasePolicy, ProbePlan};
 use crate::key::wrapped::{KeyArn, Role};
+use crate::units::Size;
 
 /// What is wrong with the files, all of it.
 #[derive(Debug, Error)]
@@ -67,6 +70,8 @@ pub struct Config {
     pub kms: KmsConfig,
     /// How leases are kept.
     pub lease: LeaseConfig,
+    /// How the audit trail is kept.
+    pub audit: AuditConfig,
 }
 
 impl Default for Config {
@@ -84,7 +89,62 @@ impl Default for Config {
             secret_memory: SecretMemory::default(),
             kms: KmsConfig::default(),
             lease: LeaseConfig::default(),
+            audit: AuditConfig::default(),
         }
+    }
+}
+
+/// `[audit]`: how the audit trail is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuditConfig {
+    /// Whether it is kept at all.
+    pub enabled: bool,
+    /// Where its files lie.
+    pub directory: PathBuf,
+    /// The size of a file after which the next one is begun.
+    pub file_size: Size,
+    /// Files that are kept; 0: all.
+    pub keep: usize,
+    /// Records between two checkpoints.
+    pub checkpoint_every: u64,
+    /// An Ed25519 key in PEM that checkpoints are signed with: a path, or the name of a systemd
+    /// credential.
+    pub signing_key: Option<PathBuf>,
+    /// What happens if it cannot be written.
+    pub on_failure: OnFailure,
+}
+
+impl Default for AuditConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            directory: "/var/lib/byokd/audit".into(),
+            file_size: Size(16 << 20),
+            keep: 0,
+            checkpoint_every: 256,
+            signing_key: None,
+            on_failure: OnFailure::default(),
+        }
+    }
+}
+
+impl AuditConfig {
+    /// How it is kept, if it is; `credentials` is systemd's directory of them.
+    #[must_use]
+    pub fn settings(&self, credentials: Option<&Path>) -> Option<AuditSettings> {
+        let key = self.signing_key.as_ref().map(|key| match credentials {
+            Some(directory) if key.is_relative() => directory.join(key),
+            Some(_) | None => key.clone(),
+        });
+        self.enabled.then(|| AuditSettings {
+            directory: self.directory.clone(),
+            file_size: self.file_size.0,
+            keep: self.keep,
+            checkpoint_every: self.checkpoint_every,
+            signing_key: key,
+            on_failure: self.on_failure,
+        })
     }
 }
 
@@ -375,7 +435,15 @@ pub fn is_volume_name(name: &str) -> bool {
 /// # Errors
 /// Everything that is wrong with the file.
 pub fn load(path: &Path) -> Result<Config, ConfigErrors> {
-    let mut config: Config = parse_file(path).map_err(|e| ConfigErrors(vec![e]))?;
+    load_with_hash(path).map(|(config, _)| config)
+}
+
+/// The same, with the SHA-256 of what was read.
+///
+/// # Errors
+/// Everything that is wrong with the file.
+pub fn load_with_hash(path: &Path) -> Result<(Config, Hash), ConfigErrors> {
+    let (mut config, sha256): (Config, _) = parse_file(path).map_err(|e| ConfigErrors(vec![e]))?;
     let mut errors = Vec::new();
     let mut wrong = |what: &str| {
         errors.push(ConfigError { file: path.to_owned(), line: None, what: what.to_owned() });
@@ -389,6 +457,18 @@ pub fn load(path: &Path) -> Result<Config, ConfigErrors> {
     if config.max_connections == 0 {
         wrong("max_connections is 0: nobody could connect");
     }
+    if config.audit.directory.is_relative() {
+        wrong("audit.directory is a relative path; the daemon has no directory of its own");
+    }
+    if config.audit.file_size.0 < SMALLEST_AUDIT_FILE {
+        wrong("audit.file_size is under 64K: there would be more files than records");
+    }
+    if config.audit.checkpoint_every == 0 {
+        wrong("audit.checkpoint_every is 0: write at least 1");
+    }
+    if config.audit.keep == 1 {
+        wrong("audit.keep is 1: each new file would delete the whole trail; 0 keeps all");
+    }
     if config.kms.max_probes_per_second == 0 {
         wrong("kms.max_probes_per_second is 0: nothing would be probed");
     }
@@ -401,7 +481,7 @@ pub fn load(path: &Path) -> Result<Config, ConfigErrors> {
     if config.volumes_dir.is_relative() {
         config.volumes_dir = path.parent().unwrap_or(Path::new(".")).join(&config.volumes_dir);
     }
-    Ok(config)
+    Ok((config, sha256))
 }
 
 /// Reads every volume's definition, in order of their names.
@@ -451,10 +531,18 @@ pub fn load_volumes(dir: &Path) -> Result<Vec<(String, VolumeConfig)>, ConfigErr
 /// # Errors
 /// What is wrong with the file.
 pub fn load_volume(path: &Path) -> Result<Option<VolumeConfig>, ConfigError> {
+    load_volume_with_hash(path).map(|read| read.map(|(volume, _)| volume))
+}
+
+/// The same, with the SHA-256 of what was read.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn load_volume_with_hash(path: &Path) -> Result<Option<(VolumeConfig, Hash)>, ConfigError> {
     if matches!(path.try_exists(), Ok(false)) {
         return Ok(None);
     }
-    let volume: VolumeConfig = parse_file(path)?;
+    let (volume, sha256): (VolumeConfig, _) = parse_file(path)?;
     let wrong =
         |what: &str| ConfigError { file: path.to_owned(), line: None, what: what.to_owned() };
     if volume.external_id.is_some() && volume.role_arn.is_none() {
@@ -473,16 +561,21 @@ pub fn load_volume(path: &Path) -> Result<Option<VolumeConfig>, ConfigError> {
     if volume.backing.is_relative() {
         return Err(wrong("backing is a relative path; the daemon has no directory of its own"));
     }
-    Ok(Some(volume))
+    Ok(Some((volume, sha256)))
 }
+
+/// A record of KMS calls has some ten kilobytes.
+const SMALLEST_AUDIT_FILE: u64 = 64 << 10;
 
 /// More often than this, KMS would throttle.
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 
-fn parse_file<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, ConfigError> {
+/// A file's settings, and its hash.
+fn parse_file<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<(T, Hash), ConfigError> {
     let fail = |line, what| ConfigError { file: path.to_owned(), line, what };
     let text = std::fs::read_to_string(path).map_err(|e| fail(None, e.to_string()))?;
-    toml::from_str(&text).map_err(|error| {
+    let sha256 = Hash::of(text.as_bytes());
+    toml::from_str(&text).map(|settings| (settings, sha256)).map_err(|error| {
         let line = error.span().map(|span| {
             text.get(..span.start).unwrap_or_default().bytes().filter(|b| *b == b'\n').count() + 1
         });

@@ -18,6 +18,9 @@ pub enum ExitCode {
     KmsUnavailable,
     /// 5: no such thing, or it is in a state that does not allow this.
     WrongState,
+    /// 6: what was compared does not agree: an audit trail that was changed, or that has what
+    /// CloudTrail lacks, or the other way round.
+    Discrepancy,
 }
 
 impl ExitCode {
@@ -31,6 +34,7 @@ impl ExitCode {
             Self::KeyDenied => 3,
             Self::KmsUnavailable => 4,
             Self::WrongState => 5,
+            Self::Discrepancy => 6,
         }
     }
 }

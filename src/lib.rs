@@ -30,11 +30,13 @@
 //! | [`keeper`] | probes, and what follows from them |
 //! | [`progress`] | whether the parts of the daemon go on |
 //! | [`systemd`] | what the service manager is told, and the descriptors it keeps |
+//! | [`audit`] | the audit trail: hash-chained records of every key event |
 //! | [`config`] | byokd.toml and volumes.d |
 //! | [`control`] | the control API: types, server, client |
 //! | [`daemon`] | puts the parts together |
 //! | [`cli`] | `byokctl`: arguments, what it prints, the demonstration |
 
+pub mod audit;
 pub mod buffer;
 pub mod cli;
 pub mod clock;

@@ -69,8 +69,8 @@ fn main() -> Code {
             Ok(dir) => Setup::dev(&dir, args.probe_interval.0),
             Err(error) => return fail(ExitCode::Usage, &error, "Name a --state-dir."),
         },
-        _ => match config::load(&args.config) {
-            Ok(config) => Setup::from_config(config),
+        _ => match config::load_with_hash(&args.config) {
+            Ok((config, hash)) => Setup::from_config(config, Some((args.config, hash))),
             Err(errors) => return fail(ExitCode::Usage, &errors, "Mend the lines named above."),
         },
     };

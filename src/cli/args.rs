@@ -4,10 +4,12 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Parser, Subcommand};
+use jiff::Timestamp;
 
+use crate::audit::verify::Anchor;
 use crate::config::Seconds;
 use crate::key::wrapped::{KeyArn, Purpose, Role};
-use crate::units::SectorSize;
+use crate::units::{SectorSize, Size};
 
 /// Operates byokd: volumes, their keys, and trials.
 #[derive(Parser)]
@@ -58,6 +60,12 @@ pub enum Command {
         /// Which of these.
         #[command(subcommand)]
         command: KeyCommand,
+    },
+    /// Look at the audit trail, check it, hold it against CloudTrail.
+    Audit {
+        /// Which of these.
+        #[command(subcommand)]
+        command: AuditCommand,
     },
     /// The development KMS of `byokd --dev`.
     Dev {
@@ -203,6 +211,86 @@ pub struct PolicyArgs {
     pub rewrap: bool,
 }
 
+/// `byokctl audit`.
+#[derive(Subcommand)]
+pub enum AuditCommand {
+    /// Check that no record was changed, removed, added or moved.
+    Verify {
+        /// Which files.
+        #[command(flatten)]
+        files: TrailArgs,
+        /// SEQ:HASH that was noted elsewhere and has to be in it; may be repeated.
+        #[arg(long, value_name = "SEQ:HASH")]
+        expect: Vec<Anchor>,
+        /// The public key that checkpoints have to be signed with: hex, or a PEM file.
+        #[arg(long, value_name = "KEY")]
+        public_key: Option<String>,
+        /// Earlier files lie elsewhere.
+        #[arg(long)]
+        partial: bool,
+    },
+    /// Show the latest records of a running daemon.
+    Tail {
+        /// Go on as new ones come.
+        #[arg(short, long)]
+        follow: bool,
+        /// Only this volume's.
+        #[arg(long)]
+        volume: Option<String>,
+        /// How many.
+        #[arg(short = 'n', long, default_value = "20")]
+        last: usize,
+    },
+    /// Print records as they stand in the trail, one a line.
+    Export {
+        /// Which files.
+        #[command(flatten)]
+        files: TrailArgs,
+        /// From this time (RFC 3339) or number on.
+        #[arg(long, value_name = "TIME|SEQ")]
+        from: Option<Place>,
+        /// Up to this time or number.
+        #[arg(long, value_name = "TIME|SEQ")]
+        to: Option<Place>,
+        /// Only this volume's.
+        #[arg(long)]
+        volume: Option<String>,
+    },
+    /// Print the last record's SEQ:HASH, to be kept elsewhere.
+    Head,
+}
+
+/// Which files of a trail.
+#[derive(clap::Args)]
+pub struct TrailArgs {
+    /// Files; without any, all of the trail's directory.
+    pub files: Vec<PathBuf>,
+    /// The directory of a trail; without it, that of the running daemon.
+    #[arg(long, value_name = "DIR", conflicts_with = "files")]
+    pub dir: Option<PathBuf>,
+}
+
+/// A place in a trail: a time or a record's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// RFC 3339.
+    Time(Timestamp),
+    /// A record.
+    Seq(u64),
+}
+
+impl FromStr for Place {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(seq) = text.parse() {
+            return Ok(Self::Seq(seq));
+        }
+        text.parse().map(Self::Time).map_err(|_| {
+            format!("`{text}` is neither a number nor a time like 2026-03-01T12:00:00Z")
+        })
+    }
+}
+
 /// `byokctl dev`.
 #[derive(Subcommand)]
 pub enum DevCommand {
@@ -256,29 +344,6 @@ pub enum DevKeyCommand {
     },
 }
 
-/// A size in bytes, written plainly or with K, M, G, T (powers of 1024).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size(pub u64);
-
-impl FromStr for Size {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let wrong = || format!("`{text}` is not a size; write it like 10G, 512M or 1048576");
-        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-        let (number, unit) = text.split_at(digits);
-        let number: u64 = number.parse().map_err(|_| wrong())?;
-        let shift = match unit.trim_end_matches("iB").trim_end_matches('B') {
-            "" => 0,
-            "K" | "k" => 10,
-            "M" => 20,
-            "G" => 30,
-            "T" => 40,
-            _ => return Err(wrong()),
-        };
-        number.checked_mul(1 << shift).map(Self).ok_or_else(wrong)
-    }
-}
-
 fn context_pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() && !value.is_empty() => {
@@ -302,14 +367,5 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
-    }
-
-    #[test]
-    fn sizes_are_powers_of_1024() {
-        let size = |text: &str| text.parse::<Size>().map(|s| s.0);
-        assert_eq!(size("10G"), Ok(10 << 30));
-        assert_eq!(size("512MiB"), Ok(512 << 20));
-        assert_eq!(size("4096"), Ok(4096));
-        assert!(size("G").is_err() && size("1X").is_err() && size("99999999999T").is_err());
     }
 }

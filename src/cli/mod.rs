@@ -1,6 +1,7 @@
 //! `byokctl`: arguments in, one call to the daemon, words out.
 
 pub mod args;
+pub mod audit;
 pub mod demo;
 pub mod dev_keys;
 pub mod key_policy;
@@ -34,6 +35,7 @@ pub fn run(
             demo::serve(&state_dir, probe_interval.0)
         }
         Command::Dev { command } => dev_keys::run(command, out),
+        Command::Audit { command } => audit::run(command, &socket, out),
         Command::Key { command: KeyCommand::Policy(policy) } => {
             out.key_policy(&policy.arn, &key_policy::statement(&policy));
             Ok(ExitCode::Ok)

@@ -9,8 +9,11 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::audit::record::Record;
+use crate::audit::verify::Report;
 use crate::control::{Answer, ControlError, VolumeState, VolumeStatus};
 use crate::key::wrapped::KeyArn;
+use crate::units::word;
 
 /// Prints a line. Whoever reads may have had enough (`byokctl status | head -1`): that is no error.
 macro_rules! say {
@@ -62,6 +65,39 @@ impl Output {
         })
     }
 
+    /// A line for people and programs alike.
+    pub fn verbatim(&self, text: &str) {
+        say!("{text}");
+    }
+
+    /// What checking an audit trail found.
+    pub fn verified(&self, report: &Report) {
+        let mut value = serde_json::to_value(report).unwrap_or_default();
+        if let Some(members) = value.as_object_mut() {
+            members.insert("answer".to_owned(), "audit-verify".into());
+            members.insert("intact".to_owned(), report.is_intact().into());
+        }
+        self.value(&value);
+        if !self.json {
+            verified(report);
+        }
+    }
+
+    /// Records as they come, one a line.
+    pub fn records(&self, records: &[Record]) {
+        for one in records {
+            match serde_json::to_string(one) {
+                Ok(text) if self.json => say!("{text}"),
+                _ => say!("{}", record(one)),
+            }
+        }
+    }
+
+    /// Words beside what is printed.
+    pub fn aside(&self, text: &str) {
+        eprintln!("{text}");
+    }
+
     /// A value, for programs only.
     pub fn value(&self, value: &impl Serialize) {
         if self.json
@@ -102,11 +138,24 @@ impl Output {
             Answer::Version { version, api } => say!("byokd {version}, API {api}"),
             Answer::Done => say!("done"),
             Answer::Volume(volume) => detail(volume),
-            Answer::Volumes { volumes } => match &volumes[..] {
-                [] => say!("There are no volumes. Make one with `byokctl volume create`."),
-                [one] => detail(one),
-                several => table(several),
-            },
+            Answer::Volumes { volumes, problems } => {
+                match &volumes[..] {
+                    [] => say!("There are no volumes. Make one with `byokctl volume create`."),
+                    [one] => detail(one),
+                    several => table(several),
+                }
+                for problem in problems {
+                    say!("PROBLEM since {}: {}", problem.at, problem.why);
+                    say!("  do: {}", problem.remedy);
+                }
+            }
+            Answer::AuditRecords { records } => self.records(records),
+            Answer::AuditHead(status) => {
+                say!("{}", status.written);
+                if let Some(failing) = &status.failing {
+                    say!("PROBLEM since {}: {}", failing.since, failing.why);
+                }
+            }
             Answer::KeyCheck { steps } => {
                 for step in steps {
                     let mark = if step.ok { "ok    " } else { "FAILED" };
@@ -122,6 +171,60 @@ impl Output {
 }
 
 const A_SECOND: Duration = Duration::from_secs(1);
+
+/// A record on one line: when, its number, what, of which volume, and the rest by name.
+fn record(record: &Record) -> String {
+    let mut line = format!(
+        "{}  {:>6}  {:<14}  {:<12}",
+        record.time,
+        record.seq,
+        word(record.event.event),
+        record.event.volume.as_deref().unwrap_or("-")
+    );
+    let Ok(Value::Object(members)) = serde_json::to_value(&record.event) else { return line };
+    for (name, value) in &members {
+        // Told already, or the same in every record of a volume.
+        if matches!(name.as_str(), "event" | "volume" | "uuid" | "context" | "calls" | "key") {
+            continue;
+        }
+        if let Value::Object(inner) = value {
+            for (name, value) in inner {
+                line.push_str(&format!("  {name}={}", plain(value)));
+            }
+        } else {
+            line.push_str(&format!("  {name}={}", plain(value)));
+        }
+    }
+    line
+}
+
+fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+/// What checking an audit trail found.
+fn verified(report: &Report) {
+    for finding in &report.findings {
+        say!("{}:{}: {}: {}", finding.file, finding.line, word(finding.wrong), finding.what);
+    }
+    for note in &report.notes {
+        say!("note: {note}");
+    }
+    let range = match (report.first, &report.last) {
+        (Some(first), Some(last)) => format!(", {first} to {}", last.seq),
+        _ => String::new(),
+    };
+    let (files, records) = (report.files, report.records);
+    if report.is_intact() {
+        say!("intact: {records} records{range}, in {files} files");
+        if let Some(last) = &report.last {
+            say!("head {last}");
+        }
+    } else {
+        let count = report.findings.len();
+        say!("NOT INTACT: {count} findings; {records} records{range} fit, in {files} files");
+    }
+}
 
 fn state(volume: &VolumeStatus) -> &'static str {
     match volume.state {

@@ -13,6 +13,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::audit::AuditStatus;
+use crate::audit::record::Record;
 use crate::exit::ExitCode;
 use crate::key::lease::Verdict;
 use crate::key::wrapped::{EncryptionContext, KeyArn, Purpose, Role};
@@ -88,6 +90,20 @@ pub enum Request {
         #[serde(default)]
         key: Option<KeyArn>,
     },
+    /// The latest records of the audit trail: answered with [`Answer::AuditRecords`].
+    AuditRecords {
+        /// Only this volume's.
+        #[serde(default)]
+        volume: Option<String>,
+        /// Only those after this number.
+        #[serde(default)]
+        since: u64,
+        /// At most so many, the latest.
+        #[serde(default = "hundred")]
+        last: usize,
+    },
+    /// How the audit trail is: answered with [`Answer::AuditHead`].
+    AuditHead,
     /// Tries a key step by step: answered with [`Answer::KeyCheck`].
     KeyCheck {
         /// The key.
@@ -96,6 +112,34 @@ pub enum Request {
         #[serde(default)]
         role: Option<Role>,
     },
+}
+
+fn hundred() -> usize {
+    100
+}
+
+impl Request {
+    /// Whether it changes nothing and asks KMS nothing.
+    #[must_use]
+    pub fn only_looks(&self) -> bool {
+        match self {
+            Self::Version
+            | Self::VolumeList
+            | Self::VolumeShow { .. }
+            | Self::Status { .. }
+            | Self::AuditRecords { .. }
+            | Self::AuditHead => true,
+            Self::VolumeCreate(_)
+            | Self::VolumeForget { .. }
+            | Self::Attach { .. }
+            | Self::Detach { .. }
+            | Self::KeySuspend { .. }
+            | Self::KeyResume { .. }
+            | Self::KeyRewrap { .. }
+            | Self::KeyRecheck { .. }
+            | Self::KeyCheck { .. } => false,
+        }
+    }
 }
 
 /// What a new volume should be.
@@ -147,7 +191,17 @@ pub enum Answer {
     Volumes {
         /// The volumes.
         volumes: Vec<VolumeStatus>,
+        /// What is wrong with the daemon as a whole; absent if nothing is.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        problems: Vec<Problem>,
     },
+    /// Records of the audit trail, oldest first.
+    AuditRecords {
+        /// The records.
+        records: Vec<Record>,
+    },
+    /// How the audit trail is.
+    AuditHead(Box<AuditStatus>),
     /// A key, step by step.
     KeyCheck {
         /// In the order they were tried; the first failure ends the list.
@@ -253,10 +307,10 @@ pub struct ClientStatus {
     pub failed_requests: u64,
 }
 
-/// Why a volume could not be attached.
+/// Why a volume could not be attached, or what is wrong with the daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// When it was tried last, RFC 3339.
+    /// When it was tried last, or since when it is wrong, RFC 3339.
     pub at: String,
     /// Why it failed.
     pub why: String,

@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+use tokio::net::unix::UCred;
 use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
+use crate::audit::record::Peer;
 use crate::control::{Answer, ControlError, Request};
 use crate::daemon::Daemon;
 use crate::exit::ExitCode;
@@ -56,7 +58,7 @@ impl ControlServer {
                     Ok((stream, _)) => {
                         let (peers, daemon) = (peers.clone(), Arc::clone(&daemon));
                         tokio::spawn(async move {
-                            if let Err(error) = converse(stream, &peers, &daemon).await {
+                            if let Err(error) = Box::pin(converse(stream, &peers, &daemon)).await {
                                 debug!(%error, "control connection ended");
                             }
                         });
@@ -93,7 +95,7 @@ async fn converse(stream: UnixStream, peers: &Peers, daemon: &Arc<Daemon>) -> io
             return Ok(());
         }
         let answer = match serde_json::from_str::<Request>(&line) {
-            Ok(request) => daemon.answer(request).await,
+            Ok(request) => daemon.answer(request, who(&peer)).await,
             Err(error) => refuse(
                 "read the request",
                 error.to_string(),
@@ -106,6 +108,15 @@ async fn converse(stream: UnixStream, peers: &Peers, daemon: &Arc<Daemon>) -> io
             return Ok(());
         }
     }
+}
+
+/// Who is at the other end, as far as the kernel tells.
+fn who(peer: &UCred) -> Peer {
+    let program = peer.pid().and_then(|pid| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+        Some(name.trim().to_owned())
+    });
+    Peer { uid: peer.uid(), gid: peer.gid(), pid: peer.pid(), program }
 }
 
 fn refuse(what: &str, why: String, remedy: &str) -> Answer {

@@ -4,6 +4,7 @@
 //! is attached; what is done to them stands in `volumes`, `keys` and `rewrap`, what is said of
 //! them in `status`.
 
+mod audited;
 mod keys;
 mod refusals;
 mod rewrap;
@@ -22,9 +23,13 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
 use tracing::info;
 
-use crate::config::{Config, ConfigErrors, SecretMemory, VolumeConfig, load_volumes};
+use crate::audit::chain::Hash;
+use crate::audit::record::Peer;
+use crate::audit::{Audit, AuditOpenError, AuditSettings};
+use crate::config::{AuditConfig, Config, ConfigErrors, SecretMemory, VolumeConfig, load_volumes};
 use crate::control::server::ControlServer;
 use crate::control::{API_VERSION, Answer, Problem, Request, VolumeStatus};
 use crate::crypt::{SelfTestError, self_test};
@@ -60,6 +65,9 @@ pub enum StartError {
     /// The development KMS cannot be started.
     #[error(transparent)]
     DevKms(#[from] DevKmsError),
+    /// The audit trail cannot be kept.
+    #[error(transparent)]
+    Audit(#[from] AuditOpenError),
     /// Another daemon is there.
     #[error("another byokd runs with {}", .0.display())]
     Running(PathBuf),
@@ -86,10 +94,12 @@ impl StartError {
     pub fn exit(&self) -> ExitCode {
         match self {
             Self::Config(_) => ExitCode::Usage,
-            Self::Running(_) => ExitCode::WrongState,
-            Self::SelfTest(_) | Self::Kms(_) | Self::DevKms(_) | Self::Io { .. } => {
-                ExitCode::Failed
-            }
+            Self::Running(_) | Self::Audit(AuditOpenError::InUse(_)) => ExitCode::WrongState,
+            Self::Audit(_)
+            | Self::SelfTest(_)
+            | Self::Kms(_)
+            | Self::DevKms(_)
+            | Self::Io { .. } => ExitCode::Failed,
         }
     }
 
@@ -101,6 +111,10 @@ impl StartError {
             Self::Config(_) => "Mend the lines named above.",
             Self::Kms(_) => "Set `region` under [kms] in byokd.toml.",
             Self::DevKms(_) => "Check the state directory.",
+            Self::Audit(AuditOpenError::InUse(_)) => {
+                "Stop that one first, or give each a directory of its own under [audit]."
+            }
+            Self::Audit(_) => "Check the settings under [audit] in byokd.toml.",
             Self::Running(_) => "Stop that one first, or use another directory.",
             Self::Io { .. } => "Check the path and its permissions.",
         }
@@ -120,12 +134,16 @@ pub struct Setup {
     pub plan: ProbePlan,
     /// Run the development KMS with its state here.
     pub dev_state: Option<PathBuf>,
+    /// The file of the settings and the hash of what it held.
+    pub file: Option<(PathBuf, Hash)>,
+    /// How the audit trail is kept; in memory only if not at all.
+    pub audit: Option<AuditSettings>,
 }
 
 impl Setup {
     /// From a configuration file.
     #[must_use]
-    pub fn from_config(config: Config) -> Self {
+    pub fn from_config(config: Config, file: Option<(PathBuf, Hash)>) -> Self {
         let kms = AwsSettings {
             region: config.kms.region.clone(),
             endpoint: config.kms.endpoint.clone(),
@@ -137,12 +155,15 @@ impl Setup {
         };
         let policy = config.lease.policy(LeasePolicy::default());
         let plan = config.kms.plan();
-        Self { config, kms, policy, plan, dev_state: None }
+        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+        let audit = config.audit.settings(credentials.as_deref());
+        Self { config, kms, policy, plan, dev_state: None, file, audit }
     }
 
     /// For trials: everything under `dir`, with the development KMS.
     #[must_use]
     pub fn dev(dir: &Path, probe_interval: Duration) -> Self {
+        let audit = AuditConfig { directory: dir.join("audit"), ..AuditConfig::default() };
         let config = Config {
             volumes_dir: dir.join("volumes.d"),
             control_socket: dir.join("byokd.sock"),
@@ -157,7 +178,8 @@ impl Setup {
         };
         let policy = LeasePolicy { interval: probe_interval, ..LeasePolicy::default() };
         let plan = ProbePlan::default();
-        Self { config, kms, policy, plan, dev_state: Some(dir.to_owned()) }
+        let audit = audit.settings(None);
+        Self { config, kms, policy, plan, dev_state: Some(dir.to_owned()), file: None, audit }
     }
 }
 
@@ -171,6 +193,7 @@ pub struct Daemon {
     groups: Groups,
     table: ExportTable,
     progress: Progress,
+    audit: Arc<Audit>,
     volumes: Mutex<BTreeMap<String, Arc<Volume>>>,
     /// Names of volumes that are being made.
     creating: Mutex<BTreeSet<String>>,
@@ -188,6 +211,8 @@ struct Volume {
 /// How a volume is at this moment.
 struct Now {
     config: VolumeConfig,
+    /// The hash of its definition as it was attached last.
+    definition: Option<Hash>,
     service: Service,
     /// Why it was not attached the last time that was tried.
     problem: Option<Problem>,
@@ -211,7 +236,7 @@ struct Attached {
 
 impl Volume {
     fn new(config: VolumeConfig) -> Self {
-        let now = Now { config, service: Service::Detached, problem: None };
+        let now = Now { config, definition: None, service: Service::Detached, problem: None };
         Self {
             changing: tokio::sync::Mutex::default(),
             rewrapping: tokio::sync::Mutex::default(),
@@ -261,7 +286,14 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         ),
         None => None,
     };
+    let audit = match setup.audit.clone() {
+        Some(settings) => Audit::open(settings)?,
+        None => Audit::in_memory(),
+    };
+    let calls = Arc::clone(&audit);
+    setup.kms.observer = Some(Arc::new(move |call| calls.called(&call)));
     let kms = Arc::new(AwsKms::connect(setup.kms.clone()).await?);
+    audited::start(&audit, &setup, &volumes);
     let known = volumes.into_iter().map(|(name, config)| (name, Arc::new(Volume::new(config))));
     let daemon = Arc::new(Daemon {
         kms,
@@ -269,6 +301,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         groups: Groups::new(setup.plan),
         table,
         progress: Progress::default(),
+        audit: Arc::clone(&audit),
         volumes: Mutex::new(known.collect()),
         creating: Mutex::default(),
         setup,
@@ -292,11 +325,12 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     };
     let (tried, each_was_tried) = mpsc::channel(1);
     let attaching = tokio::spawn(Arc::clone(&daemon).attach_all(tried));
-    tokio::select! {
-        _ = term.recv() => info!("stopping: SIGTERM"),
-        _ = int.recv() => info!("stopping: SIGINT"),
-        () = daemon.tell(&notifier, each_was_tried) => {}
-    }
+    let by = tokio::select! {
+        _ = term.recv() => "SIGTERM",
+        _ = int.recv() => "SIGINT",
+        () = daemon.tell(&notifier, each_was_tried) => "",
+    };
+    info!("stopping: {by}");
     notifier.stopping(&format!("stopping: {}", daemon.summary()));
     attaching.abort();
     // It was cut off, or had nothing left to do.
@@ -305,6 +339,8 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     daemon.stop().await;
     drop(watchdog);
     drop(dev);
+    // The runtime has nothing else to do.
+    let _stopped = spawn_blocking(move || audit.stop(by)).await;
     info!("stopped");
     Ok(())
 }
@@ -343,9 +379,16 @@ async fn start_dev(dir: &Path, kms: &mut AwsSettings) -> Result<DevKms, StartErr
 }
 
 impl Daemon {
-    /// Answers one request of the control API.
-    pub async fn answer(self: &Arc<Self>, request: Request) -> Answer {
-        let answered = match request {
+    /// Answers one request of the control API; `by` asks.
+    pub async fn answer(self: &Arc<Self>, request: Request, by: Peer) -> Answer {
+        let asked = self.asked(&request, by);
+        let answered = self.carry_out(request).await;
+        self.answered(asked, &answered);
+        answered.unwrap_or_else(Answer::Error)
+    }
+
+    async fn carry_out(self: &Arc<Self>, request: Request) -> Answered<Answer> {
+        match request {
             Request::Version => Ok(Answer::Version {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 api: API_VERSION,
@@ -354,7 +397,7 @@ impl Daemon {
             Request::VolumeList => Ok(self.every_status().await),
             Request::Status { name: None } => Ok(self.every_status().await),
             Request::Status { name: Some(name) } => {
-                self.one_status(&name).await.map(|one| Answer::Volumes { volumes: vec![one] })
+                self.one_status(&name).await.map(|one| self.volumes_are(vec![one]))
             }
             Request::VolumeShow { name } => {
                 self.one_status(&name).await.map(|one| Answer::Volume(Box::new(one)))
@@ -368,16 +411,22 @@ impl Daemon {
             Request::KeyResume { name } => self.resume(&name).await.map(Answer::Volume),
             Request::KeyRewrap { name, key } => self.rewrap(&name, key).await.map(Answer::Volume),
             Request::KeyRecheck { target } => {
-                self.recheck(&target).await.map(|volumes| Answer::Volumes { volumes })
+                self.recheck(&target).await.map(|volumes| self.volumes_are(volumes))
             }
+            Request::AuditRecords { volume, since, last } => {
+                let records = self.audit.recent(volume.as_deref(), since, last);
+                Ok(Answer::AuditRecords {
+                    records: records.iter().map(|record| (**record).clone()).collect(),
+                })
+            }
+            Request::AuditHead => Ok(Answer::AuditHead(Box::new(self.audit.status()))),
             Request::KeyCheck { arn, role } => {
                 match self.kms_for("check a key", role.as_ref()).await {
                     Ok(kms) => Ok(Answer::KeyCheck { steps: kms.check(&arn).await }),
                     Err(refused) => Err(refused),
                 }
             }
-        };
-        answered.unwrap_or_else(Answer::Error)
+        }
     }
 
     async fn one_status(&self, name: &str) -> Answered<VolumeStatus> {
@@ -391,7 +440,17 @@ impl Daemon {
         for (name, volume) in all {
             volumes.push(status::status(&name, &volume).await);
         }
-        Answer::Volumes { volumes }
+        self.volumes_are(volumes)
+    }
+
+    fn volumes_are(&self, volumes: Vec<VolumeStatus>) -> Answer {
+        Answer::Volumes { volumes, problems: self.audit_problem().into_iter().collect() }
+    }
+
+    /// The audit trail, of which others want to know what happened lately.
+    #[must_use]
+    pub fn audit(&self) -> &Arc<Audit> {
+        &self.audit
     }
 
     fn volumes(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Volume>>> {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tokio::task::spawn_blocking;
 use tracing::info;
 
+use crate::audit::record::{Event, Kind};
 use crate::config::VolumeConfig;
 use crate::control::VolumeStatus;
 use crate::daemon::keys::teller;
@@ -52,6 +53,10 @@ impl Daemon {
         let from = before.header.token().wrapped.key_arn.clone();
         let to = to.unwrap_or_else(|| from.clone());
         let (next, proof) = self.next_header(&what, &before, &to).await?;
+        let wrapped = &next.header().token().wrapped;
+        let event = Event::new(Kind::Rewrap).volume(name).wrapped(wrapped);
+        let event = event.request_id(proof.request_id.as_deref());
+        self.first_record(&what, event.detail("from", from.as_str())).await?;
         self.put(&what, &volume, &before.config, next).await?;
         info!(volume = name, %from, %to, request_id = proof.request_id, "rewrapped");
         Ok(Box::new(status(name, &volume).await))

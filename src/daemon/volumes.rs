@@ -14,7 +14,10 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinSet, spawn_blocking};
 use tracing::{error, info, warn};
 
-use crate::config::{AttachWhen, Auto, VolumeConfig, is_volume_name, load_volume};
+use crate::audit::record::{Event, Kind};
+use crate::config::{
+    AttachWhen, Auto, VolumeConfig, is_volume_name, load_volume, load_volume_with_hash,
+};
 use crate::control::{Problem, VolumeCreate, VolumeStatus};
 use crate::daemon::keys::teller;
 use crate::daemon::refusals::{Answered, by_export, by_panic, by_service, by_volume, refused};
@@ -133,6 +136,8 @@ impl Daemon {
                 "Write the definition by hand, or create it again with --force.",
             )
         })?;
+        let defined = Event::new(Kind::ConfigChange).volume(&create.name);
+        self.audit.record(defined.detail("change", "defined"));
         info!(volume = create.name, key = %create.key, purpose = %create.purpose, "volume created");
         let volume = Arc::new(Volume::new(config));
         self.volumes().insert(create.name.clone(), Arc::clone(&volume));
@@ -162,6 +167,9 @@ impl Daemon {
         let canary = kms.make_canary(&create.key, &context).await.map_err(by_kms)?;
         let probed = kms.probe(&canary, Connection::Fresh).await;
         probed.map_err(|e| by_kms(e.into()))?;
+        let event = Event::new(Kind::Create).volume(&create.name).wrapped(&key.wrapped);
+        let event = event.detail("backing", &create.backing.display().to_string());
+        self.first_record(what, event).await?;
         let committed = spawn_blocking(move || new.commit(&key.key, key.wrapped, canary)).await;
         committed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))
     }
@@ -199,6 +207,8 @@ impl Daemon {
         self.unsuspend(name)
             .map_err(|e| refused(ExitCode::Failed, &what, e, "Check the volumes directory."))?;
         self.volumes().remove(name);
+        self.audit
+            .record(Event::new(Kind::ConfigChange).volume(name).detail("change", "forgotten"));
         info!(volume = name, "volume forgotten; its data stays");
         Ok(())
     }
@@ -244,8 +254,16 @@ impl Daemon {
                 format!("Whoever may end that: byokctl key resume {name}"),
             ));
         }
-        let config = match self.read_definition(name) {
-            Ok(Some(config)) => config,
+        let config = match load_volume_with_hash(&self.definition(name)) {
+            Ok(Some((config, hash))) => {
+                if volume.with(|now| now.definition.replace(hash)) != Some(hash) {
+                    let event = Event::new(Kind::ConfigLoad).volume(name);
+                    let file = self.definition(name);
+                    let event = event.detail("file", &file.display().to_string());
+                    self.audit.record(event.detail("sha256", &hash.to_string()));
+                }
+                config
+            }
             Ok(None) => {
                 let why = format!("its definition {} is gone", self.definition(name).display());
                 let remedy = format!("Put it back, or `byokctl volume forget {name}`.");
@@ -260,6 +278,16 @@ impl Daemon {
             now.service = Service::Attaching;
         });
         let attached = self.unlock(&what, name, &config, read_only).await;
+        if let Err(error) = &attached {
+            // Tried again every few seconds, it is recorded once.
+            let known = volume.with(|now| {
+                now.problem.as_ref().is_some_and(|problem| problem.remedy == error.remedy)
+            });
+            if !known {
+                let event = Event::new(Kind::AttachFailed).volume(name);
+                self.audit.record(event.failed(error.exit, &error.why));
+            }
+        }
         volume.with(|now| match attached {
             Ok(attached) => {
                 now.problem = None;
@@ -302,6 +330,9 @@ impl Daemon {
         let kms = self.kms_for(what, role.as_ref()).await?;
         let unwrapped = kms.unwrap_key(&locked.header().token().wrapped).await;
         let (key, proof) = unwrapped.map_err(|e| by_service(what, &e))?;
+        let wrapped = locked.header().token().wrapped.clone();
+        let event = |kind| Event::new(kind).volume(name).wrapped(&wrapped);
+        self.audit.record(event(Kind::Unwrap).request_id(proof.request_id.as_deref()));
         let options = ExportOptions {
             name: name.to_owned(),
             description: String::new(),
@@ -323,6 +354,9 @@ impl Daemon {
                 .map_err(|e| by_export(&tried, &e))
         });
         let export = opened.await.map_err(|e| by_panic(what, e))??;
+        let attach = event(Kind::Attach).detail("backing", &config.backing.display().to_string());
+        let attach = attach.detail("access", if read_only { "read-only" } else { "read-write" });
+        self.first_record(what, attach).await?;
         let socket = self.setup.config.nbd_dir.join(format!("{name}.sock"));
         let table = self.table.only(Arc::clone(&export));
         let listener = Listener::nbd_unix(&socket, peers, table).map_err(|e| {
@@ -334,7 +368,7 @@ impl Daemon {
         let steps = config.on_fence.iter();
         let on_fence =
             steps.map(|s| PlanStep { run: s.run.clone(), timeout: s.timeout.0 }).collect();
-        let terms = Terms { policy, on_fence };
+        let terms = Terms { policy, on_fence, audit: Arc::clone(&self.audit) };
         let part = self.progress.part(format!("the keeper of {name}"), ATTACHING);
         let keeper =
             Keeper::start(Arc::clone(&export), kms, terms, &self.groups, role.as_ref(), part);
@@ -388,9 +422,19 @@ impl Daemon {
         };
         self.table.remove(name);
         drop((listener, keeper));
+        let wrapped = export.volume().header().token().wrapped.clone();
+        let event = |kind| Event::new(kind).volume(name).wrapped(&wrapped).reason(reason);
         let stopped = spawn_blocking(move || export.stop(reason, DRAIN)).await;
         volume.with(|now| now.service = Service::Detached);
-        match stopped.unwrap_or_else(|e| Err(io::Error::other(e))) {
+        // The key is destroyed whatever became of the flush.
+        self.audit.record(event(Kind::KeyDestroyed));
+        let stopped = stopped.unwrap_or_else(|e| Err(io::Error::other(e)));
+        let detach = event(Kind::Detach);
+        self.audit.record(match &stopped {
+            Ok(_) => detach,
+            Err(e) => detach.failed(ExitCode::Failed, &format!("the last flush failed: {e}")),
+        });
+        match stopped {
             Ok(_key_destroyed) => {
                 info!(volume = name, ?reason, "detached: flushed, the key is destroyed");
                 Ok(true)

@@ -17,7 +17,10 @@ use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::{Instant, sleep_until};
 use tracing::{error, info, warn};
 
+use crate::audit::Audit;
+use crate::audit::record::{Event as Record, Kind};
 use crate::clock::now;
+use crate::exit::ExitCode;
 use crate::export::Export;
 use crate::keeper::group::{Groups, Heard, Seat};
 use crate::keeper::plan::PlanStep;
@@ -28,7 +31,7 @@ use crate::key::wrapped::Role;
 use crate::kms::{Evidence, KeyService, KmsError, Proof, ServiceError};
 use crate::luks2::Header;
 use crate::progress::Part;
-use crate::units::rfc3339;
+use crate::units::{millis, rfc3339};
 
 /// How often time alone is looked at, if nothing else is due: after the machine slept, the key that
 /// may not be used any more is destroyed within this time.
@@ -95,6 +98,8 @@ pub struct Terms {
     pub policy: LeasePolicy,
     /// What to do after a fence.
     pub on_fence: Vec<PlanStep>,
+    /// Where it is recorded.
+    pub audit: Arc<Audit>,
 }
 
 impl Keeper {
@@ -108,7 +113,7 @@ impl Keeper {
         role: Option<&Role>,
         part: Part,
     ) -> Self {
-        let Terms { policy, on_fence } = terms;
+        let Terms { policy, on_fence, audit } = terms;
         let lease = KeyLease::new(policy, now());
         let told = Timestamp::now();
         let first = KeyReport {
@@ -146,6 +151,8 @@ impl Keeper {
             on_fence,
             plan: JoinSet::new(),
             part,
+            audit,
+            recorded: LeaseWord::Held,
         };
         keeping.publish();
         Self { commands, reports, task: tokio::spawn(keeping.run()) }
@@ -226,6 +233,9 @@ struct Keeping<K> {
     plan: JoinSet<()>,
     /// Hears that this goes on.
     part: Part,
+    audit: Arc<Audit>,
+    /// Where the lease stood when that was recorded last.
+    recorded: LeaseWord,
 }
 
 /// What a keeper wakes for.
@@ -417,10 +427,17 @@ impl<K: KeyService> Keeping<K> {
         }
     }
 
-    /// Keeps what KMS said, and logs it when it is news.
+    fn event(&self, kind: Kind) -> Record {
+        Record::new(kind).volume(self.export.name()).wrapped(&self.header.token().wrapped)
+    }
+
+    /// Keeps what KMS said, and logs and records it when it is news.
     fn heard(&mut self, error: &KmsError) {
         let news = self.report.evidence.as_ref().is_none_or(|e| e.code != error.code);
         if news || self.lease.state() == LeaseState::Held {
+            let denied = error.verdict == Verdict::Denied;
+            let kind = if denied { Kind::Denial } else { Kind::KmsError };
+            self.audit.record(self.event(kind).error(error));
             warn!(
                 volume = self.export.name(),
                 key = %error.key,
@@ -454,6 +471,8 @@ impl<K: KeyService> Keeping<K> {
     async fn fence(&mut self, reason: FenceReason) {
         self.part.goes_on(GRACE);
         let started = now();
+        // It takes a place in the trail and waits for no disk.
+        self.audit.record(self.event(Kind::Fence).reason(reason));
         let export = Arc::clone(&self.export);
         let fenced = spawn_blocking(move || export.fence(reason)).await;
         let from = self.lease.first_denial().unwrap_or(started);
@@ -461,6 +480,8 @@ impl<K: KeyService> Keeping<K> {
         match fenced {
             Ok(_key_destroyed) => {
                 self.report.fenced_after = Some(took);
+                let event = self.event(Kind::KeyDestroyed).reason(reason);
+                self.audit.record(event.millis(millis(took)));
                 warn!(
                     volume = self.export.name(),
                     ?reason,
@@ -475,7 +496,8 @@ impl<K: KeyService> Keeping<K> {
             // Once for each fence, also when its reason changes.
             self.plan.abort_all();
             let facts = plan::facts(&self.export, reason);
-            self.plan.spawn(plan::carry_out(self.on_fence.clone(), facts));
+            let (audit, event) = (Arc::clone(&self.audit), self.event(Kind::OnFence));
+            self.plan.spawn(plan::carry_out(self.on_fence.clone(), facts, audit, event));
         }
         self.publish();
     }
@@ -483,8 +505,14 @@ impl<K: KeyService> Keeping<K> {
     async fn restore(&mut self) {
         self.part.goes_on(RESTORE);
         let key = match self.kms.unwrap_key(&self.header.token().wrapped).await {
-            Ok((key, _)) => key,
+            Ok((key, proof)) => {
+                let event = self.event(Kind::Unwrap).request_id(proof.request_id.as_deref());
+                self.audit.record(event);
+                key
+            }
             Err(error) => {
+                let event = self.event(Kind::RestoreFailed);
+                self.audit.record(event.failed(ExitCode::Failed, &error.to_string()));
                 if let ServiceError::Kms(error) = &error {
                     self.heard(error);
                 }
@@ -498,9 +526,12 @@ impl<K: KeyService> Keeping<K> {
             Ok(Ok(())) => {
                 self.lease.restored(now());
                 self.plan.abort_all();
+                self.audit.record(self.event(Kind::Restore));
                 info!(volume = self.export.name(), "KMS allows the key again: serving");
             }
             Ok(Err(error)) => {
+                let event = self.event(Kind::RestoreFailed);
+                self.audit.record(event.failed(ExitCode::Failed, &error.to_string()));
                 error!(volume = self.export.name(), %error, "KMS allows the key again, but the volume cannot be served");
                 self.lease.restore_failed(now());
             }
@@ -517,6 +548,11 @@ impl<K: KeyService> Keeping<K> {
             Timestamp::now().checked_sub(ago).unwrap_or(Timestamp::UNIX_EPOCH)
         };
         let state = self.lease.state();
+        if self.recorded != state.word() {
+            let event = self.event(Kind::Lease).states(self.recorded, state.word());
+            self.audit.record(event);
+            self.recorded = state.word();
+        }
         if self.report.state != state.word() {
             self.report.since = at(self.lease.since());
         }

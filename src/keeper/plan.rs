@@ -4,12 +4,15 @@
 //! The fence never waits for any of it. A restored volume ends what is left of the plan.
 
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::process::Command;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
+use crate::audit::Audit;
+use crate::audit::record::Event;
 use crate::export::Export;
 use crate::key::lease::FenceReason;
 use crate::units::word;
@@ -25,7 +28,12 @@ pub struct PlanStep {
 
 /// Runs the steps one after the other, whatever becomes of each. Dropped, it kills the program
 /// that is running.
-pub(super) async fn carry_out(steps: Vec<PlanStep>, facts: Vec<(&'static str, String)>) {
+pub(super) async fn carry_out(
+    steps: Vec<PlanStep>,
+    facts: Vec<(&'static str, String)>,
+    audit: Arc<Audit>,
+    event: Event,
+) {
     for PlanStep { run, timeout: limit } in steps {
         let Some((program, arguments)) = run.split_first() else { continue };
         let mut command = Command::new(program);
@@ -35,6 +43,12 @@ pub(super) async fn carry_out(steps: Vec<PlanStep>, facts: Vec<(&'static str, St
             Ok(mut child) => timeout(limit, child.wait()).await,
             Err(error) => Ok(Err(error)),
         };
+        let how = match &ended {
+            Ok(Ok(status)) => status.to_string(),
+            Ok(Err(error)) => format!("cannot be run: {error}"),
+            Err(_) => "killed, out of time".to_owned(),
+        };
+        audit.record(event.clone().detail("program", program).detail("ended", &how));
         match ended {
             Ok(Ok(status)) if status.success() => info!(program, "on_fence: done"),
             Ok(Ok(status)) => warn!(program, %status, "on_fence: failed"),

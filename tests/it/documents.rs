@@ -115,9 +115,11 @@ fn every_setting_is_described() {
     let mut top = fields("Config");
     top.remove("kms");
     top.remove("lease");
+    top.remove("audit");
     for (heading, written) in [
         ("### `[kms]`", fields("KmsConfig")),
         ("### `[lease]`", fields("LeaseConfig")),
+        ("### `[audit]`", fields("AuditConfig")),
         (
             "## volumes.d/NAME.toml",
             fields("VolumeConfig").union(&fields("OnFence")).cloned().collect(),
@@ -152,6 +154,31 @@ fn every_command_and_option_is_described() {
     let mut seen = 0;
     walk(&Args::command(), "", &read("docs/cli.md"), &mut seen);
     assert!(seen > 25, "the tree is walked");
+}
+
+#[test]
+fn every_kind_of_event_is_described() {
+    let source = read("src/audit/record.rs");
+    let members = |start: &str| {
+        let body = &source[source.find(start).unwrap()..];
+        body.split("\n}").next().unwrap().to_owned()
+    };
+    let kinds = members("pub enum Kind {");
+    let names = kinds.lines().filter_map(|line| line.trim().strip_suffix(','));
+    let kebab = |name: &str| {
+        let words = name.chars().flat_map(|c| {
+            let dash = c.is_uppercase().then_some('-');
+            dash.into_iter().chain(c.to_lowercase())
+        });
+        words.collect::<String>().trim_start_matches('-').to_owned()
+    };
+    let kinds: BTreeSet<_> = names.map(kebab).collect();
+    let text = read("docs/audit.md");
+    assert_eq!(first_column(section(&text, "## Events")), kinds);
+    let fields = members("pub struct Event {") + &members("pub struct Record {");
+    let fields = fields.lines().filter_map(|line| line.strip_prefix("    pub ")?.split(':').next());
+    let described = first_column(section(&text, "## A record"));
+    assert_eq!(described, fields.map(str::to_owned).collect(), "members of a record");
 }
 
 /// Names of the members of an answer, except those that operators chose.

@@ -42,17 +42,37 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("kms::verdict", &["key::lease"]),
     // Speaks the wire protocol and knows nothing of byokd.
     ("kms::dev", &[]),
-    ("keeper", &["clock", "export", "key::*", "kms", "luks2", "progress", "units"]),
-    ("keeper::plan", &["export", "key::lease", "units"]),
+    // What is recorded of the key's way.
+    ("audit", &["audit::*", "exit", "key::lease", "key::wrapped", "kms", "units"]),
+    ("audit::chain", &["audit::record"]),
+    ("audit::record", &["audit::chain", "exit", "key::lease", "key::wrapped", "kms", "units"]),
+    ("audit::verify", &["audit::chain"]),
+    (
+        "keeper",
+        &[
+            "audit",
+            "audit::record",
+            "clock",
+            "exit",
+            "export",
+            "key::*",
+            "kms",
+            "luks2",
+            "progress",
+            "units",
+        ],
+    ),
+    ("keeper::plan", &["audit", "audit::record", "export", "key::lease", "units"]),
     ("keeper::group", &["key::lease", "key::wrapped"]),
     // Around both.
-    ("config", &["key::lease", "key::wrapped"]),
-    ("control", &["exit", "key::lease", "key::wrapped", "kms", "units"]),
+    ("config", &["audit", "audit::chain", "key::lease", "key::wrapped", "units"]),
+    ("control", &["audit", "audit::record", "exit", "key::lease", "key::wrapped", "kms", "units"]),
     ("control::client", &["control", "exit"]),
-    ("control::server", &["control", "daemon", "exit", "listener", "progress"]),
+    ("control::server", &["audit::record", "control", "daemon", "exit", "listener", "progress"]),
     (
         "daemon",
         &[
+            "audit::*",
             "config",
             "control::*",
             "crypt",
@@ -71,7 +91,20 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "volume",
         ],
     ),
-    ("cli", &["config", "control", "control::client", "exit", "key::wrapped", "units"]),
+    ("cli::audit", &["audit::*", "cli::args", "cli::output", "control", "control::client", "exit"]),
+    (
+        "cli",
+        &[
+            "audit::record",
+            "audit::verify",
+            "config",
+            "control",
+            "control::client",
+            "exit",
+            "key::wrapped",
+            "units",
+        ],
+    ),
     // Runs a daemon of its own.
     (
         "cli::demo",
@@ -96,6 +129,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 /// What decides takes values and time and gives values: bytes, sockets, files and clocks are
 /// somebody else's.
 const PURE: &[&str] = &[
+    "audit::chain",
+    "audit::record",
+    "audit::verify",
     "exit",
     "key::lease",
     "key::wrapped",

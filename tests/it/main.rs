@@ -9,6 +9,7 @@
 mod customer;
 mod support;
 
+mod audit;
 mod backing;
 mod clients;
 mod concurrency;

@@ -68,9 +68,14 @@ impl Daemon {
     pub(crate) fn configured_with(settings: &str, env: Vec<(String, String)>) -> Self {
         let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
         let place = dir.path().display();
+        let audit = if settings.contains("[audit]") {
+            String::new()
+        } else {
+            format!("[audit]\ndirectory = \"{place}/audit\"\n")
+        };
         let text = format!(
             "volumes_dir = \"{place}/volumes.d\"\ncontrol_socket = \"{place}/byokd.sock\"\n\
-             nbd_dir = \"{place}/nbd\"\n{settings}"
+             nbd_dir = \"{place}/nbd\"\n{settings}\n{audit}"
         );
         std::fs::write(dir.path().join("byokd.toml"), text).expect("settings are written");
         Self::run(dir, Mode::Configured, env)

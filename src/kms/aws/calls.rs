@@ -12,6 +12,7 @@ use aws_sdk_kms::error::ProvideErrorMetadata;
 use aws_sdk_kms::operation::decrypt::{DecryptError, DecryptInput};
 use aws_sdk_kms::operation::describe_key::{DescribeKeyError, DescribeKeyInput};
 use aws_sdk_kms::operation::generate_data_key::{GenerateDataKeyError, GenerateDataKeyInput};
+use aws_sdk_kms::operation::re_encrypt::{ReEncryptError, ReEncryptInput};
 use aws_smithy_types::config_bag::{Storable, StoreReplace};
 
 use crate::key::wrapped::{EncryptionContext, KeyArn};
@@ -44,6 +45,10 @@ impl Intercept for Calls {
             (Operation::Decrypt, input.key_id(), input.encryption_context())
         } else if let Some(input) = input.downcast_ref::<GenerateDataKeyInput>() {
             (Operation::GenerateDataKey, input.key_id(), input.encryption_context())
+        } else if let Some(input) = input.downcast_ref::<ReEncryptInput>() {
+            // The customer whose key it leaves sees it as well.
+            let pairs = input.destination_encryption_context();
+            (Operation::ReEncrypt, input.destination_key_id(), pairs)
         } else if let Some(input) = input.downcast_ref::<DescribeKeyInput>() {
             (Operation::DescribeKey, input.key_id(), None)
         } else {
@@ -108,6 +113,8 @@ fn code(
     let code = if let Some(error) = error.downcast_ref::<DecryptError>() {
         error.code()
     } else if let Some(error) = error.downcast_ref::<GenerateDataKeyError>() {
+        error.code()
+    } else if let Some(error) = error.downcast_ref::<ReEncryptError>() {
         error.code()
     } else {
         error.downcast_ref::<DescribeKeyError>().and_then(ProvideErrorMetadata::code)

@@ -1,0 +1,202 @@
+//! `byokctl audit`: the trail as it lies on disk, and as the daemon has it in memory.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::audit::chain::check;
+use crate::audit::record::Record;
+use crate::audit::verify::{Expectations, Report, Verifier, first_seq};
+use crate::audit::{files, public_key};
+use crate::cli::args::{AuditCommand, Place, TrailArgs};
+use crate::cli::output::Output;
+use crate::control::client::Client;
+use crate::control::{Answer, ControlError, Request};
+use crate::exit::ExitCode;
+
+/// How often a daemon is asked for new records.
+const POLL: Duration = Duration::from_millis(500);
+
+fn failed(exit: ExitCode, what: &str, why: String, remedy: &str) -> ControlError {
+    ControlError { exit, what: what.to_owned(), why, remedy: remedy.to_owned() }
+}
+
+/// Does what was asked for.
+///
+/// # Errors
+/// Why it could not be done.
+pub fn run(command: AuditCommand, socket: &Path, out: &Output) -> Result<ExitCode, ControlError> {
+    match command {
+        AuditCommand::Verify { files, expect, public_key: key, partial } => {
+            let mut expect = Expectations { anchors: expect, public_key: None, partial };
+            if let Some(key) = key {
+                let key = public_key(&key).map_err(|e| {
+                    let what = "read the public key";
+                    failed(ExitCode::Usage, what, e.to_string(), "Give it in hex, or as PEM.")
+                })?;
+                expect.public_key = Some(key);
+            }
+            let trail = Trail::find(&files, socket, &mut expect)?;
+            let report = trail.verify(expect)?;
+            out.verified(&report);
+            Ok(if report.is_intact() { ExitCode::Ok } else { ExitCode::Discrepancy })
+        }
+        AuditCommand::Tail { follow, volume, last } => {
+            tail(socket, follow, volume.as_deref(), last, out)
+        }
+        AuditCommand::Export { files, from, to, volume } => {
+            let trail = Trail::find(&files, socket, &mut Expectations::default())?;
+            trail.export(from, to, volume.as_deref(), out)
+        }
+        AuditCommand::Head => {
+            let answer = Client::connect(socket)?.ask(&Request::AuditHead)?;
+            out.answer(&answer);
+            Ok(ExitCode::Ok)
+        }
+    }
+}
+
+const READ_TRAIL: &str = "read the audit trail";
+
+fn another_answer() -> ControlError {
+    let why = "the daemon gave an answer to something else".to_owned();
+    failed(ExitCode::Failed, READ_TRAIL, why, "Use a byokctl of the daemon's version.")
+}
+
+fn tail(
+    socket: &Path,
+    follow: bool,
+    volume: Option<&str>,
+    mut last: usize,
+    out: &Output,
+) -> Result<ExitCode, ControlError> {
+    let mut client = Client::connect(socket)?;
+    let mut since = 0;
+    loop {
+        let volume = volume.map(str::to_owned);
+        let request = Request::AuditRecords { volume, since, last };
+        let Answer::AuditRecords { records } = client.ask(&request)? else {
+            return Err(another_answer());
+        };
+        out.records(&records);
+        if !follow {
+            return Ok(ExitCode::Ok);
+        }
+        since = records.last().map_or(since, |record| record.seq);
+        last = usize::MAX;
+        std::thread::park_timeout(POLL);
+    }
+}
+
+/// The files of a trail, in order.
+struct Trail(Vec<PathBuf>);
+
+impl Trail {
+    /// The files that are named, or those of a directory. The running daemon says which directory
+    /// is its own, and how far the trail there has to go.
+    fn find(
+        args: &TrailArgs,
+        socket: &Path,
+        expect: &mut Expectations,
+    ) -> Result<Self, ControlError> {
+        if !args.files.is_empty() {
+            return Self::in_order(args.files.iter().cloned());
+        }
+        let directory = match &args.dir {
+            Some(directory) => directory.clone(),
+            None => {
+                let answer = Client::connect(socket)?.ask(&Request::AuditHead)?;
+                let Answer::AuditHead(status) = answer else { return Err(another_answer()) };
+                if status.written.seq > 0 {
+                    expect.anchors.push(status.written);
+                }
+                status.directory
+            }
+        };
+        let found = files::list(&directory).map_err(|e| {
+            let why = format!("{}: {e}", directory.display());
+            failed(ExitCode::WrongState, READ_TRAIL, why, "Run it as root, or name --dir.")
+        })?;
+        if found.is_empty() && expect.anchors.is_empty() {
+            let why = format!("there is none in {}", directory.display());
+            let remedy = "Name its directory with --dir, or its files.";
+            return Err(failed(ExitCode::WrongState, READ_TRAIL, why, remedy));
+        }
+        Self::in_order(found.into_iter().map(|(_, path)| path))
+    }
+
+    /// By what is in them: a file may have been renamed.
+    fn in_order(paths: impl Iterator<Item = PathBuf>) -> Result<Self, ControlError> {
+        let mut order = Vec::new();
+        for path in paths {
+            order.push((first_seq(&read(&path)?).unwrap_or(u64::MAX), path));
+        }
+        order.sort();
+        Ok(Self(order.into_iter().map(|(_, path)| path).collect()))
+    }
+
+    fn verify(&self, expect: Expectations) -> Result<Report, ControlError> {
+        let mut verifier = Verifier::new(expect);
+        let (mut name, mut lines) = (String::new(), 1);
+        for (index, path) in self.0.iter().enumerate() {
+            let bytes = read(path)?;
+            name = path.display().to_string();
+            lines = bytes.iter().filter(|byte| **byte == b'\n').count().max(1);
+            verifier.file(&name, &bytes, index + 1 == self.0.len());
+        }
+        Ok(verifier.finish(&name, lines))
+    }
+
+    /// Prints the records of a range as they stand there, so that their hashes still fit.
+    fn export(
+        &self,
+        from: Option<Place>,
+        to: Option<Place>,
+        volume: Option<&str>,
+        out: &Output,
+    ) -> Result<ExitCode, ControlError> {
+        let mut exit = ExitCode::Ok;
+        for path in &self.0 {
+            let bytes = read(path)?;
+            for (number, line) in bytes.split(|byte| *byte == b'\n').enumerate() {
+                if line.is_empty() {
+                    continue;
+                }
+                if check(line).is_err() {
+                    let place = format!("{}:{}", path.display(), number + 1);
+                    out.aside(&format!("{place}: no record, left out; see `byokctl audit verify`"));
+                    exit = ExitCode::Discrepancy;
+                    continue;
+                }
+                let Ok(record) = serde_json::from_slice::<Record>(line) else { continue };
+                let wanted = from.is_none_or(|from| !is_before(&record, from))
+                    && to.is_none_or(|to| !is_after(&record, to))
+                    && volume.is_none_or(|name| record.event.volume.as_deref() == Some(name));
+                if wanted {
+                    out.verbatim(&String::from_utf8_lossy(line));
+                }
+            }
+        }
+        Ok(exit)
+    }
+}
+
+fn is_before(record: &Record, place: Place) -> bool {
+    match place {
+        Place::Seq(seq) => record.seq < seq,
+        Place::Time(time) => record.time.parse().is_ok_and(|at: jiff::Timestamp| at < time),
+    }
+}
+
+fn is_after(record: &Record, place: Place) -> bool {
+    match place {
+        Place::Seq(seq) => record.seq > seq,
+        Place::Time(time) => record.time.parse().is_ok_and(|at: jiff::Timestamp| at > time),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, ControlError> {
+    std::fs::read(path).map_err(|e| {
+        let why = format!("{}: {e}", path.display());
+        failed(ExitCode::WrongState, READ_TRAIL, why, "Check the path and your rights.")
+    })
+}

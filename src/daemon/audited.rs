@@ -1,0 +1,103 @@
+//! What the daemon records of itself and of those who ask it for something.
+
+use std::sync::Arc;
+
+use tokio::task::spawn_blocking;
+
+use crate::audit::record::{Event, Kind, Peer};
+use crate::audit::{Audit, OnFailure};
+use crate::config::VolumeConfig;
+use crate::control::{Answer, Problem, Request};
+use crate::daemon::refusals::{Answered, by_panic, refused};
+use crate::daemon::{Daemon, Setup};
+use crate::exit::ExitCode;
+
+/// A request that was recorded.
+pub(super) struct Asked {
+    seq: Option<u64>,
+    request: String,
+    volume: Option<String>,
+}
+
+/// The daemon starts, with these settings.
+pub(super) fn start(audit: &Audit, setup: &Setup, volumes: &[(String, VolumeConfig)]) {
+    let pid = std::process::id().to_string();
+    let start = Event::new(Kind::DaemonStart)
+        .detail("version", env!("CARGO_PKG_VERSION"))
+        .detail("pid", &pid)
+        .detail("kms", if setup.dev_state.is_some() { "development" } else { "AWS" });
+    audit.record(start);
+    let mut load = Event::new(Kind::ConfigLoad).detail("volumes", &volumes.len().to_string());
+    if let Some((file, hash)) = &setup.file {
+        load = load.detail("file", &file.display().to_string()).detail("sha256", &hash.to_string());
+    }
+    audit.record(load);
+}
+
+impl Daemon {
+    /// Records who asks for what, if it is more than a look. It waits for nothing: a suspension
+    /// must not.
+    pub(super) fn asked(&self, request: &Request, by: Peer) -> Option<Asked> {
+        if request.only_looks() {
+            return None;
+        }
+        let mut arguments = serde_json::to_value(request).ok()?;
+        let members = arguments.as_object_mut()?;
+        let request = members.remove("request")?.as_str()?.to_owned();
+        // It is no secret, and nobody's business.
+        if let Some(role) = members.get_mut("role").and_then(|role| role.as_object_mut()) {
+            role.remove("external_id");
+        }
+        let name = |member: &str| members.get(member)?.as_str().map(str::to_owned);
+        let volume = name("name").or_else(|| name("target"));
+        let mut event = Event::new(Kind::Request).detail("arguments", &arguments.to_string());
+        event.by = Some(by);
+        event.request = Some(request.clone());
+        event.volume.clone_from(&volume);
+        Some(Asked { seq: self.audit.record(event), request, volume })
+    }
+
+    /// Records what became of it.
+    pub(super) fn answered(&self, asked: Option<Asked>, answered: &Answered<Answer>) {
+        let Some(asked) = asked else { return };
+        let mut event = Event::new(Kind::Answer);
+        event.of = asked.seq;
+        event.request = Some(asked.request);
+        event.volume = asked.volume;
+        event = match answered {
+            Ok(_) => Event { exit: Some(ExitCode::Ok), ..event },
+            Err(error) => event.failed(error.exit, &error.why),
+        };
+        self.audit.record(event);
+    }
+
+    /// What is wrong with the trail, if anything is.
+    pub(super) fn audit_problem(&self) -> Option<Problem> {
+        let status = self.audit.status();
+        let failing = status.failing?;
+        let effect = match status.on_failure {
+            OnFailure::RefuseAttach => "no volume is attached or made until it can be",
+            OnFailure::Continue => "everything goes on, as configured",
+        };
+        Some(Problem {
+            at: failing.since,
+            why: format!("the audit trail cannot be written ({}): {effect}", failing.why),
+            remedy: format!("Make room in {} or mend its disk.", status.directory.display()),
+        })
+    }
+
+    /// Records what is about to happen, before it does; refuses if that cannot be recorded and the
+    /// settings say so.
+    pub(super) async fn first_record(&self, what: &str, event: Event) -> Answered<()> {
+        let audit = Arc::clone(&self.audit);
+        let recorded = spawn_blocking(move || audit.durable(event)).await;
+        recorded.map_err(|e| by_panic(what, e))?.map_err(|e| {
+            refused(
+                ExitCode::Failed,
+                what,
+                e,
+                "Make room or mend the disk, or set on_failure = \"continue\" under [audit].",
+            )
+        })
+    }
+}

@@ -1,0 +1,236 @@
+//! The audit trail of a real daemon: what is in it, what is done to it, and a disk that is full.
+
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::mounts::{Mount, can_mount};
+use crate::support::{Daemon, output, run, until};
+
+const DISCREPANCY: i32 = 6;
+
+/// All records on disk, by byokctl.
+fn records(daemon: &Daemon) -> Vec<Value> {
+    let dir = daemon.dir.path().join("audit");
+    let text = run(Command::new(env!("CARGO_BIN_EXE_byokctl"))
+        .args(["audit", "export", "--dir"])
+        .arg(dir));
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The kinds of a volume's records, without routine.
+fn kinds(records: &[Value], volume: &str) -> Vec<String> {
+    let of_volume = records.iter().filter(|record| record["volume"] == volume);
+    of_volume.map(|record| record["event"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn the_life_of_a_volume_is_in_the_trail() {
+    let mut daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.volume("v", "8M", &key);
+    daemon.ok(&["dev", "key", "disable", &key]);
+    until("the volume is fenced", || daemon.state("v") == "fenced");
+    daemon.ok(&["dev", "key", "enable", &key]);
+    until("the volume is back", || daemon.state("v") == "serving");
+    daemon.ok(&["key", "suspend", "v"]);
+    daemon.ok(&["key", "resume", "v"]);
+    until("the volume is back", || daemon.state("v") == "serving");
+    daemon.ok(&["detach", "v"]);
+    assert!(daemon.terminate().success());
+    let all = records(&daemon);
+    let kinds = kinds(&all, "v");
+    // In this order, whatever comes between.
+    let mut rest = kinds.iter();
+    for wanted in [
+        "request",
+        "create",
+        "config-change",
+        "answer",
+        "request",
+        "config-load",
+        "unwrap",
+        "attach",
+        "answer",
+        "denial",
+        "fence",
+        "key-destroyed",
+        "unwrap",
+        "restore",
+        "request",
+        "fence",
+        "key-destroyed",
+        "answer",
+        "request",
+        "answer",
+        "restore",
+        "request",
+        "key-destroyed",
+        "detach",
+        "answer",
+    ] {
+        assert!(rest.any(|kind| kind == wanted), "{wanted} in {kinds:?}");
+    }
+    let first = |kind: &str| all.iter().find(|record| record["event"] == kind).unwrap();
+    let denial = first("denial");
+    assert_eq!(denial["code"], "DisabledException");
+    assert_eq!(denial["verdict"], "denied");
+    assert_eq!(denial["key"], key.as_str());
+    assert_eq!(denial["context"]["byokd:volume-uuid"], denial["uuid"]);
+    assert_eq!(first("fence")["reason"], "denied");
+    let asked = first("request");
+    assert_eq!(asked["by"]["uid"], nix::unistd::getuid().as_raw());
+    assert_eq!(asked["by"]["program"], "byokctl");
+    assert!(asked["by"]["pid"].as_i64().unwrap() > 1);
+    assert_eq!(first("answer")["of"], asked["seq"]);
+    assert_eq!(all.last().unwrap()["event"], "daemon-stop");
+    for kind in ["unwrap", "denial"] {
+        let id = first(kind)["request_id"].as_str().unwrap();
+        let called = |record: &Value| {
+            let calls = record["calls"].as_array().into_iter().flatten();
+            calls.into_iter().any(|call| call["request_id"] == id)
+        };
+        assert!(all.iter().any(called), "{kind}: its call is noted");
+    }
+}
+
+#[test]
+fn what_is_done_to_a_trail_is_found_against_the_running_daemon() {
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.create("v", "1M", &key);
+    let intact = daemon.ok(&["audit", "verify"]);
+    assert_eq!(intact["intact"], true, "{intact}");
+    let head = daemon.ok(&["audit", "head"])["written"].clone();
+    let place = format!("{}:{}", head["seq"], head["hash"].as_str().unwrap());
+    let file = daemon.dir.path().join("audit/audit-000000000001.jsonl");
+    let path = file.to_str().unwrap();
+    let good = std::fs::read_to_string(&file).unwrap();
+    let wrong = |args: &[&str]| {
+        let (code, answer) = daemon.ctl(args);
+        assert_eq!(code, DISCREPANCY, "{answer}");
+        answer["findings"][0].clone()
+    };
+    // An edit.
+    std::fs::write(&file, good.replacen("\"volume\":\"v\"", "\"volume\":\"w\"", 1)).unwrap();
+    let finding = wrong(&["audit", "verify"]);
+    assert_eq!(finding["wrong"], "changed");
+    let line = good.lines().position(|line| line.contains("\"volume\":\"v\"")).unwrap() + 1;
+    assert_eq!(finding["line"], line);
+    assert_eq!(wrong(&["audit", "verify", path])["line"], line, "without the daemon too");
+    // The last record taken away: only the daemon, or whoever noted the head, knows.
+    let cut = good.trim_end().rsplit_once('\n').unwrap().0;
+    std::fs::write(&file, format!("{cut}\n")).unwrap();
+    assert_eq!(wrong(&["audit", "verify"])["wrong"], "truncated");
+    assert_eq!(wrong(&["audit", "verify", path, "--expect", &place])["wrong"], "truncated");
+    let (code, answer) = daemon.ctl(&["audit", "verify", path]);
+    assert_eq!(code, 0, "{answer}");
+    // And the whole file.
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(wrong(&["audit", "verify"])["wrong"], "truncated");
+    std::fs::write(&file, good).unwrap();
+    daemon.ok(&["audit", "verify"]);
+}
+
+#[test]
+fn a_crash_leaves_a_trail_that_goes_on() {
+    let mut daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.volume("v", "1M", &key);
+    daemon.crash_and_restart();
+    daemon.ok(&["attach", "v"]);
+    let report = daemon.ok(&["audit", "verify"]);
+    assert_eq!(report["intact"], true, "{report}");
+    let all = records(&daemon);
+    let starts = all.iter().filter(|record| record["event"] == "daemon-start").count();
+    let stops = all.iter().filter(|record| record["event"] == "daemon-stop").count();
+    assert_eq!((starts, stops), (2, 0));
+    // What was before is still there for whoever looks at the running daemon.
+    let answer = daemon.ok(&["audit", "tail", "--volume", "v", "-n", "1000"]);
+    assert_eq!(answer, Value::Null, "one object a line");
+    let tail = run(Command::new(env!("CARGO_BIN_EXE_byokctl"))
+        .arg("--socket")
+        .arg(daemon.socket())
+        .args(["audit", "tail", "--volume", "v", "-n", "1000"]));
+    assert_eq!(tail.matches("  attach  ").count(), 2, "{tail}");
+}
+
+/// Fills a file system to the last byte.
+fn fill(dir: &std::path::Path) {
+    let file = std::fs::File::create(dir.join("filler")).unwrap();
+    let mut len = 1 << 20;
+    let mut at = 0;
+    while len > 0 {
+        match std::os::unix::fs::FileExt::write_at(&file, &vec![1; len], at) {
+            Ok(written) if written > 0 => at += u64::try_from(written).unwrap(),
+            _ => len /= 2,
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_stops_attaching_as_configured_and_never_a_fence() {
+    if !can_mount(&[]) {
+        return;
+    }
+    for (on_failure, attaches) in [("refuse-attach", false), ("continue", true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mount = Mount::tmpfs(dir.path(), "256k");
+        let trail = dir.path().join("audit");
+        let kms = Daemon::start();
+        let endpoint = std::fs::read_to_string(kms.dir.path().join("kms-endpoint")).unwrap();
+        let key = kms.key();
+        let daemon = Daemon::configured(&format!(
+            "[kms]\nregion = \"eu-central-1\"\nendpoint = \"{}\"\n[lease]\nprobe_interval = \"1s\"\n\
+             [audit]\ndirectory = \"{}\"\non_failure = \"{on_failure}\"\n",
+            endpoint.trim(),
+            trail.display()
+        ));
+        daemon.volume("v", "1M", &key);
+        daemon.create("w", "1M", &key);
+        fill(dir.path());
+        // Whatever is recorded next does not fit.
+        until("the daemon notices", || {
+            daemon.ok(&["key", "recheck", "v"]);
+            daemon.ok(&["status"])["problems"][0]["why"].is_string()
+        });
+        let (code, answer) = daemon.ctl(&["attach", "w"]);
+        assert_eq!(code == 0, attaches, "{answer}");
+        if !attaches {
+            assert!(answer["why"].as_str().unwrap().contains("audit trail"), "{answer}");
+        }
+        assert!(daemon.log().contains("AuditTrailFailing"), "there is an alarm");
+        kms.ok(&["dev", "key", "disable", &key]);
+        until("the fence waits for no disk", || daemon.state("v") == "fenced");
+        // With room again everything that waited is written.
+        std::fs::remove_file(dir.path().join("filler")).unwrap();
+        until("the trail is written again", || {
+            daemon.ok(&["status"])["problems"].is_null()
+                && daemon.ok(&["audit", "head"])["failing"].is_null()
+        });
+        let report = daemon.ok(&["audit", "verify"]);
+        assert_eq!(report["intact"], true, "{report}");
+        let text = run(Command::new(env!("CARGO_BIN_EXE_byokctl"))
+            .args(["audit", "export", "--dir"])
+            .arg(&trail));
+        assert!(text.contains("\"event\":\"fence\""), "{text}");
+        drop(daemon);
+        drop(mount);
+    }
+}
+
+#[test]
+fn a_line_is_checked_by_sed_and_sha256sum_as_the_document_says() {
+    let daemon = Daemon::start();
+    let file = daemon.dir.path().join("audit/audit-000000000001.jsonl");
+    until("something is recorded", || {
+        std::fs::read_to_string(&file).is_ok_and(|text| text.lines().count() > 1)
+    });
+    let document = include_str!("../../docs/audit.md");
+    let command = document.split("```sh\n").nth(1).unwrap().split("```").next().unwrap();
+    let sum = output(Command::new("sh").args(["-c", command]).env("FILE", &file));
+    let sum = String::from_utf8(sum.stdout).unwrap();
+    let text = std::fs::read_to_string(&file).unwrap();
+    let record: Value = serde_json::from_str(text.lines().nth(1).unwrap()).unwrap();
+    assert_eq!(sum.split(' ').next(), record["hash"].as_str());
+}
