@@ -121,7 +121,20 @@ pub(crate) struct Client {
     /// The closings of the fence after which it has held no plaintext from before.
     clean_after: AtomicU64,
     pid: Option<i32>,
+    /// The kernel's own client: it can be handed from one daemon to the next.
+    kernel: bool,
+    /// It is to stop between two requests, and leave its socket as it is.
+    handing_over: AtomicBool,
     failed: AtomicU64,
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PeerKind {
+    /// A process, here or elsewhere.
+    Program,
+    /// The kernel's NBD client, by a socketpair.
+    Kernel,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -327,6 +340,23 @@ impl Export {
         wait.recv_timeout(within).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
+    /// Has every connection of the kernel's client stop between two requests, with everything
+    /// answered and its socket left open. Returns at once; requests go on being answered meanwhile.
+    pub fn hand_over(&self) {
+        self.each_client(|client| {
+            if client.kernel {
+                client.handing_over.store(true, Ordering::SeqCst);
+                client.wake();
+            }
+        });
+    }
+
+    /// Requests of the kernel's client that failed by a fence or by the backing store.
+    pub fn failed_in_kernel(&self) -> u64 {
+        let clients = lock(&self.clients);
+        clients.iter().filter(|c| c.kernel).map(|c| c.failed.load(Ordering::Relaxed)).sum()
+    }
+
     /// Whether requests are being served.
     pub fn is_serving(&self) -> bool {
         !self.is_stopping() && self.fence.check().is_ok()
@@ -376,14 +406,25 @@ impl Export {
     }
 
     /// Registers a connection; `None` when there are too many, or service is ending.
-    pub(crate) fn join(&self, socket: BorrowedFd<'_>) -> io::Result<Option<Arc<Client>>> {
+    pub(crate) fn join(
+        &self,
+        socket: BorrowedFd<'_>,
+        kind: PeerKind,
+    ) -> io::Result<Option<Arc<Client>>> {
+        let pid = match kind {
+            // It calls itself what it was made by, which is us.
+            PeerKind::Kernel => Some(0),
+            PeerKind::Program => getsockopt(&socket, PeerCredentials).ok().map(|peer| peer.pid()),
+        };
         let waker = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let client = Arc::new(Client {
             socket: socket.try_clone_to_owned()?,
             waker,
             idle: AtomicBool::new(false),
             clean_after: AtomicU64::new(self.fence.closings()),
-            pid: getsockopt(&socket, PeerCredentials).ok().map(|peer| peer.pid()),
+            pid,
+            kernel: kind == PeerKind::Kernel,
+            handing_over: AtomicBool::new(false),
             failed: AtomicU64::new(0),
         });
         let mut clients = lock(&self.clients);
@@ -470,6 +511,14 @@ impl Client {
 
     fn is_clean(&self, closings: u64) -> bool {
         self.idle.load(Ordering::SeqCst) || self.clean_after.load(Ordering::SeqCst) >= closings
+    }
+
+    pub(crate) fn is_kernel(&self) -> bool {
+        self.kernel
+    }
+
+    pub(crate) fn is_handing_over(&self) -> bool {
+        self.handing_over.load(Ordering::SeqCst)
     }
 
     pub(crate) fn waker(&self) -> BorrowedFd<'_> {

@@ -10,9 +10,12 @@
 //! | contexts | `base:allocation`; a hole is never said to read as zeroes |
 //! | replies | simple, structured, extended |
 //!
-//! [`serve`] is called by the listener for each accepted connection.
+//! [`serve`] is called by the listener for each accepted connection; [`kernel`] serves the kernel's
+//! client on a socketpair, without a handshake, and [`stand_in`] holds its place without a key.
 
 pub mod handshake;
+pub mod kernel;
+pub mod stand_in;
 pub mod stream;
 pub mod transmission;
 pub mod wire;
@@ -25,7 +28,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
-use crate::export::{Client, Export, ExportTable};
+use crate::export::{Client, Export, ExportTable, PeerKind};
 use crate::nbd::handshake::{
     ExportFacts, Exports, GREETING, Handshake, HandshakeError, MAX_OPTION_DATA, MAX_OPTION_DRAIN,
     Negotiated, Next, OPTION_HEADER_LEN, OptionHeader, Refusal,
@@ -84,7 +87,7 @@ fn converse(stream: NbdStream, table: &ExportTable) -> Result<(), ConnectionErro
         warn!(volume = export.name(), %error, "connection refused");
         return Err(ConnectionError::Refused(negotiated.export));
     }
-    let Some(client) = export.join(stream.as_fd())? else {
+    let Some(client) = export.join(stream.as_fd(), PeerKind::Program)? else {
         return Err(ConnectionError::Refused(negotiated.export));
     };
     let member = Member { export: Arc::clone(&export), client: Arc::clone(&client) };
@@ -95,7 +98,8 @@ fn converse(stream: NbdStream, table: &ExportTable) -> Result<(), ConnectionErro
     let result = transmission.run();
     drop(transmission);
     drop(member);
-    Ok(result?)
+    let _left = result?;
+    Ok(())
 }
 
 /// A connection's entry in its export, for as long as it lives.

@@ -9,6 +9,7 @@
 //! A request larger than [`MAX_BUFFER`](crate::buffer::MAX_BUFFER) is done in parts; a `Task` counts its parts down. A write
 //! that does not cover whole sectors is a read-modify-write under [`Lane::partial`].
 
+mod handover;
 mod hold;
 mod inbox;
 mod parts;
@@ -89,6 +90,17 @@ pub enum TransmissionError {
     /// say so.
     #[error("cannot finish a reply that has begun")]
     CutReply,
+}
+
+/// How a connection ended, if nothing was wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The client said so.
+    Disconnected,
+    /// The client closed its socket.
+    Closed,
+    /// Between two requests, everything answered; the socket is as good as before.
+    HandedOver,
 }
 
 type Outcome<T = ()> = Result<T, TransmissionError>;
@@ -215,7 +227,7 @@ impl Transmission {
     ///
     /// # Errors
     /// The connection broke.
-    pub fn run(&mut self) -> Outcome {
+    pub fn run(&mut self) -> Outcome<Ending> {
         self.stream.tune()?;
         self.stream.set_write_timeout(Some(SEND_TIMEOUT))?;
         let result = self.serve();
@@ -223,7 +235,7 @@ impl Transmission {
         result
     }
 
-    fn serve(&mut self) -> Outcome {
+    fn serve(&mut self) -> Outcome<Ending> {
         let extended = self.modes.style == ReplyStyle::Extended;
         let mut batch = 0;
         loop {
@@ -235,9 +247,16 @@ impl Transmission {
                 batch += 1;
                 if request.command == Command::Disconnect {
                     self.settle()?;
-                    return self.send();
+                    self.send()?;
+                    return Ok(Ending::Disconnected);
                 }
                 self.request(request, extended)?;
+            }
+            if self.client.is_handing_over() {
+                if self.between_requests()? {
+                    return Ok(Ending::HandedOver);
+                }
+                continue;
             }
             if self.tasks_in_flight() {
                 self.send()?;
@@ -261,7 +280,7 @@ impl Transmission {
                     continue;
                 }
                 if !self.receive_idle()? {
-                    return Ok(());
+                    return Ok(Ending::Closed);
                 }
             }
         }
@@ -299,19 +318,27 @@ impl Transmission {
         }
         self.client.set_idle(true);
         let received = loop {
+            if !self.may_read()? {
+                self.client.set_idle(false);
+                return Ok(true);
+            }
             match self.inbox.fill(|to| self.stream.read(to)) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.pool.trim();
-                    self.inbox.shrink();
-                    self.ring = None;
-                    self.stream.set_read_timeout(None)?;
-                    self.timeout_set = false;
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.idle_for_long()?,
                 other => break other,
             }
         };
         self.client.set_idle(false);
         Ok(received? > 0)
+    }
+
+    /// Gives back what an idle connection does not need.
+    fn idle_for_long(&mut self) -> Outcome {
+        self.pool.trim();
+        self.inbox.shrink();
+        self.ring = None;
+        self.stream.set_read_timeout(None)?;
+        self.timeout_set = false;
+        Ok(())
     }
 
     /// Takes what has arrived, without waiting; `false` when there is nothing (or the client has
