@@ -13,6 +13,8 @@ use thiserror::Error;
 
 use crate::audit::chain::Hash;
 use crate::audit::{AuditSettings, OnFailure};
+use crate::kernel::MAX_CONNECTIONS;
+use crate::kernel::sysfs::index_of;
 use crate::key::lease::{Allowance, DisconnectedStore, LeasePolicy, ProbePlan};
 use crate::key::wrapped::{KeyArn, Role};
 use crate::units::Size;
@@ -52,6 +54,8 @@ pub struct Config {
     pub control_socket: PathBuf,
     /// Where each volume's NBD socket is made.
     pub nbd_dir: PathBuf,
+    /// Where the helper listens that attaches kernel devices.
+    pub kernel_socket: PathBuf,
     /// User that owns the control socket; the daemon's own if absent.
     pub owner: Option<String>,
     /// Group that may use the control socket, and so all of byokd.
@@ -80,6 +84,7 @@ impl Default for Config {
             volumes_dir: "/etc/byokd/volumes.d".into(),
             control_socket: "/run/byokd/byokd.sock".into(),
             nbd_dir: "/run/byokd/nbd".into(),
+            kernel_socket: crate::kernel::SOCKET.into(),
             owner: None,
             group: None,
             nbd_owner: None,
@@ -374,10 +379,113 @@ pub struct VolumeConfig {
     /// Programs to run after a fence, in order.
     #[serde(default, skip_serializing)]
     pub on_fence: Vec<OnFence>,
+    /// Attach it as a device of the kernel.
+    #[serde(default, skip_serializing)]
+    pub device: Option<DeviceChoice>,
+    /// Connections of that device.
+    #[serde(default, skip_serializing)]
+    pub connections: Option<usize>,
+    /// When the kernel sends a request again over a new connection; default 30 s.
+    #[serde(default, skip_serializing)]
+    pub request_timeout: Option<Seconds>,
+    /// How long the kernel's requests wait for a daemon that is not there; default 90 s.
+    #[serde(default, skip_serializing)]
+    pub dead_timeout: Option<Seconds>,
+    /// What is done about plaintext that the node caches, after a fence.
+    #[serde(default, skip_serializing)]
+    pub purge: PurgeConfig,
     /// Instead of the daemon's `[lease]`.
     #[serde(default, skip_serializing)]
     pub lease: LeaseConfig,
 }
+
+/// Which device of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum DeviceChoice {
+    /// The first one that is free.
+    Auto,
+    /// `/dev/nbdN`.
+    Number(u32),
+}
+
+/// Why a text is no device.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("`{0}` is no device; write `auto` or `/dev/nbdN`")]
+pub struct DeviceChoiceError(String);
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = DeviceChoiceError;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        let number = if text.starts_with("/dev/") { index_of(text) } else { None };
+        number.map(Self::Number).ok_or_else(|| DeviceChoiceError(text.to_owned()))
+    }
+}
+
+impl TryFrom<String> for DeviceChoice {
+    type Error = DeviceChoiceError;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+/// `[purge]`: what is done, in this order, about plaintext of a kernel device that the node caches,
+/// after a fence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PurgeConfig {
+    /// Shut down file systems on the device.
+    pub shut_down: bool,
+    /// End those who use them.
+    pub end: EndUsers,
+    /// Unmount them lazily.
+    pub unmount: bool,
+    /// Drop what is cached of the device itself.
+    pub flush_device: bool,
+    /// Drop clean cached pages of the whole node.
+    pub drop_caches: bool,
+    /// Take the device away.
+    pub disconnect: bool,
+    /// For each step; default 10 s.
+    pub step_timeout: Seconds,
+}
+
+impl Default for PurgeConfig {
+    fn default() -> Self {
+        Self {
+            shut_down: true,
+            end: EndUsers::Nobody,
+            unmount: false,
+            flush_device: true,
+            drop_caches: true,
+            disconnect: false,
+            step_timeout: Seconds(Duration::from_secs(10)),
+        }
+    }
+}
+
+/// Whom a purge ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EndUsers {
+    /// Nobody.
+    #[default]
+    Nobody,
+    /// Processes that use a file system on the device, or have its files mapped.
+    Processes,
+    /// The control groups of those processes.
+    Groups,
+}
+
+/// A request takes this long in the worst case of a store that is slow, not dead: the kernel's queue
+/// (128 requests of 128 KiB) at under 1 MB/s.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Long enough for an upgrade, shorter than the 120 s after which the kernel calls a task hung.
+const DEAD_TIMEOUT: Duration = Duration::from_secs(90);
 
 fn yes() -> bool {
     true
@@ -400,8 +508,25 @@ impl VolumeConfig {
             on_denial: OnDenial::default(),
             hold_for: None,
             on_fence: Vec::new(),
+            device: None,
+            connections: None,
+            request_timeout: None,
+            dead_timeout: None,
+            purge: PurgeConfig::default(),
             lease: LeaseConfig::default(),
         }
+    }
+
+    /// When the kernel sends a request again, in whole seconds.
+    #[must_use]
+    pub fn request_timeout(&self) -> u64 {
+        whole_seconds(self.request_timeout.map_or(REQUEST_TIMEOUT, |s| s.0))
+    }
+
+    /// How long the kernel's requests wait for a daemon, in whole seconds.
+    #[must_use]
+    pub fn dead_timeout(&self) -> u64 {
+        whole_seconds(self.dead_timeout.map_or(DEAD_TIMEOUT, |s| s.0))
     }
 
     /// How long requests wait for a key that is denied; `None`: they fail at once.
@@ -419,6 +544,11 @@ impl VolumeConfig {
         let arn = self.role_arn.clone()?;
         Some(Role { arn, external_id: self.external_id.clone() })
     }
+}
+
+/// Never none: the kernel takes 0 for no limit.
+fn whole_seconds(time: Duration) -> u64 {
+    time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0)).max(1)
 }
 
 /// Whether a volume's name can be the name of a file, a socket and an export: letters, digits, `-`,
@@ -558,6 +688,15 @@ pub fn load_volume_with_hash(path: &Path) -> Result<Option<(VolumeConfig, Hash)>
     if volume.lease.probe_interval.is_some_and(|s| s.0 < SHORTEST_INTERVAL) {
         return Err(wrong("lease.probe_interval is under 1s: KMS would throttle the account"));
     }
+    if volume.connections.is_some_and(|n| n == 0 || n > MAX_CONNECTIONS) {
+        return Err(wrong(&format!("connections is not between 1 and {MAX_CONNECTIONS}")));
+    }
+    let none = |time: Option<Seconds>| time.is_some_and(|s| s.0.is_zero());
+    if none(volume.request_timeout) || none(volume.dead_timeout) {
+        return Err(wrong(
+            "request_timeout or dead_timeout is 0: a dead connection would be for ever",
+        ));
+    }
     if volume.backing.is_relative() {
         return Err(wrong("backing is a relative path; the daemon has no directory of its own"));
     }
@@ -645,6 +784,31 @@ mod tests {
         std::fs::write(dir.path().join("-x.toml"), "").unwrap();
         std::fs::write(dir.path().join("y.toml"), "backin = 1").unwrap();
         assert_eq!(load_volumes(dir.path()).unwrap_err().0.len(), 2);
+    }
+
+    #[test]
+    fn devices_and_their_limits_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.toml");
+        let read = |more: &str| {
+            std::fs::write(&path, format!("backing = \"/x\"\n{more}")).unwrap();
+            load_volume(&path).map(|volume| volume.unwrap())
+        };
+        let volume = read("device = \"/dev/nbd3\"\nrequest_timeout = \"1500ms\"").unwrap();
+        assert_eq!(volume.device, Some(DeviceChoice::Number(3)));
+        assert_eq!((volume.request_timeout(), volume.dead_timeout()), (2, 90));
+        assert_eq!(read("device = \"auto\"").unwrap().device, Some(DeviceChoice::Auto));
+        for wrong in [
+            "device = \"/dev/sda\"",
+            "device = \"nbd1\"",
+            "connections = 0",
+            "connections = 17",
+            "request_timeout = \"0\"",
+            "dead_timeout = \"0s\"",
+            "[purge]\nend = \"everybody\"",
+        ] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -23,6 +23,8 @@
 //! | [`device`] | the encrypted device: sectors, read-modify-write, zeroes, trim, flush |
 //! | [`nbd`] | the protocol: wire, handshake, transmission |
 //! | [`export`] | what is served: one volume with its limits and its clients |
+//! | [`kernel`] | the kernel's NBD client: what it is asked, and the helper that may ask |
+//! | [`attachment`] | a volume's kernel device, over fences and restarts |
 //! | [`listener`] | sockets, who may connect, a thread for each connection |
 //! | [`luks2`] | the volume's header |
 //! | [`volume`] | create, open, unlock: crash-safe header updates |
@@ -36,6 +38,7 @@
 //! | [`daemon`] | puts the parts together |
 //! | [`cli`] | `byokctl`: arguments, what it prints, the demonstration |
 
+pub mod attachment;
 pub mod audit;
 pub mod buffer;
 pub mod cli;
@@ -50,6 +53,7 @@ pub mod export;
 pub mod fence;
 pub mod harden;
 pub mod keeper;
+pub mod kernel;
 pub mod key;
 pub mod kms;
 pub mod listener;

@@ -60,6 +60,12 @@ pub enum Kind {
     RestoreFailed,
     /// A program of `on_fence` ended.
     OnFence,
+    /// A volume got a device in the kernel, or an earlier daemon's was found again.
+    DeviceAttach,
+    /// A device in the kernel was taken away, or has gone by itself.
+    DeviceDetach,
+    /// A step against plaintext that the node caches ended.
+    Purge,
     /// Requests to KMS and their ids.
     KmsCalls,
     /// A mark in the chain, signed if a key for that is configured.

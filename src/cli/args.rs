@@ -44,11 +44,20 @@ pub enum Command {
         /// Refuse writes.
         #[arg(long)]
         read_only: bool,
+        /// As a device of the kernel: `auto` for the first free one, or /dev/nbdN.
+        #[arg(long, value_name = "DEVICE")]
+        device: Option<String>,
+        /// Connections of that device.
+        #[arg(long, value_name = "N")]
+        connections: Option<usize>,
     },
     /// Stop serving a volume: drain, flush, destroy the key in memory.
     Detach {
         /// The volume's name.
         name: String,
+        /// Take its kernel device away whoever uses it, and whatever hangs.
+        #[arg(long)]
+        force: bool,
     },
     /// Say how volumes and their keys are.
     Status {

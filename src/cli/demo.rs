@@ -174,7 +174,12 @@ pub fn run(out: &Output) -> Result<ExitCode, ControlError> {
         force: false,
         preallocate: false,
     }))?;
-    trial.ask(&Request::Attach { name: "demo".to_owned(), read_only: false })?;
+    trial.ask(&Request::Attach {
+        name: "demo".to_owned(),
+        read_only: false,
+        device: None,
+        connections: None,
+    })?;
     let socket = trial.dir.join("nbd/demo.sock");
     out.line(&format!("3. A LUKS2 volume of 64 MiB   {}", backing.display()));
     out.line(&format!("   served over NBD at         {}", socket.display()));
@@ -229,7 +234,7 @@ pub fn run(out: &Output) -> Result<ExitCode, ControlError> {
         "6. The customer enables the key: {seconds:.1} s later the data is back, the same bytes,"
     ));
     out.line("   on the same connection.");
-    trial.ask(&Request::Detach { name: "demo".to_owned() })?;
+    trial.ask(&Request::Detach { name: "demo".to_owned(), force: false })?;
     drop(trial);
     out.line("7. Detached, stopped, removed.");
     out.line("");

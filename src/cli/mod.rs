@@ -60,10 +60,11 @@ pub fn run(
         Command::Key { command: KeyCommand::Recheck { target } } => {
             tell(&socket, &Request::KeyRecheck { target }, out)
         }
-        Command::Attach { name, read_only } => {
-            tell(&socket, &Request::Attach { name, read_only }, out)
+        Command::Attach { name, read_only, device, connections } => {
+            let request = Request::Attach { name, read_only, device, connections };
+            tell(&socket, &request, out)
         }
-        Command::Detach { name } => tell(&socket, &Request::Detach { name }, out),
+        Command::Detach { name, force } => tell(&socket, &Request::Detach { name, force }, out),
         Command::Status { name } => tell(&socket, &Request::Status { name }, out),
         Command::Volume { command } => match command {
             VolumeCommand::Create(create) => {

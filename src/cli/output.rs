@@ -11,7 +11,9 @@ use serde_json::Value;
 
 use crate::audit::record::Record;
 use crate::audit::verify::Report;
-use crate::control::{Answer, ControlError, VolumeState, VolumeStatus};
+use crate::control::{
+    Answer, ControlError, DeviceRequests, DeviceStatus, VolumeState, VolumeStatus,
+};
 use crate::key::wrapped::KeyArn;
 use crate::units::word;
 
@@ -288,6 +290,29 @@ fn table(volumes: &[VolumeStatus]) {
     say!("{} volumes, {fenced} fenced", volumes.len());
 }
 
+fn device_lines(device: &DeviceStatus, line: &impl Fn(&str, String)) {
+    let requests = match device.requests {
+        DeviceRequests::Served => "requests are served",
+        DeviceRequests::Wait => "requests wait for the key",
+        DeviceRequests::Refused => "requests are answered with errors",
+    };
+    let (path, link) = (&device.path, &device.link);
+    line("device", format!("{path} ({link}), {requests}"));
+    for step in &device.purge {
+        let done = if step.done { "done" } else { "not all done" };
+        let details = step.details.join("; ");
+        let details = if details.is_empty() { details } else { format!(": {details}") };
+        line("purge", format!("{} {done}{details} ({})", step.step, step.at));
+    }
+    for (point, command) in device.damaged_mounts.iter().zip(&device.recover) {
+        line(
+            "damaged",
+            format!("the file system on {point} saw errors and has to be mounted anew"),
+        );
+        line("do", command.clone());
+    }
+}
+
 fn detail(volume: &VolumeStatus) {
     let line = |name: &str, value: String| say!("  {name:<12} {value}");
     say!("{}: {}", volume.name, state(volume));
@@ -329,6 +354,9 @@ fn detail(volume: &VolumeStatus) {
                 client.failed_requests
             ),
         );
+    }
+    if let Some(device) = &volume.device {
+        device_lines(device, &line);
     }
     if let Some(problem) = &volume.problem {
         line("not attached", format!("{} ({})", problem.why, problem.at));

@@ -51,11 +51,20 @@ pub enum Request {
         /// Serve it read-only whatever its definition says.
         #[serde(default)]
         read_only: bool,
+        /// As which device of the kernel, `auto` or `/dev/nbdN`, whatever its definition says.
+        #[serde(default)]
+        device: Option<String>,
+        /// How many connections that device has.
+        #[serde(default)]
+        connections: Option<usize>,
     },
     /// Drains, flushes and stops serving: answered with [`Answer::Volume`].
     Detach {
         /// Its name.
         name: String,
+        /// Take its kernel device away whoever uses it, and whatever hangs.
+        #[serde(default)]
+        force: bool,
     },
     /// The state of one volume or all: answered with [`Answer::Volumes`].
     Status {
@@ -289,10 +298,56 @@ pub struct VolumeStatus {
     pub clients: Vec<ClientStatus>,
     /// Requests that failed by a fence or by the backing store, since it was attached.
     pub failed_requests: u64,
+    /// Its device in the kernel, if it has one.
+    pub device: Option<DeviceStatus>,
     /// The lease, while attached.
     pub lease: Option<LeaseStatus>,
     /// Why it is not attached, if that was tried and failed.
     pub problem: Option<Problem>,
+}
+
+/// A volume's device in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// `/dev/nbdN`.
+    pub path: String,
+    /// Its stable name.
+    pub link: String,
+    /// What is done with its requests.
+    pub requests: DeviceRequests,
+    /// Connections that the kernel has.
+    pub kernel_connections: usize,
+    /// Mount points of file systems that saw errors and do not work any more.
+    pub damaged_mounts: Vec<String>,
+    /// What to run about them, one command for each.
+    pub recover: Vec<String>,
+    /// What was done about cached plaintext after the last fence.
+    pub purge: Vec<PurgeStatus>,
+}
+
+/// What is done with requests of a kernel device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceRequests {
+    /// The volume answers.
+    Served,
+    /// They wait for the key, as KMS gives no verdict.
+    Wait,
+    /// They are answered with errors: the key may not be had, or the volume cannot be opened.
+    Refused,
+}
+
+/// A step of a purge.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PurgeStatus {
+    /// Its name.
+    pub step: String,
+    /// When it ended, RFC 3339.
+    pub at: String,
+    /// Whether all of it was done.
+    pub done: bool,
+    /// What was worked on, and what could not be done.
+    pub details: Vec<String>,
 }
 
 /// One connection.

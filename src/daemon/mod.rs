@@ -5,6 +5,7 @@
 //! them in `status`.
 
 mod audited;
+mod devices;
 mod keys;
 mod refusals;
 mod rewrap;
@@ -26,6 +27,7 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tracing::info;
 
+use crate::attachment::Attachment;
 use crate::audit::chain::Hash;
 use crate::audit::record::Peer;
 use crate::audit::{Audit, AuditOpenError, AuditSettings};
@@ -33,6 +35,7 @@ use crate::config::{AuditConfig, Config, ConfigErrors, SecretMemory, VolumeConfi
 use crate::control::server::ControlServer;
 use crate::control::{API_VERSION, Answer, Problem, Request, VolumeStatus};
 use crate::crypt::{SelfTestError, self_test};
+use crate::daemon::devices::AttachHow;
 use crate::daemon::refusals::Answered;
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportTable};
@@ -168,6 +171,7 @@ impl Setup {
             volumes_dir: dir.join("volumes.d"),
             control_socket: dir.join("byokd.sock"),
             nbd_dir: dir.join("nbd"),
+            kernel_socket: dir.join("kernel.sock"),
             ..Config::default()
         };
         let kms = AwsSettings {
@@ -194,6 +198,8 @@ pub struct Daemon {
     table: ExportTable,
     progress: Progress,
     audit: Arc<Audit>,
+    /// Hears the names of volumes whose kernel devices have gone by themselves.
+    gone: mpsc::UnboundedSender<String>,
     volumes: Mutex<BTreeMap<String, Arc<Volume>>>,
     /// Names of volumes that are being made.
     creating: Mutex<BTreeSet<String>>,
@@ -214,6 +220,8 @@ struct Now {
     /// The hash of its definition as it was attached last.
     definition: Option<Hash>,
     service: Service,
+    /// Its device in the kernel, which may be there before and after its service.
+    device: Option<Arc<Attachment>>,
     /// Why it was not attached the last time that was tried.
     problem: Option<Problem>,
 }
@@ -236,7 +244,13 @@ struct Attached {
 
 impl Volume {
     fn new(config: VolumeConfig) -> Self {
-        let now = Now { config, definition: None, service: Service::Detached, problem: None };
+        let now = Now {
+            config,
+            definition: None,
+            service: Service::Detached,
+            device: None,
+            problem: None,
+        };
         Self {
             changing: tokio::sync::Mutex::default(),
             rewrapping: tokio::sync::Mutex::default(),
@@ -295,6 +309,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     let kms = Arc::new(AwsKms::connect(setup.kms.clone()).await?);
     audited::start(&audit, &setup, &volumes);
     let known = volumes.into_iter().map(|(name, config)| (name, Arc::new(Volume::new(config))));
+    let (gone, devices_gone) = mpsc::unbounded_channel();
     let daemon = Arc::new(Daemon {
         kms,
         roles: tokio::sync::Mutex::default(),
@@ -302,6 +317,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         table,
         progress: Progress::default(),
         audit: Arc::clone(&audit),
+        gone,
         volumes: Mutex::new(known.collect()),
         creating: Mutex::default(),
         setup,
@@ -310,11 +326,13 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         signal(SignalKind::terminate()).map_err(StartError::io("watch signals for", &control))?;
     let mut int =
         signal(SignalKind::interrupt()).map_err(StartError::io("watch signals for", &control))?;
+    let Systemd { notifier, mut passed, watchdog } = systemd;
+    daemon.resume_devices(passed.take(devices::is_stored), &notifier).await;
+    let devices = tokio::spawn(Arc::clone(&daemon).watch_devices(devices_gone));
     let part = daemon.progress.part("the control socket", STARTING);
     let server = ControlServer::start(&control, peers, Arc::clone(&daemon), part)
         .map_err(StartError::io("listen on", &control))?;
     info!(control = %control.display(), version = env!("CARGO_PKG_VERSION"), "ready");
-    let Systemd { notifier, passed, watchdog } = systemd;
     passed.close_rest(&notifier);
     let watchdog = match watchdog {
         Some(interval) => Some(
@@ -335,8 +353,9 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     attaching.abort();
     // It was cut off, or had nothing left to do.
     let _ended = attaching.await;
+    devices.abort();
     drop((server, tcp));
-    daemon.stop().await;
+    daemon.stop(&notifier).await;
     drop(watchdog);
     drop(dev);
     // The runtime has nothing else to do.
@@ -403,10 +422,14 @@ impl Daemon {
                 self.one_status(&name).await.map(|one| Answer::Volume(Box::new(one)))
             }
             Request::VolumeForget { name } => self.forget(&name).await.map(|()| Answer::Done),
-            Request::Attach { name, read_only } => {
-                self.attach(&name, read_only).await.map(Answer::Volume)
+            Request::Attach { name, read_only, device, connections } => {
+                let what = format!("attach volume {name}");
+                match AttachHow::of(&what, read_only, device.as_deref(), connections) {
+                    Ok(how) => self.attach(&name, how).await.map(Answer::Volume),
+                    Err(refused) => Err(refused),
+                }
             }
-            Request::Detach { name } => self.detach(&name).await.map(Answer::Volume),
+            Request::Detach { name, force } => self.detach(&name, force).await.map(Answer::Volume),
             Request::KeySuspend { name } => self.suspend(&name).await.map(Answer::Volume),
             Request::KeyResume { name } => self.resume(&name).await.map(Answer::Volume),
             Request::KeyRewrap { name, key } => self.rewrap(&name, key).await.map(Answer::Volume),

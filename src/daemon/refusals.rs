@@ -3,6 +3,7 @@
 use crate::control::ControlError;
 use crate::exit::ExitCode;
 use crate::export::ExportError;
+use crate::kernel::KernelError;
 use crate::kms::ServiceError;
 use crate::volume::{VolumeError, VolumeErrorClass};
 
@@ -51,6 +52,10 @@ pub(super) fn by_service(what: &str, error: &ServiceError) -> ControlError {
 
 pub(super) fn by_export(what: &str, error: &ExportError) -> ControlError {
     refused(ExitCode::Failed, what, error, "See the daemon's log.")
+}
+
+pub(super) fn by_kernel(what: &str, error: &KernelError) -> ControlError {
+    refused(error.exit, what, error, &error.remedy)
 }
 
 pub(super) fn by_panic(what: &str, error: impl ToString) -> ControlError {

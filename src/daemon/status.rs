@@ -5,7 +5,11 @@ use std::time::Duration;
 
 use tokio::task::spawn_blocking;
 
-use crate::control::{ClientStatus, LeaseStatus, VolumeState, VolumeStatus};
+use crate::attachment::purge::Done;
+use crate::attachment::{Attachment, Requests};
+use crate::control::{
+    ClientStatus, DeviceRequests, DeviceStatus, LeaseStatus, PurgeStatus, VolumeState, VolumeStatus,
+};
 use crate::daemon::{Attached, Now, Service, Volume};
 use crate::export::Connected;
 use crate::keeper::KeyReport;
@@ -50,6 +54,7 @@ fn known(name: &str, now: &Now) -> VolumeStatus {
         connections: 0,
         clients: Vec::new(),
         failed_requests: 0,
+        device: now.device.as_ref().map(|attachment| device(name, attachment)),
         lease: None,
         problem: now.problem.clone(),
     };
@@ -81,6 +86,45 @@ fn in_service(status: &mut VolumeStatus, attached: &Attached) {
     status.lease = Some(lease(report, attached.export.held_for()));
 }
 
+fn device(name: &str, attachment: &Attachment) -> DeviceStatus {
+    let index = attachment.device().index;
+    let state = attachment.state();
+    let link = format!("/dev/byokd/{name}");
+    let own = format!("nbd{index}");
+    let damaged: Vec<_> = state
+        .damaged
+        .iter()
+        .filter_map(|damaged| damaged.split_once(' '))
+        .map(|(part, point)| {
+            let part = part.strip_prefix(&own).and_then(|rest| rest.strip_prefix('p'));
+            let from = part.map_or_else(|| link.clone(), |part| format!("{link}-part{part}"));
+            (point.to_owned(), format!("umount {point} && mount {from} {point}"))
+        })
+        .collect();
+    DeviceStatus {
+        path: format!("/dev/{own}"),
+        link,
+        requests: match state.requests {
+            Requests::Served => DeviceRequests::Served,
+            Requests::Wait => DeviceRequests::Wait,
+            Requests::Refused => DeviceRequests::Refused,
+        },
+        kernel_connections: state.connections,
+        recover: damaged.iter().map(|(_, command)| command.clone()).collect(),
+        damaged_mounts: damaged.into_iter().map(|(point, _)| point).collect(),
+        purge: state
+            .purge
+            .into_iter()
+            .map(|Done { step, at, ok, detail }| PurgeStatus {
+                step,
+                at,
+                done: ok,
+                details: detail,
+            })
+            .collect(),
+    }
+}
+
 fn describe(status: &mut VolumeStatus, header: &Header) {
     let token = header.token();
     let sector_size: SectorSize = header.segment().sector_size;
@@ -94,6 +138,11 @@ fn describe(status: &mut VolumeStatus, header: &Header) {
 }
 
 fn client(connected: Connected) -> ClientStatus {
+    // The kernel's own client.
+    if connected.pid == Some(0) {
+        let (program, failed_requests) = (Some("kernel".to_owned()), connected.failed);
+        return ClientStatus { pid: connected.pid, program, failed_requests };
+    }
     let program =
         connected.pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok());
     ClientStatus {

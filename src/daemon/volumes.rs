@@ -15,10 +15,12 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tracing::{error, info, warn};
 
 use crate::audit::record::{Event, Kind};
+use crate::clock::now;
 use crate::config::{
     AttachWhen, Auto, VolumeConfig, is_volume_name, load_volume, load_volume_with_hash,
 };
 use crate::control::{Problem, VolumeCreate, VolumeStatus};
+use crate::daemon::devices::{AttachHow, store};
 use crate::daemon::keys::teller;
 use crate::daemon::refusals::{Answered, by_export, by_panic, by_service, by_volume, refused};
 use crate::daemon::status::status;
@@ -27,12 +29,14 @@ use crate::exit::ExitCode;
 use crate::export::{Export, ExportOptions};
 use crate::keeper::plan::PlanStep;
 use crate::keeper::{Keeper, Terms};
-use crate::key::lease::{Connection, FenceReason};
+use crate::kernel::sysfs;
+use crate::key::lease::{Allowance, Connection, FenceReason, Moment};
 use crate::key::wrapped::{EncryptionContext, Role};
 use crate::kms::aws::{AwsKms, AwsSettings, RoleToAssume};
 use crate::kms::{KeyService, ServiceError};
 use crate::listener::{Listener, Peers};
 use crate::store::DirectIo;
+use crate::systemd::Notifier;
 use crate::units::rfc3339;
 use crate::volume::{Access, CreateOptions, LockedVolume, NewVolume};
 
@@ -44,6 +48,9 @@ const ATTACHING: Duration = Duration::from_secs(10);
 
 /// How long to wait before a volume that should be attached is tried again.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// How soon a first denial of a volume with a device is confirmed.
+const CONFIRM: Duration = Duration::from_millis(500);
 
 /// A name that a volume being made has for itself.
 struct Reserved<'a> {
@@ -190,7 +197,7 @@ impl Daemon {
         let what = format!("forget volume {name}");
         let volume = self.find(&what, name).await?;
         let _alone = volume.changing.lock().await;
-        if volume.with(|now| !matches!(now.service, Service::Detached)) {
+        if volume.with(|now| !matches!(now.service, Service::Detached) || now.device.is_some()) {
             return Err(refused(
                 ExitCode::WrongState,
                 &what,
@@ -234,7 +241,7 @@ impl Daemon {
         Ok(kms)
     }
 
-    pub(super) async fn attach(&self, name: &str, read_only: bool) -> Answered<Box<VolumeStatus>> {
+    pub(super) async fn attach(&self, name: &str, how: AttachHow) -> Answered<Box<VolumeStatus>> {
         let what = format!("attach volume {name}");
         let volume = self.find(&what, name).await?;
         let _alone = volume.changing.lock().await;
@@ -277,8 +284,22 @@ impl Daemon {
             now.config = config.clone();
             now.service = Service::Attaching;
         });
-        let attached = self.unlock(&what, name, &config, read_only).await;
-        if let Err(error) = &attached {
+        let done = match self.unlock(&what, name, &config, how.read_only).await {
+            Ok(attached) => {
+                volume.with(|now| now.service = Service::Attached(attached));
+                let device = self.put_in_kernel(&what, name, &volume, &config, how).await;
+                if device.is_err() {
+                    // What failed was logged.
+                    let _ended = self.end(name, &volume, FenceReason::Detached).await;
+                }
+                device
+            }
+            Err(error) => {
+                volume.with(|now| now.service = Service::Detached);
+                Err(error)
+            }
+        };
+        if let Err(error) = &done {
             // Tried again every few seconds, it is recorded once.
             let known = volume.with(|now| {
                 now.problem.as_ref().is_some_and(|problem| problem.remedy == error.remedy)
@@ -288,20 +309,14 @@ impl Daemon {
                 self.audit.record(event.failed(error.exit, &error.why));
             }
         }
-        volume.with(|now| match attached {
-            Ok(attached) => {
-                now.problem = None;
-                now.service = Service::Attached(attached);
-                Ok(())
-            }
-            Err(error) => {
-                let at = rfc3339(Timestamp::now());
-                let (why, remedy) = (error.why.clone(), error.remedy.clone());
-                now.problem = Some(Problem { at, why, remedy });
-                now.service = Service::Detached;
-                Err(error)
-            }
-        })?;
+        volume.with(|now| {
+            now.problem = done.as_ref().err().map(|error| Problem {
+                at: rfc3339(Timestamp::now()),
+                why: error.why.clone(),
+                remedy: error.remedy.clone(),
+            });
+        });
+        done?;
         // Suspended while KMS was being asked.
         if self.is_suspended(name)
             && let Some(teller) = teller(&volume)
@@ -384,11 +399,12 @@ impl Daemon {
         Peers::of(owner.map(String::as_str), group.map(String::as_str))
     }
 
-    pub(super) async fn detach(&self, name: &str) -> Answered<Box<VolumeStatus>> {
+    pub(super) async fn detach(&self, name: &str, force: bool) -> Answered<Box<VolumeStatus>> {
         let what = format!("detach volume {name}");
         let volume = self.find(&what, name).await?;
         let _alone = volume.changing.lock().await;
-        if !self.end(name, &volume, FenceReason::Detached).await.map_err(|e| {
+        let had_device = self.take_from_kernel(&what, name, &volume, force).await?;
+        let ended = self.end(name, &volume, FenceReason::Detached).await.map_err(|e| {
             let why = format!("it is detached and its key destroyed, but the last flush failed: {e}");
             refused(
                 ExitCode::Failed,
@@ -396,7 +412,8 @@ impl Daemon {
                 why,
                 "What was written since a client's last flush may be lost; check the backing store.",
             )
-        })? {
+        })?;
+        if !ended && !had_device {
             return Err(refused(
                 ExitCode::WrongState,
                 &what,
@@ -408,7 +425,12 @@ impl Daemon {
     }
 
     /// Ends the service of a volume, if it is in service; says whether it was.
-    async fn end(&self, name: &str, volume: &Volume, reason: FenceReason) -> io::Result<bool> {
+    pub(super) async fn end(
+        &self,
+        name: &str,
+        volume: &Volume,
+        reason: FenceReason,
+    ) -> io::Result<bool> {
         let taken =
             volume.with(|now| match std::mem::replace(&mut now.service, Service::Detaching) {
                 Service::Attached(attached) => Some(attached),
@@ -446,16 +468,15 @@ impl Daemon {
         }
     }
 
-    /// Attaches what should be attached, again and again while KMS gives no verdict or says no.
-    /// Dropping this ends the tries.
+    /// Attaches what should be attached and what has a device in the kernel, again and again while
+    /// KMS gives no verdict or says no. Dropping this ends the tries.
     /// `tried` is dropped when each has been tried once.
     pub(super) async fn attach_all(self: Arc<Self>, tried: mpsc::Sender<()>) {
-        let all = self.volumes().clone();
-        let waiting =
-            all.into_iter().filter(|(_, v)| v.with(|now| now.config.attach == AttachWhen::Auto));
         let mut tries = JoinSet::new();
-        for (name, _) in waiting {
-            tries.spawn(Arc::clone(&self).attach_patiently(name, tried.clone()));
+        for (name, volume) in self.volumes().clone() {
+            if is_wanted(&volume) {
+                tries.spawn(Arc::clone(&self).attach_patiently(name, tried.clone()));
+            }
         }
         drop(tried);
         while tries.join_next().await.is_some() {}
@@ -463,36 +484,140 @@ impl Daemon {
 
     async fn attach_patiently(self: Arc<Self>, name: String, tried: mpsc::Sender<()>) {
         let mut tried = Some(tried);
-        let attached = || {
-            self.volumes()
-                .get(&name)
-                .is_none_or(|volume| volume.with(|now| matches!(now.service, Service::Attached(_))))
-        };
-        // An operator may have attached or forgotten it meanwhile.
-        while !attached()
-            && let Err(e) = self.attach(&name, false).await
-        {
-            if e.exit != ExitCode::KmsUnavailable && e.exit != ExitCode::KeyDenied {
-                error!(volume = name, why = e.why, remedy = e.remedy, "not attached");
+        let mut waiting = Waiting::default();
+        loop {
+            // An operator may have attached or forgotten it meanwhile, or taken its device away.
+            let Some(volume) = self.volumes().get(&name).cloned() else { return };
+            if !is_wanted(&volume) {
                 return;
             }
-            warn!(volume = name, why = e.why, remedy = e.remedy, "not attached yet");
+            let device = volume.with(|now| now.device.clone());
+            let read_only = device.as_ref().is_some_and(|d| sysfs::is_read_only(d.device().index));
+            let how = AttachHow { read_only, ..AttachHow::default() };
+            let Err(e) = self.attach(&name, how).await else { return };
+            let lease = volume.with(|now| now.config.lease.policy(self.setup.policy));
+            let (pause, requests) = waiting.after(e.exit, lease.allowance);
+            match (device, requests) {
+                (Some(device), Refuse::Now) => device.refuse().await,
+                (Some(_), Refuse::NotYet) => {}
+                (None, _) => {
+                    if e.exit != ExitCode::KmsUnavailable && e.exit != ExitCode::KeyDenied {
+                        error!(volume = name, why = e.why, remedy = e.remedy, "not attached");
+                        return;
+                    }
+                }
+            }
+            if waiting.is_news(&e.why) {
+                warn!(volume = name, why = e.why, remedy = e.remedy, "not attached yet");
+            }
             drop(tried.take());
-            tokio::time::sleep(RETRY).await;
+            tokio::time::sleep(pause).await;
         }
     }
 
-    /// Ends service of every volume, all at the same time.
-    pub(super) async fn stop(self: &Arc<Self>) {
+    /// Ends service of every volume, all at the same time. Devices in the kernel stay: their
+    /// connections are for the next daemon, once everything is flushed and the keys are destroyed.
+    pub(super) async fn stop(self: &Arc<Self>, notifier: &Notifier) {
         let mut ends = JoinSet::new();
         for (name, volume) in self.volumes().clone() {
             let daemon = Arc::clone(self);
             ends.spawn(async move {
                 let _alone = volume.changing.lock().await;
+                let device = volume.with(|now| now.device.take());
+                let mut sockets = Vec::new();
+                if let Some(device) = &device {
+                    let index = device.device().index;
+                    let ends = device.hand_over().await;
+                    sockets.extend(ends.into_iter().map(|end| (index, end)));
+                }
                 // What failed was logged.
                 let _ended = daemon.end(&name, &volume, FenceReason::Stopping).await;
+                sockets
             });
         }
-        while ends.join_next().await.is_some() {}
+        let mut sockets = Vec::new();
+        while let Some(ended) = ends.join_next().await {
+            sockets.extend(ended.unwrap_or_default());
+        }
+        store(notifier, &sockets);
+    }
+}
+
+/// Whether a volume should be in service and is not.
+fn is_wanted(volume: &Volume) -> bool {
+    volume.with(|now| {
+        let wanted = now.device.is_some() || now.config.attach == AttachWhen::Auto;
+        wanted && !matches!(now.service, Service::Attached(_))
+    })
+}
+
+/// What becomes of the requests of a device whose volume cannot be attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refuse {
+    Now,
+    NotYet,
+}
+
+/// What the tries to attach a volume have come to.
+#[derive(Default)]
+struct Waiting {
+    since: Option<Moment>,
+    denied: bool,
+    said: Option<String>,
+}
+
+impl Waiting {
+    /// When to try again, and whether requests still wait, after a try that ended so.
+    fn after(&mut self, exit: ExitCode, allowance: Allowance) -> (Duration, Refuse) {
+        let now = now();
+        let since = *self.since.get_or_insert(now);
+        match exit {
+            ExitCode::KmsUnavailable => match allowance {
+                Allowance::For(limit) if now.since(since) >= limit => (RETRY, Refuse::Now),
+                Allowance::For(limit) => {
+                    let left = limit.saturating_sub(now.since(since));
+                    (RETRY.min(left), Refuse::NotYet)
+                }
+                Allowance::Never => (RETRY, Refuse::NotYet),
+            },
+            // As for a volume that is served: one denial is confirmed.
+            ExitCode::KeyDenied if !std::mem::replace(&mut self.denied, true) => {
+                (CONFIRM, Refuse::NotYet)
+            }
+            ExitCode::KeyDenied
+            | ExitCode::Ok
+            | ExitCode::Failed
+            | ExitCode::Usage
+            | ExitCode::WrongState
+            | ExitCode::Discrepancy => (RETRY, Refuse::Now),
+        }
+    }
+
+    fn is_news(&mut self, why: &str) -> bool {
+        let news = self.said.as_deref() != Some(why);
+        self.said = Some(why.to_owned());
+        news
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_of_a_device_wait_for_kms_until_the_allowance_and_a_denial_is_confirmed() {
+        let hour = Allowance::For(Duration::from_secs(3600));
+        let mut waiting = Waiting::default();
+        assert_eq!(waiting.after(ExitCode::KmsUnavailable, hour), (RETRY, Refuse::NotYet));
+        assert_eq!(waiting.after(ExitCode::KeyDenied, hour), (CONFIRM, Refuse::NotYet));
+        assert_eq!(waiting.after(ExitCode::KeyDenied, hour), (RETRY, Refuse::Now));
+        let over = Allowance::For(Duration::ZERO);
+        assert_eq!(waiting.after(ExitCode::KmsUnavailable, over), (RETRY, Refuse::Now));
+        let never = Allowance::Never;
+        assert_eq!(waiting.after(ExitCode::KmsUnavailable, never), (RETRY, Refuse::NotYet));
+        assert_eq!(waiting.after(ExitCode::Failed, hour), (RETRY, Refuse::Now));
+        let short = Allowance::For(Duration::from_secs(3));
+        let (pause, refuse) = Waiting::default().after(ExitCode::KmsUnavailable, short);
+        assert!(pause <= Duration::from_secs(3) && refuse == Refuse::NotYet);
     }
 }

@@ -164,6 +164,12 @@ impl Keeper {
         self.reports.borrow().clone()
     }
 
+    /// What is known, as it changes.
+    #[must_use]
+    pub fn reports(&self) -> watch::Receiver<KeyReport> {
+        self.reports.clone()
+    }
+
     /// A way to tell it things.
     #[must_use]
     pub fn teller(&self) -> Teller {

@@ -93,7 +93,7 @@ fn the_examples_of_settings_are_taken() {
     let file = dir.path().join("zeebe-0.toml");
     std::fs::write(&file, examples.next().unwrap()).unwrap();
     config::load(&file).unwrap();
-    for _ in 0..2 {
+    for _ in 0..3 {
         std::fs::write(&file, examples.next().unwrap()).unwrap();
         config::load_volume(&file).unwrap().unwrap();
     }
@@ -122,7 +122,11 @@ fn every_setting_is_described() {
         ("### `[audit]`", fields("AuditConfig")),
         (
             "## volumes.d/NAME.toml",
-            fields("VolumeConfig").union(&fields("OnFence")).cloned().collect(),
+            fields("VolumeConfig")
+                .into_iter()
+                .chain(fields("OnFence"))
+                .chain(fields("PurgeConfig"))
+                .collect(),
         ),
     ] {
         assert_eq!(first_column(section(&text, heading)), written, "{heading}");

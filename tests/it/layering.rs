@@ -22,6 +22,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("fence", &["buffer", "clock", "crypt::*", "key::*", "units"]),
     ("store", &["buffer", "units"]),
     ("device", &["buffer", "fence", "store::*", "units"]),
+    // The kernel's client: a helper of its own, which has nothing to do with keys or data.
+    ("kernel", &["exit"]),
     (
         "export",
         &["clock", "crypt", "device", "fence", "key", "key::lease", "store", "units", "volume"],
@@ -64,15 +66,44 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("keeper::plan", &["audit", "audit::record", "export", "key::lease", "units"]),
     ("keeper::group", &["key::lease", "key::wrapped"]),
+    // A volume's kernel device: joins what the kernel is asked to what answers it.
+    (
+        "attachment",
+        &[
+            "audit",
+            "audit::record",
+            "exit",
+            "export",
+            "keeper",
+            "kernel::*",
+            "nbd::kernel",
+            "nbd::stand_in",
+            "nbd::transmission",
+            "units",
+        ],
+    ),
     // Around both.
-    ("config", &["audit", "audit::chain", "key::lease", "key::wrapped", "units"]),
     ("control", &["audit", "audit::record", "exit", "key::lease", "key::wrapped", "kms", "units"]),
+    (
+        "config",
+        &[
+            "audit",
+            "audit::chain",
+            "kernel",
+            "kernel::sysfs",
+            "key::lease",
+            "key::wrapped",
+            "units",
+        ],
+    ),
     ("control::client", &["control", "exit"]),
     ("control::server", &["audit::record", "control", "daemon", "exit", "listener", "progress"]),
     (
         "daemon",
         &[
             "audit::*",
+            "attachment::*",
+            "clock",
             "config",
             "control::*",
             "crypt",
@@ -80,6 +111,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "export",
             "fence",
             "keeper::*",
+            "kernel::*",
             "key::*",
             "kms::*",
             "listener",
@@ -122,6 +154,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("cli::dev_keys", &["cli::args", "cli::output", "control", "exit", "key::wrapped", "kms::dev"]),
     ("cli::nbd_client", &["nbd::handshake", "nbd::wire"]),
+    ("bin::byokd-kernel", &["exit", "kernel", "kernel::server"]),
     ("bin::byokctl", &["cli::*", "control", "exit", "harden"]),
     ("bin::byokd", &["config", "daemon", "exit", "harden", "systemd"]),
 ];
@@ -168,13 +201,15 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("aws_sdk_kms", &["kms::aws", "cli::dev_keys"]),
     ("aws_smithy_http_client", &["kms::http"]),
     ("hyper_util", &["kms::dev"]),
+    ("neli", &["kernel::netlink"]),
+    ("rustix", &["kernel::passing"]),
     ("toml", &["config", "daemon", "control::server"]),
     // The data's way waits for nothing but its own sockets and its own ring.
-    ("tokio", &["bin", "cli", "control", "daemon", "keeper", "kms", "listener"]),
+    ("tokio", &["attachment", "bin", "cli", "control", "daemon", "keeper", "kms", "listener"]),
 ];
 
 /// Where `unsafe` may stand. Each of these says at its top that it expects it, and why.
-const UNSAFE: &[&str] = &["buffer", "crypt::awslc", "key::secret", "store::uring"];
+const UNSAFE: &[&str] = &["buffer", "crypt::awslc", "kernel::ioctl", "key::secret", "store::uring"];
 
 /// A module's source without its comments, strings and tests.
 struct Module {

@@ -9,7 +9,7 @@ import tempfile
 
 from . import image
 
-BINARIES = ("byokd", "byokctl")
+BINARIES = ("byokd", "byokctl", "byokd-kernel")
 
 
 def build(say):

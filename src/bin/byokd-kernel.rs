@@ -1,0 +1,55 @@
+//! The helper that may attach kernel devices: arguments, then [`byokd::kernel::server`].
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::ExitCode as Code;
+
+use byokd::exit::ExitCode;
+use byokd::kernel::server::Helper;
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+/// Attaches volumes as /dev/nbdX for byokd, which may not do that itself. It never sees a key.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Where to listen, if systemd passes no socket.
+    #[arg(long, default_value = byokd::kernel::SOCKET)]
+    listen: PathBuf,
+    /// The daemon's user, who may ask besides root.
+    #[arg(long)]
+    user: Option<String>,
+    /// What to log: error, warn, info, debug, trace, or a filter per module.
+    #[arg(long, env = "BYOKD_LOG", default_value = "info,neli=warn")]
+    log: EnvFilter,
+}
+
+fn main() -> Code {
+    let args = Args::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(args.log)
+        .with_target(false)
+        .with_ansi(false)
+        .init();
+    let helper = match passed_socket() {
+        Some(socket) => Helper::on(socket, args.user.as_deref()),
+        None => Helper::at(&args.listen, args.user.as_deref()),
+    };
+    match helper.and_then(|helper| helper.run()) {
+        Ok(()) => ExitCode::Ok.into(),
+        Err(error) => fail(&error),
+    }
+}
+
+/// The socket that systemd listens on for us, if it does.
+fn passed_socket() -> Option<OwnedFd> {
+    let mut passed = listenfd::ListenFd::from_env();
+    passed.take_unix_listener(0).ok().flatten().map(OwnedFd::from)
+}
+
+#[expect(clippy::print_stderr, reason = "the last words of a helper that could not start")]
+fn fail(error: &std::io::Error) -> Code {
+    eprintln!("byokd-kernel: cannot start\n  why: {error}\n  do:  Check --listen and --user.");
+    ExitCode::Failed.into()
+}

@@ -1,0 +1,371 @@
+//! Devices of the kernel: put in, taken out, and found again after a restart.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+use tracing::{error, info, warn};
+use uuid::Uuid;
+
+use crate::attachment::purge::PurgePlan;
+use crate::attachment::{Attachment, Owner};
+use crate::config::{DeviceChoice, EndUsers, VolumeConfig};
+use crate::control::Problem;
+use crate::daemon::refusals::{Answered, by_kernel, refused};
+use crate::daemon::{Daemon, Service, Volume};
+use crate::exit::ExitCode;
+use crate::kernel::client::KernelClient;
+use crate::kernel::sysfs::{self, Device};
+use crate::kernel::{Connect, MAX_CONNECTIONS, PurgeStep};
+use crate::key::lease::FenceReason;
+use crate::systemd::Notifier;
+use crate::units::rfc3339;
+use crate::volume::inspect;
+
+/// What descriptors of kernel connections are called in systemd's store: `kernel.nbdN.M`.
+const STORED: &str = "kernel.";
+
+/// How long the headers of volumes may take to be read when a device has to be matched to one.
+const MATCH: Duration = Duration::from_secs(10);
+
+/// How long systemd may take to keep what it is given.
+const STORE: Duration = Duration::from_secs(5);
+
+/// How a volume is to be attached, besides what its definition says.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct AttachHow {
+    pub(super) read_only: bool,
+    pub(super) device: Option<DeviceChoice>,
+    pub(super) connections: Option<usize>,
+}
+
+impl AttachHow {
+    /// As a request has it.
+    pub(super) fn of(
+        what: &str,
+        read_only: bool,
+        device: Option<&str>,
+        connections: Option<usize>,
+    ) -> Answered<Self> {
+        let device = device.map(str::parse).transpose().map_err(|e| {
+            refused(ExitCode::Usage, what, e, "Give --device auto, or --device /dev/nbdN.")
+        })?;
+        if connections.is_some_and(|n| n == 0 || n > MAX_CONNECTIONS) {
+            let why = format!("a device has between 1 and {MAX_CONNECTIONS} connections");
+            return Err(refused(ExitCode::Usage, what, why, "Mend --connections."));
+        }
+        Ok(Self { read_only, device, connections })
+    }
+}
+
+impl Daemon {
+    fn owner(&self, name: &str, config: &VolumeConfig) -> Owner {
+        Owner {
+            name: name.to_owned(),
+            client: KernelClient::new(self.setup.config.kernel_socket.clone()),
+            table: self.table.clone(),
+            audit: Arc::clone(&self.audit),
+            plan: plan(config),
+            gone: self.gone.clone(),
+        }
+    }
+
+    /// Makes a device of a volume that is attached, if it is to have one; or goes on with the one
+    /// that it has.
+    pub(super) async fn put_in_kernel(
+        &self,
+        what: &str,
+        name: &str,
+        volume: &Volume,
+        config: &VolumeConfig,
+        how: AttachHow,
+    ) -> Answered<()> {
+        let served = volume.with(|now| match &now.service {
+            Service::Attached(attached) => {
+                Some((Arc::clone(&attached.export), attached.keeper.reports()))
+            }
+            Service::Detached | Service::Attaching | Service::Detaching => None,
+        });
+        let Some((export, reports)) = served else { return Ok(()) };
+        let uuid = export.volume().header().uuid();
+        let connections = how.connections.or(config.connections).unwrap_or(1);
+        if volume.with(|now| now.device.is_none())
+            && let Some(device) = sysfs::devices().into_iter().find(|d| d.volume == uuid)
+        {
+            let owner = self.owner(name, config);
+            let resumed = Attachment::resume(owner, device, Vec::new(), connections);
+            let resumed = resumed
+                .map_err(|e| refused(ExitCode::Failed, what, e, "Raise the limits of byokd."))?;
+            volume.with(|now| now.device = Some(Arc::new(resumed)));
+        }
+        if let Some(device) = volume.with(|now| now.device.clone()) {
+            let Device { index, volume: other } = device.device();
+            if other != uuid {
+                return Err(refused(
+                    ExitCode::WrongState,
+                    what,
+                    format!("/dev/nbd{index} is of volume {other}, its store now holds {uuid}"),
+                    format!("Put the store back, or: byokctl detach {name} --force"),
+                ));
+            }
+            device.serve(export, reports, plan(config)).await;
+            return Ok(());
+        }
+        let Some(choice) = how.device.or(config.device) else { return Ok(()) };
+        self.note(name, uuid).map_err(|e| {
+            refused(ExitCode::Failed, what, e, "Check the directory of the control socket.")
+        })?;
+        let geometry = export.geometry();
+        let connect = Connect {
+            index: match choice {
+                DeviceChoice::Auto => None,
+                DeviceChoice::Number(index) => Some(index),
+            },
+            volume: uuid,
+            size: geometry.capacity(),
+            block_size: geometry.sector_size().bytes(),
+            read_only: export.options().read_only,
+            trim: export.options().trim,
+            request_timeout: config.request_timeout(),
+            dead_timeout: config.dead_timeout(),
+        };
+        let owner = self.owner(name, config);
+        let connected = Attachment::connect(owner, connect, connections, export, reports).await;
+        let device = connected.map_err(|e| by_kernel(what, &e))?;
+        info!(
+            volume = name,
+            device = format!("/dev/nbd{}", device.device().index),
+            "in the kernel"
+        );
+        volume.with(|now| now.device = Some(Arc::new(device)));
+        Ok(())
+    }
+
+    /// Takes the volume's device away, if it has one; says whether it had.
+    pub(super) async fn take_from_kernel(
+        &self,
+        what: &str,
+        name: &str,
+        volume: &Volume,
+        force: bool,
+    ) -> Answered<bool> {
+        let Some(device) = volume.with(|now| now.device.clone()) else { return Ok(false) };
+        if !force {
+            let holders = device.holders().await.map_err(|e| by_kernel(what, &e))?;
+            if !holders.is_empty() {
+                let all: Vec<_> = holders.iter().map(ToString::to_string).collect();
+                let path = device.device().index;
+                return Err(refused(
+                    ExitCode::WrongState,
+                    what,
+                    format!("/dev/nbd{path} is in use: {}", all.join("; ")),
+                    "Unmount it and end what uses it; or detach --force, which loses what is not written yet.",
+                ));
+            }
+        }
+        if let Err(error) = device.disconnect().await {
+            if !force {
+                return Err(by_kernel(what, &error));
+            }
+            warn!(volume = name, %error, remedy = error.remedy, "the device cannot be taken away; closing its connections");
+            device.abandon().await;
+        }
+        volume.with(|now| now.device = None);
+        // A leftover does no harm: it is read for devices that are there.
+        let _gone = std::fs::remove_file(self.noted(device.device().volume));
+        Ok(true)
+    }
+
+    /// Where udev's rule finds the name of the volume that a device belongs to.
+    fn noted(&self, volume: Uuid) -> PathBuf {
+        self.devices_dir().join(volume.to_string())
+    }
+
+    fn devices_dir(&self) -> PathBuf {
+        let dir = self.setup.config.control_socket.parent().map(PathBuf::from).unwrap_or_default();
+        dir.join("devices")
+    }
+
+    fn note(&self, name: &str, volume: Uuid) -> io::Result<()> {
+        let dir = self.devices_dir();
+        std::fs::create_dir_all(&dir)?;
+        let new = dir.join(format!("{volume}.new"));
+        std::fs::write(&new, format!("BYOKD_VOLUME={name}\n"))?;
+        std::fs::rename(&new, self.noted(volume))
+    }
+
+    /// Finds the devices that an earlier daemon left, and has their requests wait. `sockets` are
+    /// what it handed over.
+    pub(super) async fn resume_devices(
+        &self,
+        sockets: Vec<(String, OwnedFd)>,
+        notifier: &Notifier,
+    ) {
+        let mut handed_over: BTreeMap<u32, Vec<OwnedFd>> = BTreeMap::new();
+        for (name, socket) in sockets {
+            // A crash must close them: else the kernel waits for what this process has read.
+            if let Err(error) = notifier.forget_fds(&name) {
+                warn!(name, %error, "systemd keeps a descriptor that is in use");
+            }
+            match index_of(&name) {
+                Some(index) => handed_over.entry(index).or_default().push(socket),
+                None => warn!(name, "closed a descriptor that nobody knows"),
+            }
+        }
+        for device in sysfs::devices() {
+            let Device { index, volume: uuid } = device;
+            let path = format!("/dev/nbd{index}");
+            let Some((name, volume)) = self.volume_of(uuid).await else {
+                warn!(device = path, volume = %uuid, "a device of no volume that is known; put its definition back, or: nbd-client -d {path}");
+                continue;
+            };
+            let config = volume.with(|now| now.config.clone());
+            let sockets = handed_over.remove(&index).unwrap_or_default();
+            let (count, wanted) = (sockets.len(), config.connections.unwrap_or(1));
+            let wanted = if count > 0 { count } else { wanted };
+            match Attachment::resume(self.owner(&name, &config), device, sockets, wanted) {
+                Ok(resumed) => {
+                    info!(
+                        volume = name,
+                        device = path,
+                        handed_over = count,
+                        "found again; its requests wait for the key"
+                    );
+                    if let Err(error) = self.note(&name, uuid) {
+                        warn!(volume = name, %error, "udev will not find the name of the device");
+                    }
+                    volume.with(|now| now.device = Some(Arc::new(resumed)));
+                }
+                Err(error) => {
+                    error!(volume = name, device = path, %error, "a device cannot be taken over")
+                }
+            }
+        }
+    }
+
+    /// The volume with that uuid: as noted, or by the headers.
+    async fn volume_of(&self, uuid: Uuid) -> Option<(String, Arc<Volume>)> {
+        let noted = std::fs::read_to_string(self.noted(uuid)).unwrap_or_default();
+        let all = self.volumes().clone();
+        if let Some(name) = noted.trim().strip_prefix("BYOKD_VOLUME=")
+            && let Some(volume) = all.get(name)
+        {
+            return Some((name.to_owned(), Arc::clone(volume)));
+        }
+        for (name, volume) in all {
+            let backing = volume.with(|now| now.config.backing.clone());
+            let header = timeout(MATCH, spawn_blocking(move || inspect(&backing))).await;
+            if matches!(header, Ok(Ok(Ok((header, _)))) if header.uuid() == uuid) {
+                return Some((name, volume));
+            }
+        }
+        None
+    }
+
+    /// Ends the service of volumes whose devices have gone by themselves.
+    pub(super) async fn watch_devices(self: Arc<Self>, mut gone: mpsc::UnboundedReceiver<String>) {
+        while let Some(name) = gone.recv().await {
+            let volume = self.volumes().get(&name).cloned();
+            if let Some(volume) = volume {
+                self.device_gone(&name, &volume).await;
+            }
+        }
+    }
+
+    async fn device_gone(&self, name: &str, volume: &Volume) {
+        let _alone = volume.changing.lock().await;
+        let device = volume.with(|now| now.device.take_if(|d| d.state().gone.is_some()));
+        let Some(device) = device else { return };
+        // What failed was logged.
+        let _ended = self.end(name, volume, FenceReason::Detached).await;
+        let why = device.state().gone.unwrap_or_default();
+        let at = rfc3339(Timestamp::now());
+        let remedy = format!("byokctl attach {name}");
+        volume.with(|now| now.problem = Some(Problem { at, why, remedy }));
+    }
+}
+
+/// Gives systemd what was handed over, for the next daemon.
+pub(super) fn store(notifier: &Notifier, sockets: &[(u32, OwnedFd)]) {
+    for (at, (index, socket)) in sockets.iter().enumerate() {
+        match notifier.store_fd(&format!("{STORED}nbd{index}.{at}"), socket) {
+            Ok(true) => {}
+            Ok(false) => warn!(
+                device = format!("/dev/nbd{index}"),
+                "nobody keeps the connection; requests wait for the next byokd"
+            ),
+            Err(error) => {
+                warn!(device = format!("/dev/nbd{index}"), %error, "systemd does not keep the connection")
+            }
+        }
+    }
+    if let Err(error) = notifier.settle(STORE) {
+        warn!(%error, "systemd may not have kept all connections");
+    }
+}
+
+/// Whether a descriptor of systemd's store is a connection of the kernel's.
+pub(super) fn is_stored(name: &str) -> bool {
+    name.starts_with(STORED)
+}
+
+fn index_of(name: &str) -> Option<u32> {
+    let (device, _) = name.strip_prefix(STORED)?.split_once('.')?;
+    sysfs::index_of(device)
+}
+
+fn plan(config: &VolumeConfig) -> PurgePlan {
+    let purge = &config.purge;
+    let end = match purge.end {
+        EndUsers::Nobody => None,
+        EndUsers::Processes => Some(PurgeStep::EndProcesses),
+        EndUsers::Groups => Some(PurgeStep::EndGroups),
+    };
+    let steps = [
+        purge.shut_down.then_some(PurgeStep::ShutDown),
+        end,
+        purge.unmount.then_some(PurgeStep::Unmount),
+        purge.flush_device.then_some(PurgeStep::FlushDevice),
+        purge.drop_caches.then_some(PurgeStep::DropCaches),
+    ];
+    PurgePlan {
+        steps: steps.into_iter().flatten().collect(),
+        disconnect: purge.disconnect,
+        limit: purge.step_timeout.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_purge_goes_from_file_systems_to_the_device() {
+        let mut config = VolumeConfig::new("/x".into());
+        let usual = plan(&config);
+        assert_eq!(
+            usual.steps,
+            [PurgeStep::ShutDown, PurgeStep::FlushDevice, PurgeStep::DropCaches]
+        );
+        assert!(!usual.disconnect);
+        config.purge.end = EndUsers::Processes;
+        config.purge.unmount = true;
+        let all = plan(&config).steps;
+        assert_eq!(all[1..3], [PurgeStep::EndProcesses, PurgeStep::Unmount]);
+    }
+
+    #[test]
+    fn stored_connections_name_their_device() {
+        assert!(is_stored("kernel.nbd12.3"));
+        assert_eq!(index_of("kernel.nbd12.3"), Some(12));
+        assert_eq!(index_of("kernel.sda.3"), None);
+        assert_eq!(index_of("stored"), None);
+    }
+}

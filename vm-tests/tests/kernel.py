@@ -1,0 +1,208 @@
+"""Volumes as /dev/nbdX: attached by byokd-kernel, over restarts and crashes, and revoked."""
+
+import json
+
+from harness.case import expect, start_byokd
+
+CTL = "/payload/byokctl"
+LINK = "/dev/byokd/v"
+
+
+def served(case, size="192M", definition="", **how):
+    """A guest under systemd with byokd installed as its units have it, and a volume `v` that is not attached."""
+    kms = case.kms()
+    key = kms.key()
+    guest = case.guest(systemd=True, **how).boot()
+    install(guest, kms)
+    guest.run(f"byokctl volume create v --backing /var/lib/byokd/v.img --size {size} --key {key} --purpose zeebe")
+    define(guest, definition)
+    return guest, kms, key
+
+
+def install(guest, kms):
+    """The programs and units where a package puts them."""
+    guest.put("/etc/byokd/byokd.toml", f"""\
+volumes_dir = "/etc/byokd/volumes.d"
+
+[kms]
+region = "eu-central-1"
+endpoint = "http://10.0.2.2:{kms.port}"
+
+[lease]
+probe_interval = "1s"
+""")
+    guest.put("/etc/byokd/environment", "AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=test\n")
+    guest.run("""
+        cp /payload/byokd /payload/byokctl /payload/byokd-kernel /usr/bin/
+        cd /payload/systemd
+        cp byokd.service byokd-kernel.service byokd-kernel.socket /etc/systemd/system/
+        cp 60-byokd.rules /etc/udev/rules.d/
+        install -D -m 644 byokd.sysusers /etc/sysusers.d/byokd.conf
+        install -D -m 644 byokd.tmpfiles /etc/tmpfiles.d/byokd.conf
+        install -D -m 644 byokd.modules-load /etc/modules-load.d/byokd.conf
+        modprobe nbd
+        udevadm control --reload
+        systemd-sysusers && systemd-tmpfiles --create byokd.conf
+        systemctl daemon-reload && systemctl start byokd""")
+
+
+def define(guest, more):
+    guest.run(f"cat >>/etc/byokd/volumes.d/v.toml <<'EOF'\n{more}\nEOF")
+
+
+def device(guest):
+    return volume(guest)["device"]
+
+
+def volume(guest):
+    return json.loads(guest.run("byokctl --json volume show v"))
+
+
+def load(guest, seconds):
+    """Writes with checksums that are read back, with a sync now and then; it must not see one error."""
+    return guest.start(f"""fio --name=load --filename=/mnt/file --size=24M --rw=randwrite --bs=4k-64k --ioengine=libaio \
+        --iodepth=8 --direct=1 --fsync=16 --verify=crc32c --verify_backlog=64 --verify_fatal=1 --time_based \
+        --runtime={seconds} --output-format=json --error_dump=0""")
+
+
+def a_volume_is_attached_used_and_detached(case):
+    guest, _, _ = served(case, size="448M")
+    guest.run("byokctl attach v --device auto")
+    guest.run(f"test -b {LINK} && test $(cat /sys/block/nbd0/queue/rotational) = 0")
+    expect(guest.run("cat /sys/block/nbd0/queue/logical_block_size").strip() == "4096", "blocks of 4096 bytes")
+    uuid = volume(guest)["uuid"]
+    expect(guest.run("cat /sys/block/nbd0/backend").strip() == uuid, "the backend identifier is the volume's uuid")
+    for file_system in ("ext4", "xfs"):
+        guest.run(f"mkfs.{file_system} -q {'-f' if file_system == 'xfs' else '-F'} {LINK} && mount {LINK} /mnt")
+        load(guest, 5).succeeds()
+        guest.run("rm /mnt/file && sync && fstrim -v /mnt")
+        status, said = guest.attempt("byokctl detach v")
+        expect(status == 5 and "mounted on /mnt" in said, f"detached while mounted: {status} {said}")
+        guest.run("umount /mnt")
+    guest.run(f"printf ',200M\\n,\\n' | sfdisk -q {LINK} && udevadm settle && test -b {LINK}-part1 -a -b {LINK}-part2")
+    guest.run(f"mkfs.ext4 -q {LINK}-part2 && mount {LINK}-part2 /mnt && echo there >/mnt/file && umount /mnt")
+    status, said = guest.attempt(f"exec 3<{LINK}; byokctl detach v")
+    expect(status == 5 and "opened by" in said, f"detached while open: {said}")
+    guest.run(f"byokctl detach v && udevadm settle && test ! -e {LINK}")
+    guest.run(f"byokctl attach v --device /dev/nbd5 --read-only && test $(cat /sys/block/nbd5/ro) = 1 && udevadm settle")
+    guest.run(f"mount -o ro {LINK}-part2 /mnt && grep there /mnt/file && umount /mnt && byokctl detach v")
+    guest.clean_dmesg()
+
+
+def wrong_devices_are_refused_and_leave_nothing(case):
+    guest, _, _ = served(case)
+    status, said = guest.attempt("byokctl attach v --device /dev/sda")
+    expect(status == 2 and "/dev/nbdN" in said, said)
+    guest.run("""truncate -s 8M /tmp/x && nbdkit -U /tmp/x.sock file /tmp/x
+        udevadm settle; nbd-client -unix /tmp/x.sock /dev/nbd0""")
+    status, said = guest.attempt("byokctl attach v --device /dev/nbd0")
+    expect(status == 5 and "in use" in said, said)
+    expect(volume(guest)["state"] == "detached", "left detached")
+    guest.run("byokctl attach v --device auto")
+    expect(device(guest)["path"] == "/dev/nbd1", "the first free one")
+    guest.run("byokctl detach v && udevadm settle && nbd-client -d /dev/nbd0 && udevadm settle")
+    guest.run("systemctl stop byokd-kernel.socket byokd-kernel.service")
+    status, said = guest.attempt("byokctl attach v --device auto")
+    expect(status == 5 and "byokd-kernel.socket" in said, said)
+    guest.run("systemctl start byokd-kernel.socket; udevadm settle; modprobe -r nbd")
+    status, said = guest.attempt("byokctl attach v --device auto")
+    expect(status == 5 and "modprobe nbd" in said, said)
+    guest.run("modprobe nbd && byokctl attach v --device auto")
+    # Somebody disconnects it by hand.
+    guest.run("udevadm settle; nbd-client -d /dev/nbd0")
+    guest.until("that is noticed", "byokctl status v | grep -q 'disconnected by someone else'")
+    expect(volume(guest)["state"] == "detached", "a clean state")
+    guest.run("udevadm settle; byokctl attach v --device auto && byokctl detach v")
+
+
+def goes_on(guest):
+    """Writes are acknowledged again, and not only those from before."""
+    guest.until("writes go on", """
+        read -r _ _ _ _ now _ </sys/block/nbd0/stat
+        [ -e /run/then ] || echo $now >/run/then
+        [ $now -ge $(($(cat /run/then) + 30)) ] && rm /run/then""")
+
+
+def restarts_and_crashes_under_load_cost_no_error(case):
+    # What was under way at a crash waits for this; a slow guest needs some of it as well.
+    guest, _, _ = served(case, definition='request_timeout = "6s"')
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
+    times = case.times(4, 20)
+    running = load(guest, 100000)
+    for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd"):
+        for _ in range(times):
+            goes_on(guest)
+            pause = case.random.random() * 2
+            before = guest.run(f"sleep {pause:.2f}; systemctl show -p MainPID --value byokd").strip()
+            guest.run(how)
+            guest.until("the new daemon serves", f"""[ "$(systemctl show -p MainPID --value byokd)" != {before} ] &&
+                byokctl status v | grep -q serving""")
+            expect(not running.ended(), "the load ended")
+    goes_on(guest)
+    guest.run("pkill -INT -x fio")
+    status, said = running.wait()
+    expect('"error" : 0' in said and "verify:" not in said, f"fio ended with {status}: {said[-3000:]}")
+    guest.run("umount /mnt && udevadm settle && byokctl detach v && byokctl attach v --device auto")
+    guest.run(f"fsck.ext4 -fn {LINK} && byokctl detach v")
+    # What the kernel says of a connection that ends and of requests that it sends again.
+    guest.clean_dmesg(allowed=("Connection timed out, retrying",))
+
+
+def a_denied_key_is_errors_at_once_until_it_is_back(case):
+    for file_system in ("ext4", "xfs"):
+        case.say(file_system)
+        guest, kms, key = served(case, size="384M", name=file_system)
+        guest.run(f"byokctl attach v --device auto && mkfs.{file_system} -q {LINK} && mount {LINK} /mnt")
+        guest.run("echo canary >/mnt/acknowledged && sync && cat /mnt/acknowledged")
+        kms.disable(key)
+        guest.until("the volume is fenced and purged", "byokctl status v | grep -q 'purge.*drop-caches'")
+        status, said = guest.attempt("timeout 20 cat /mnt/acknowledged")
+        expect(status == 1 and "error" in said, f"the cached file is still read: {status} {said}")
+        # Denied at a restart: errors, on a live socket.
+        guest.run("systemctl restart byokd")
+        guest.until("the device refuses", "byokctl status v | grep -q 'answered with errors'")
+        status, said = guest.attempt(f"timeout 20 dd if={LINK} of=/dev/null bs=4k count=1 iflag=direct")
+        expect(status == 1 and "Input/output error" in said, said)
+        kms.enable(key)
+        guest.until("it serves again", "byokctl status v | grep -q serving")
+        guest.run(f"dd if={LINK} of=/dev/null bs=4k count=1 iflag=direct")
+        guest.run(f"umount /mnt && mount {LINK} /mnt && grep canary /mnt/acknowledged && umount /mnt")
+        guest.run("udevadm settle; byokctl detach v")
+        expect("blocked for more than" not in guest.dmesg(), "a task hung")
+        guest.shut_down()
+
+
+def requests_wait_for_kms_within_the_allowance(case):
+    guest, kms, _ = served(case, definition='request_timeout = "3s"\n[lease]\nfail_closed_after = "40s"')
+    guest.run("byokctl attach v --device auto")
+    kms.fault(fault="reset")
+    guest.run("systemctl kill -s KILL byokd")
+    reading = guest.start(f"dd if={LINK} of=/dev/null bs=4k count=1 iflag=direct")
+    guest.until("it waits", "byokctl status v 2>/dev/null | grep -q 'wait for the key'")
+    expect(not reading.ended(), "a request did not wait")
+    kms.no_faults()
+    reading.succeeds()
+    guest.until("it serves", "byokctl status v | grep -q serving")
+    kms.fault(fault="reset")
+    guest.run("systemctl kill -s KILL byokd")
+    status, said = guest.attempt(f"dd if={LINK} of=/dev/null bs=4k count=1 iflag=direct", timeout=200)
+    expect(status == 1 and "Input/output error" in said, said)
+    kms.no_faults()
+    guest.until("it serves", "byokctl status v | grep -q serving")
+
+
+def a_forced_detach_ends_whatever_hangs(case):
+    guest, _, _ = served(case, definition='request_timeout = "30s"')
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
+    running = load(guest, 100000)
+    guest.run("sleep 1; timeout 60 byokctl detach v --force")
+    status, _ = running.wait(timeout=60)
+    expect(status != 0, "fio saw errors")
+    guest.run("timeout 60 umount /mnt")
+    guest.until("the device is free", "byokctl attach v --device /dev/nbd0 2>/dev/null")
+    guest.run(f"mount {LINK} /mnt && umount /mnt && udevadm settle && byokctl detach v")
+    expect("blocked for more than" not in guest.dmesg(), "a task hung")
+
+
+restarts_and_crashes_under_load_cost_no_error.time_limit = 700
+a_denied_key_is_errors_at_once_until_it_is_back.time_limit = 600
