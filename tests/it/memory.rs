@@ -321,6 +321,38 @@ fn the_key_is_gone_after_a_detach_and_after_an_attach_that_failed() {
     assert!(scene.found().is_empty(), "denied: {:?}", scene.found());
 }
 
+/// What is found in a core of `pid` that root makes by force, with gdb.
+fn found_in_core(scene: &Scene) -> Vec<&'static str> {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let pid = scene.daemon.pid();
+    run(Command::new("gcore").arg("-o").arg(dir.path().join("core")).arg(pid.to_string()));
+    let core = std::fs::read(dir.path().join(format!("core.{pid}"))).unwrap();
+    // The daemon's name for itself, in writable memory: the core holds what a core holds.
+    assert!(memchr::memmem::find(&core, b"byokd.toml").is_some(), "the core is one");
+    let found = |(what, needles): (&&'static str, &Vec<Vec<u8>>)| {
+        needles.iter().any(|needle| memchr::memmem::find(&core, needle).is_some()).then_some(*what)
+    };
+    scene.needles.0.iter().filter_map(found).collect()
+}
+
+#[test]
+fn nothing_secret_is_in_a_core_made_by_force() {
+    if !can_scan() || !have(&["gcore"]) {
+        return;
+    }
+    let scene = Scene::new();
+    scene.daemon.ok(&["attach", "v"]);
+    scene.work();
+    let client = scene.half_a_write();
+    until("the half of a write is there", || scene.found() == IN_USE);
+    assert!(found_in_core(&scene).is_empty(), "in use: {:?}", found_in_core(&scene));
+    assert_eq!(scene.found(), IN_USE, "it was there to be found");
+    scene.customer.set_enabled(false);
+    until("the volume is fenced", || scene.daemon.state("v") == "fenced");
+    assert!(found_in_core(&scene).is_empty(), "fenced: {:?}", found_in_core(&scene));
+    drop(client);
+}
+
 #[test]
 fn a_rewrap_leaves_no_key_behind() {
     if !can_scan() {

@@ -1,0 +1,184 @@
+"""The way to KMS, as bad as it is told to be: a proxy that harms single exchanges byte by byte."""
+
+import http.client
+import json
+import re
+import socket
+import struct
+import threading
+import time
+
+HARMS = ("cut", "cut-request", "delay", "flip", "flip-request", "replay", "drip", "reset", "garbage", "split")
+DENIALS = (b"AccessDeniedException", b"DisabledException", b"KMSInvalidStateException", b"NotFoundException")
+
+
+class Way:
+    """Listens on a port of its own and passes requests on to KMS. `harm` is the share of exchanges that are
+    harmed; while `down`, every connection is reset."""
+
+    def __init__(self, kms_port, random):
+        self.kms_port, self.random = kms_port, random
+        self.harm, self.down = 0.0, False
+        self.lock = threading.Lock()
+        self.counts = {}
+        self.denied = {}
+        self.kept = []
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def first_denial(self, volume, since):
+        """When the first answer that denied this volume's canary or key was delivered unharmed."""
+        with self.lock:
+            return min((at for at in self.denied.get(volume, []) if at >= since), default=None)
+
+    def forget(self):
+        """Nothing is replayed that a daemon heard which has ended: a new one does not know what came before it."""
+        with self.lock:
+            self.kept.clear()
+
+    def listen(self):
+        while True:
+            client, _ = self.listener.accept()
+            threading.Thread(target=self.serve, args=(client,), daemon=True).start()
+
+    def serve(self, client):
+        client.settimeout(60)
+        try:
+            while True:
+                if self.down:
+                    return reset(client)
+                request = message(client)
+                if not request or not self.exchange(client, request):
+                    return
+        except OSError:
+            pass
+        finally:
+            client.close()
+
+    def exchange(self, client, request):
+        """One request and its answer. Says whether the connection goes on."""
+        if self.down:
+            reset(client)
+            return False
+        with self.lock:
+            harm = self.random.choice(HARMS) if self.random.random() < self.harm else None
+            place, pause = self.random.random(), self.random.uniform(0.05, 4)
+            old = self.random.choice(self.kept) if self.kept else b""
+            self.counts[harm or "unharmed"] = self.counts.get(harm or "unharmed", 0) + 1
+        if harm == "reset":
+            reset(client)
+            return False
+        if harm == "garbage":
+            client.sendall(bytes(int(place * 251 + n * 7) % 256 for n in range(300)))
+            return False
+        if harm == "replay" and old:
+            client.sendall(old)
+            return True
+        if harm == "flip-request":
+            request = flipped(request, place)
+        if harm == "cut-request":
+            request = request[: int(place * len(request))]
+        answer = self.ask(request)
+        if not answer:
+            return False
+        if harm == "cut":
+            client.sendall(answer[: int(place * len(answer))])
+            return False
+        if harm == "delay":
+            time.sleep(pause)
+        if harm == "flip":
+            answer = flipped(answer, place)
+        if harm == "drip":
+            for n in range(len(answer)):
+                client.sendall(answer[n : n + 1])
+                time.sleep(0.02)
+        elif harm == "split":
+            for n in range(0, len(answer), 7):
+                client.sendall(answer[n : n + 7])
+        else:
+            client.sendall(answer)
+        if harm in (None, "split", "replay"):
+            self.remember(request, answer)
+        return True
+
+    def remember(self, request, answer):
+        volume = re.search(rb'"byokd:volume-uuid":\s*"([^"]+)"', request)
+        with self.lock:
+            self.kept = self.kept[-50:] + [answer]
+            if volume and b"TrentService.Decrypt" in request and any(word in answer for word in DENIALS):
+                self.denied.setdefault(volume[1].decode(), []).append(time.monotonic())
+
+    def ask(self, request):
+        with socket.create_connection(("127.0.0.1", self.kms_port), timeout=5) as kms:
+            kms.settimeout(5)
+            kms.sendall(request)
+            return message(kms)
+
+
+def message(connection):
+    """The bytes of one HTTP message, as far as they come."""
+    data = b""
+    try:
+        while b"\r\n\r\n" not in data:
+            more = connection.recv(65536)
+            if not more:
+                return data
+            data += more
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length:\s*(\d+)", head)
+        while length and len(body) < int(length[1]):
+            more = connection.recv(65536)
+            if not more:
+                break
+            body += more
+        return head + b"\r\n\r\n" + body
+    except TimeoutError:
+        return data
+
+
+def flipped(data, place):
+    at = int(place * len(data))
+    return data[:at] + bytes([data[at] ^ 1 << int(place * 8 * len(data)) % 8]) + data[at + 1 :]
+
+
+def reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+class Console:
+    """The customer's console: straight to KMS, past the bad way."""
+
+    def __init__(self, port):
+        self.port = port
+
+    def post(self, path, body, headers=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request("POST" if body is not None else "DELETE", path, body=body and json.dumps(body), headers=headers or {})
+            answer = connection.getresponse()
+            text = answer.read()
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise RuntimeError(f"KMS: {text!r}")
+        return json.loads(text or b"{}")
+
+    def do(self, operation, **arguments):
+        return self.post("/", arguments, {"X-Amz-Target": f"TrentService.{operation}", "Authorization": "none is checked",
+                                          "Content-Type": "application/x-amz-json-1.1"})
+
+    def trouble(self, **fault):
+        self.post("/_dev/faults", fault)
+
+    def no_trouble(self):
+        self.post("/_dev/faults", None)
+
+    def allow_but(self, key, volume=None):
+        """The key's policy: everything, but nothing for this volume."""
+        statements = [{"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "kms:*", "Resource": "*"}]
+        if volume:
+            statements.append({"Effect": "Deny", "Principal": {"AWS": "*"}, "Action": "kms:Decrypt", "Resource": "*",
+                               "Condition": {"StringEquals": {"kms:EncryptionContext:byokd:volume-uuid": volume}}})
+        self.do("PutKeyPolicy", KeyId=key, Policy=json.dumps({"Version": "2012-10-17", "Statement": statements}))
