@@ -36,6 +36,7 @@ pub(super) fn by_volume(what: &str, error: &VolumeError) -> ControlError {
         | VolumeErrorClass::NoSpace
         | VolumeErrorClass::ReadOnly
         | VolumeErrorClass::WrongKey
+        | VolumeErrorClass::Descriptors
         | VolumeErrorClass::Io => ExitCode::Failed,
     };
     refused(exit, what, error, error.remedy())

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::mpsc;
 use tokio::task::{JoinSet, spawn_blocking};
 use tracing::{error, info, warn};
@@ -51,6 +52,22 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// How soon a first denial of a volume with a device is confirmed.
 const CONFIRM: Duration = Duration::from_millis(500);
+
+/// Descriptors that no further volume takes: what is attached needs them for clients, and for asking
+/// KMS. A node that could not ask would lose all its volumes when their allowances end.
+const SPARE_DESCRIPTORS: u64 = 32;
+
+/// Whether another volume may be attached; if not, why.
+fn room_for_descriptors() -> Result<(), String> {
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).map_err(|e| e.to_string())?;
+    let open = std::fs::read_dir("/proc/self/fd").map_err(|e| e.to_string())?.count() as u64;
+    if open + SPARE_DESCRIPTORS > limit {
+        return Err(format!(
+            "{open} of {limit} files are open, and the rest is kept for clients and for KMS"
+        ));
+    }
+    Ok(())
+}
 
 /// A name that a volume being made has for itself.
 struct Reserved<'a> {
@@ -253,6 +270,10 @@ impl Daemon {
                 format!("See `byokctl status {name}`."),
             ));
         }
+        room_for_descriptors().map_err(|why| {
+            let remedy = "Raise LimitNOFILE for byokd, or attach fewer volumes.";
+            refused(ExitCode::Failed, &what, why, remedy)
+        })?;
         if self.is_suspended(name) {
             return Err(refused(
                 ExitCode::WrongState,

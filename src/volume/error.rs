@@ -33,6 +33,8 @@ pub enum VolumeErrorClass {
     WrongKey,
     /// What was asked for makes no sense.
     Request,
+    /// Too many files are open.
+    Descriptors,
     /// The system failed.
     Io,
 }
@@ -122,6 +124,7 @@ impl VolumeError {
                 Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => VolumeErrorClass::NoSpace,
                 Some(libc::EROFS | libc::EACCES | libc::EPERM) => VolumeErrorClass::ReadOnly,
                 Some(libc::EBUSY) => VolumeErrorClass::Busy,
+                Some(libc::EMFILE | libc::ENFILE) => VolumeErrorClass::Descriptors,
                 _ => VolumeErrorClass::Io,
             },
             Self::Header { source, .. } => match source {
@@ -174,6 +177,9 @@ impl VolumeError {
                 "Restore the header from a backup with `cryptsetup luksHeaderRestore`, and find out who changed it."
             }
             VolumeErrorClass::Request => "Ask for a size that fits.",
+            VolumeErrorClass::Descriptors => {
+                "Raise LimitNOFILE for byokd, or attach fewer volumes."
+            }
             VolumeErrorClass::Io => "See the system's log for the backing store.",
         }
     }

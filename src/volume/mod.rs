@@ -35,6 +35,9 @@ pub use create::{CreateOptions, NewVolume};
 pub use error::{VolumeError, VolumeErrorClass};
 pub use rewrap::NextHeader;
 
+/// Both copies of a header as byokd and `cryptsetup` make it.
+const USUAL_AREA: usize = 32 << 10;
+
 /// Whether a volume is opened for writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -223,7 +226,13 @@ fn lock_mutex<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn read_header(file: &File, path: &Path) -> Result<(Header, Recovery), VolumeError> {
-    let area = read_up_to(file, AREA, 0).map_err(|e| VolumeError::io("read", path, e))?;
+    let read = |most| read_up_to(file, most, 0).map_err(|e| VolumeError::io("read", path, e));
+    // Only what is damaged or not ours has to be looked for further on: a node reads many headers,
+    // and would keep the memory of the largest.
+    if let Ok((header, Recovery::NotNeeded)) = Header::parse(&read(USUAL_AREA)?) {
+        return Ok((header, Recovery::NotNeeded));
+    }
+    let area = read(AREA)?;
     Header::parse(&area).map_err(|source| VolumeError::Header { path: path.to_owned(), source })
 }
 

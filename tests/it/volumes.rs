@@ -250,3 +250,19 @@ fn a_reader_that_has_had_enough_is_no_error() {
         run(Command::new("bash").args(["-c", &command]));
     }
 }
+
+#[test]
+fn a_daemon_that_may_open_no_more_files_says_so_and_what_to_do() {
+    if !have(&["prlimit"]) {
+        return;
+    }
+    let daemon = Daemon::start();
+    daemon.create("v", "1M", &daemon.key());
+    let pid = daemon.pid().to_string();
+    run(Command::new("prlimit").args(["--pid", &pid, "--nofile=40:1024"]));
+    let (code, refused) = daemon.ctl(&["attach", "v"]);
+    assert_eq!(code, 1, "{refused}");
+    assert!(refused["remedy"].as_str().unwrap().contains("LimitNOFILE"), "{refused}");
+    run(Command::new("prlimit").args(["--pid", &pid, "--nofile=1024:1024"]));
+    daemon.ok(&["attach", "v"]);
+}

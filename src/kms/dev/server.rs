@@ -39,6 +39,8 @@ pub(super) struct Server {
 /// more.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Seen {
+    /// When it came, milliseconds since 1970.
+    pub at_ms: i64,
     /// The operation.
     pub operation: String,
     /// The request id it was answered with.
@@ -160,6 +162,7 @@ impl Server {
         let key = api::key_id_of(&body);
         let met = self.faults.meet(&operation, key.as_deref());
         let seen = Seen {
+            at_ms: jiff::Timestamp::now().as_millisecond(),
             operation: operation.clone(),
             request_id: request_id.clone(),
             key,

@@ -1,7 +1,5 @@
 """The way to KMS, as bad as it is told to be: a proxy that harms single exchanges byte by byte."""
 
-import http.client
-import json
 import re
 import socket
 import struct
@@ -145,40 +143,3 @@ def flipped(data, place):
 def reset(connection):
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
-
-
-class Console:
-    """The customer's console: straight to KMS, past the bad way."""
-
-    def __init__(self, port):
-        self.port = port
-
-    def post(self, path, body, headers=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            connection.request("POST" if body is not None else "DELETE", path, body=body and json.dumps(body), headers=headers or {})
-            answer = connection.getresponse()
-            text = answer.read()
-        finally:
-            connection.close()
-        if answer.status != 200:
-            raise RuntimeError(f"KMS: {text!r}")
-        return json.loads(text or b"{}")
-
-    def do(self, operation, **arguments):
-        return self.post("/", arguments, {"X-Amz-Target": f"TrentService.{operation}", "Authorization": "none is checked",
-                                          "Content-Type": "application/x-amz-json-1.1"})
-
-    def trouble(self, **fault):
-        self.post("/_dev/faults", fault)
-
-    def no_trouble(self):
-        self.post("/_dev/faults", None)
-
-    def allow_but(self, key, volume=None):
-        """The key's policy: everything, but nothing for this volume."""
-        statements = [{"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "kms:*", "Resource": "*"}]
-        if volume:
-            statements.append({"Effect": "Deny", "Principal": {"AWS": "*"}, "Action": "kms:Decrypt", "Resource": "*",
-                               "Condition": {"StringEquals": {"kms:EncryptionContext:byokd:volume-uuid": volume}}})
-        self.do("PutKeyPolicy", KeyId=key, Policy=json.dumps({"Version": "2012-10-17", "Statement": statements}))
