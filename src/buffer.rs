@@ -59,6 +59,16 @@ impl Buffer {
         Ok(buffer)
     }
 
+    /// A buffer of `len` bytes, all zero, that belongs to no pool.
+    ///
+    /// # Errors
+    /// The kernel has no memory.
+    pub fn zeroed(len: usize) -> Result<Self, Errno> {
+        let mut buffer = Self::map(len.max(1).next_multiple_of(MIN_BUFFER))?;
+        buffer.len = len;
+        Ok(buffer)
+    }
+
     /// How many bytes are in use.
     #[must_use]
     pub fn len(&self) -> usize {

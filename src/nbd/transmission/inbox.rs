@@ -1,15 +1,18 @@
-//! Bytes received and not yet used.
+//! Bytes received and not yet used: a client's plaintext among them, so they lie where all plaintext
+//! does, locked and left out of core dumps.
 
 use std::io;
 
 use zeroize::Zeroize;
 
 use super::INBOX;
+use crate::buffer::{Buffer, Plaintext};
 
 /// Bytes received and not yet used.
 #[derive(Default)]
 pub(super) struct Inbox {
-    bytes: Vec<u8>,
+    /// Of [`INBOX`] bytes, once something was received.
+    memory: Option<Plaintext>,
     start: usize,
     end: usize,
     /// How far plaintext may reach since the last wipe.
@@ -18,7 +21,7 @@ pub(super) struct Inbox {
 
 impl Inbox {
     pub(super) fn bytes(&self) -> &[u8] {
-        &self.bytes[self.start..self.end]
+        self.memory.as_ref().map_or(&[], |memory| &memory.bytes()[self.start..self.end])
     }
 
     pub(super) fn consume(&mut self, n: usize) {
@@ -30,7 +33,7 @@ impl Inbox {
 
     pub(super) fn take(&mut self, to: &mut [u8]) -> usize {
         let n = to.len().min(self.end - self.start);
-        to[..n].copy_from_slice(&self.bytes[self.start..self.start + n]);
+        to[..n].copy_from_slice(&self.bytes()[..n]);
         self.consume(n);
         n
     }
@@ -39,18 +42,20 @@ impl Inbox {
         &mut self,
         read: impl FnOnce(&mut [u8]) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        if self.bytes.is_empty() {
-            self.bytes = vec![0; INBOX];
-        }
+        let memory = match &mut self.memory {
+            Some(memory) => memory,
+            none => none.insert(Plaintext::new(Buffer::zeroed(INBOX)?)),
+        };
+        let bytes = memory.bytes_mut();
         if self.start > 0 {
-            self.bytes.copy_within(self.start..self.end, 0);
+            bytes.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
         }
-        if self.end == self.bytes.len() {
+        if self.end == bytes.len() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        let n = read(&mut self.bytes[self.end..])?;
+        let n = read(&mut bytes[self.end..])?;
         self.end += n;
         self.touched = self.touched.max(self.end);
         Ok(n)
@@ -58,11 +63,13 @@ impl Inbox {
 
     /// Wipes what has been used.
     pub(super) fn wipe(&mut self) {
+        let Some(memory) = &mut self.memory else { return };
+        let bytes = memory.bytes_mut();
         if self.touched > self.end {
-            self.bytes[self.end..self.touched].zeroize();
+            bytes[self.end..self.touched].zeroize();
         }
         if self.start > 0 {
-            self.bytes[..self.start].zeroize();
+            bytes[..self.start].zeroize();
         }
         self.touched = self.end;
     }
