@@ -47,6 +47,21 @@ class NbdDisk:
         until(f"{device} is let go of", free)
 
 
+class LoopDisk:
+    """A new file as a block device, with nothing between."""
+
+    def __init__(self, stack, file, size):
+        with open(file, "wb") as out:
+            out.truncate(size)
+        self.device = run("losetup", "--find", "--show", "--direct-io=on", file).strip()
+        stack.callback(self.close)
+
+    def close(self):
+        if self.device:
+            does("losetup", "-d", self.device)
+            self.device = None
+
+
 class FileSystem:
     """ext4 on a disk, mounted."""
 
@@ -62,7 +77,7 @@ class FileSystem:
     def unmount(self):
         """Nothing may hold it any more, nothing may hang in it."""
         if not does("umount", self.directory, seconds=120):
-            raise Failure(f"{self.directory} cannot be unmounted within 120 s")
+            raise Failure(f"{self.directory} cannot be unmounted: something holds it, or hangs in it")
         self.mounted = False
 
     def abandon(self):

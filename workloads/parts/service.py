@@ -17,16 +17,18 @@ class Byokd:
 
     def start(self):
         (self.state / "byokd.sock").unlink(missing_ok=True)
-        command = [*self.prefix, BINARIES / "byokd", "--dev", "--state-dir", self.state, *self.options]
-        self.process = Process(self.stack, command, self.log)
+        self.process = Process(self.stack, [*self.prefix, *self.command()], self.log)
         until("byokd answers", lambda: self.process.ended() or self.call("status")[0] == 0)
         if self.process.ended():
             raise Failure(f"byokd ended with {self.process.child.returncode}; {self.log} says why")
 
+    def command(self):
+        return [BINARIES / "byokd", "--dev", "--state-dir", self.state, *self.options]
+
     def call(self, *args):
         """A command of byokctl: its exit code and its answer."""
         env = {**os.environ, "BYOKD_STATE_DIR": str(self.state), "BYOKD_SOCKET": str(self.state / "byokd.sock")}
-        done = subprocess.run([*map(str, self.prefix), BINARIES / "byokctl", "--json", *map(str, args)], capture_output=True, text=True, env=env)
+        done = subprocess.run([BINARIES / "byokctl", "--json", *map(str, args)], capture_output=True, text=True, env=env)
         return done.returncode, json.loads(done.stdout) if done.stdout.startswith("{") else {"why": done.stdout + done.stderr}
 
     def ctl(self, *args):

@@ -1,0 +1,26 @@
+"""What byokd is compared with: the same file served by nbdkit, in clear and as LUKS."""
+
+from .shell import Process, run, until
+
+# What cryptsetup leaves before the data of a LUKS1 device.
+LUKS1_HEADER = 2 << 20
+
+
+def nbdkit(stack, name, scratch, size, log):
+    """Serves a new file; gives its URI. The page cache is kept out of it, as byokd keeps it out."""
+    socket, image = scratch / f"{name}.sock", scratch / f"{name}.img"
+    with open(image, "wb") as file:
+        file.truncate(size + (LUKS1_HEADER if name == "nbdkit-luks" else 0))
+    command = ["nbdkit", "-f", "-U", socket]
+    if name == "nbdkit-luks":
+        secret = scratch / "passphrase"
+        secret.write_text("passphrase")
+        # The filter reads LUKS1 only. Iterations are about passphrases, not about the speed of data.
+        run("/usr/sbin/cryptsetup", "luksFormat", "--type", "luks1", "--batch-mode", "--cipher", "aes-xts-plain64", "--key-size", "512",
+            "--pbkdf-force-iterations", "1000", image, secret)
+        command += ["--filter=luks", "file", image, f"passphrase=+{secret}"]
+    else:
+        command += ["file", image]
+    server = Process(stack, command, log)
+    until(f"{name} listens", lambda: socket.exists() or server.ended())
+    return f"nbd+unix:///?socket={socket}"

@@ -1,0 +1,149 @@
+"""Elasticsearch, one node: documents in bulk, each bulk synced to the translog before it is acknowledged."""
+
+import hashlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import socket
+import subprocess
+
+from parts import acks
+from parts.shell import FETCHED, Failure, Process, run, until
+
+from .server import Server
+
+# Elasticsearch refuses to run as root.
+USER = "nobody"
+
+
+class Elastic(Server):
+    name, purpose = "es", "elasticsearch"
+    batch, clients = 50, 2
+    start_within = 300
+    trouble = ("[ERROR]", "[WARN ]", "Exception", "SIGBUS", "fatal error")
+    index = "load"
+
+    def __init__(self, stack, report_dir, seed):
+        super().__init__(stack, report_dir, seed)
+        self.repository = None
+
+    def launch(self, data):
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            other.bind(("127.0.0.1", 0))
+            self.port, transport = one.getsockname()[1], other.getsockname()[1]
+        home = data.parent / "es"
+        shutil.rmtree(home, ignore_errors=True)
+        distribution = next(iter(sorted(FETCHED.glob("elasticsearch-*"))), None)
+        if distribution is None:
+            raise Failure("Elasticsearch is not there; workloads/fetch --full brings it")
+        for part in ("bin", "lib", "modules"):
+            home.mkdir(exist_ok=True)
+            (home / part).symlink_to(distribution / part)
+        shutil.copytree(distribution / "config", home / "config")
+        for part in ("logs", "plugins", "tmp"):
+            (home / part).mkdir()
+        (data / "es").mkdir(exist_ok=True)
+        settings = {
+            "cluster.name": "workloads", "node.name": "n", "discovery.type": "single-node", "network.host": "127.0.0.1",
+            "http.port": self.port, "transport.port": transport, "path.data": str(data / "es"), "path.logs": str(home / "logs"),
+            "xpack.security.enabled": False,
+            # Sized for disks of terabytes.
+            "cluster.routing.allocation.disk.threshold_enabled": False,
+        }
+        if self.repository:
+            settings["path.repo"] = str(self.repository)
+        # JSON is YAML.
+        (home / "config" / "elasticsearch.yml").write_text(json.dumps(settings))
+        for place in (home, data / "es"):
+            run("chown", "-R", f"{USER}:", place)
+        env = {"PATH": os.environ["PATH"], "ES_JAVA_HOME": java_home(), "ES_PATH_CONF": str(home / "config"), "ES_TMPDIR": str(home / "tmp"),
+               "ES_JAVA_OPTS": "-Xms512m -Xmx512m", "HOME": str(home)}
+        # One process group, so that the launcher's JVM is not left behind when it is killed.
+        return ProcessTree(self.stack, ["setpriv", f"--reuid={USER}", "--regid=nogroup", "--clear-groups", home / "bin" / "elasticsearch"], self.log,
+                           env=env, cwd=home, start_new_session=True)
+
+    def ready(self):
+        try:
+            self.request("GET", "/_cluster/health?wait_for_status=yellow&timeout=1s")
+        except (OSError, Failure, ValueError):
+            return False
+        return True
+
+    def load(self):
+        try:
+            self.request("GET", f"/{self.index}")
+        except Failure:
+            settings = {"number_of_shards": 1, "number_of_replicas": 0, "index.translog.durability": "request", "refresh_interval": "1s"}
+            mappings = {"properties": {"n": {"type": "long"}, "hash": {"type": "keyword"}, "text": {"type": "text"}}}
+            self.request("PUT", f"/{self.index}", json.dumps({"settings": settings, "mappings": mappings}))
+        super().load()
+
+    def document(self, number):
+        choose = random.Random(self.seed << 40 | number)
+        text = " ".join("w%d" % int(20000 * choose.random() ** 3) for _ in range(60))
+        return {"n": number, "text": text, "hash": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+
+    def write(self, connection, first):
+        lines = []
+        for n in range(first, first + self.batch):
+            lines += [json.dumps({"index": {"_id": str(n)}}), json.dumps(self.document(n))]
+        answer = self.request("POST", f"/{self.index}/_bulk", "\n".join(lines) + "\n", connection, "application/x-ndjson")
+        if answer["errors"]:
+            raise Failure(f"bulk: {next(i['index']['error'] for i in answer['items'] if 'error' in i['index'])}")
+
+    def verify(self, _data):
+        """Every acknowledged document by its id and every word of it; then Lucene's own count, and searches."""
+        self.request("GET", f"/_cluster/health/{self.index}?wait_for_status=green&timeout=120s")
+        self.request("POST", f"/{self.index}/_refresh")
+        promised, wrong = sorted(acks.records(self.acks)), []
+        for at in range(0, len(promised), 500):
+            body = json.dumps({"ids": [str(n) for n in promised[at:at + 500]]})
+            for n, found in zip(promised[at:at + 500], self.request("POST", f"/{self.index}/_mget", body)["docs"]):
+                if not found.get("found") or found["_source"] != self.document(n):
+                    wrong.append(n)
+        count = self.request("GET", f"/{self.index}/_count")["count"]
+        query = {"size": 0, "query": {"range": {"n": {"gte": 0}}}}
+        hits = self.request("POST", f"/{self.index}/_search?track_total_hits=true", json.dumps(query))["hits"]["total"]["value"]
+        whole = not wrong and count >= len(promised) and hits == count
+        return whole, f"{len(promised)} acknowledged, {len(wrong)} lost or changed {wrong[:5]}, {count} documents by count, {hits} by a search"
+
+
+class ProcessTree(Process):
+    """A launcher and what it launched."""
+
+    def kill(self):
+        try:
+            os.killpg(self.child.pid, 9)
+        except ProcessLookupError:
+            pass
+        self.child.wait(60)
+        # A killed process holds its files until it is gone, which its parent's end does not say.
+        until("all of the process group are gone", lambda: not living(self.child.pid))
+
+    def stop(self, seconds=60):
+        code = super().stop(seconds)
+        until("all of the process group are gone", lambda: not living(self.child.pid))
+        return code
+
+
+def living(group):
+    """Members of a process group that are more than a zombie."""
+    found = []
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, member_of = stat.read_text().rsplit(")", 1)[1].split()[:3]
+        except (OSError, ValueError):
+            # It has ended meanwhile.
+            continue
+        if int(member_of) == group and state not in "ZX":
+            found.append(stat.parent.name)
+    return found
+
+
+def java_home():
+    """JAVA_HOME, or that of the java in PATH."""
+    found = os.environ.get("JAVA_HOME")
+    return found or str(pathlib.Path(subprocess.run(["readlink", "-f", shutil.which("java")], capture_output=True, text=True).stdout.strip()).parents[1])

@@ -1,0 +1,44 @@
+"""e. A volume moves from node A to node B: two daemons in network namespaces of their own, each with its state directory,
+and one KMS between them. The program goes on where it stopped; both nodes at once are refused."""
+
+import shutil
+
+from parts import acks
+from parts.node import Node
+from parts.shell import Failure
+
+from .setting import Setting, go_on_for
+
+
+def story(stack, report, make_program, seed, quick):
+    s = Setting(stack, report, make_program, seed)
+    seconds = 3 if quick else 20
+    there = Node(stack, s.scratch / "node-b", s.byokd, report.directory / "byokd-b.log")
+    there.define("v", s.scratch / "v.img")
+    s.begin()
+    report.check("the load runs on node A", go_on_for(s.program, seconds))
+    code, answer = there.call("attach", "v")
+    report.check(f"node B is refused while A serves: {answer.get('why')}", code == 5)
+    report.check("the load on node A notices nothing of that", go_on_for(s.program, 2))
+    s.program.halt()
+    s.program.stop()
+    s.unmount()
+    s.byokd.ctl("detach", "v")
+    here, s.byokd = s.byokd, there
+    there.ctl("attach", "v")
+    report.event("the volume is on node B")
+    code, answer = here.call("attach", "v")
+    report.check(f"node A is refused while B serves: {answer.get('why')}", code == 5)
+    s.mount()
+    s.program.start(s.data)
+    s.everything_is_there("on node B")
+    s.program.load()
+    report.event("load goes on")
+    report.check("the load runs on node B", go_on_for(s.program, seconds))
+    s.program.halt()
+    s.everything_is_there("at the end")
+    s.program.stop()
+    s.file_system_is_clean("at the end")
+    rows = acks.read(s.program.acks)
+    report.load(s.program.name, rows)
+    return {s.program.name: rows}
