@@ -7,7 +7,7 @@ LUKS1_HEADER = 2 << 20
 
 
 def nbdkit(stack, name, scratch, size, log):
-    """Serves a new file; gives its URI. The page cache is kept out of it, as byokd keeps it out."""
+    """Serves a new file; gives its URI. nbdkit goes through the page cache, as it does by itself; byokd bypasses it."""
     socket, image = scratch / f"{name}.sock", scratch / f"{name}.img"
     with open(image, "wb") as file:
         file.truncate(size + (LUKS1_HEADER if name == "nbdkit-luks" else 0))
