@@ -26,7 +26,7 @@ use crate::fence::{Fence, KeyDestroyed};
 use crate::key::VolumeKey;
 use crate::key::lease::FenceReason;
 use crate::store::{Backing, DirectIo};
-use crate::units::{Geometry, millis};
+use crate::units::{Geometry, SectorSize, millis};
 use crate::volume::{Access, UnlockedVolume, VolumeError};
 
 /// How long a connection has, after the fence closed, to answer what it holds and wipe it. Then it
@@ -89,7 +89,9 @@ pub struct Export {
     options: ExportOptions,
     volume: UnlockedVolume,
     backing: Backing,
-    geometry: Geometry,
+    sector_size: SectorSize,
+    /// Bytes a client may use; it only grows.
+    capacity: AtomicU64,
     fence: Arc<Fence>,
     order: Arc<WriteOrder>,
     clients: Mutex<Vec<Arc<Client>>>,
@@ -176,7 +178,8 @@ impl Export {
             options: ExportOptions { read_only, ..options },
             volume,
             backing,
-            geometry,
+            sector_size: geometry.sector_size(),
+            capacity: AtomicU64::new(geometry.capacity()),
             fence,
             order: Arc::default(),
             clients: Mutex::default(),
@@ -384,7 +387,13 @@ impl Export {
 
     /// The volume's size and sector size.
     pub fn geometry(&self) -> Geometry {
-        self.geometry
+        Geometry::new(self.capacity.load(Ordering::Relaxed), self.sector_size)
+    }
+
+    /// The volume has grown, its store and header included: requests may go as far. Clients that
+    /// are connected hear of it by other ways, or when they connect again.
+    pub fn grown(&self) {
+        self.capacity.fetch_max(self.volume.geometry().capacity(), Ordering::Release);
     }
 
     /// The volume.

@@ -42,6 +42,8 @@ pub enum Kind {
     AttachFailed,
     /// A volume's key is about to be wrapped anew: recorded before its header is written.
     Rewrap,
+    /// A volume is about to grow: recorded before its header is written.
+    Resize,
     /// A volume went out of service.
     Detach,
     /// The lease on a key got into another state.

@@ -106,6 +106,14 @@ pub enum VolumeCommand {
         /// Its name.
         name: String,
     },
+    /// Make a volume larger, also while it is in use.
+    Resize {
+        /// Its name.
+        name: String,
+        /// Bytes a client may use from then on, like 20G.
+        #[arg(long)]
+        size: Size,
+    },
     /// Drop a volume's definition; its data stays.
     Forget {
         /// Its name.

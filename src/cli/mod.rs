@@ -90,6 +90,9 @@ pub fn run(
             }
             VolumeCommand::List => tell(&socket, &Request::VolumeList, out),
             VolumeCommand::Show { name } => tell(&socket, &Request::VolumeShow { name }, out),
+            VolumeCommand::Resize { name, size } => {
+                tell(&socket, &Request::VolumeResize { name, size: size.0 }, out)
+            }
             VolumeCommand::Forget { name } => tell(&socket, &Request::VolumeForget { name }, out),
         },
     }

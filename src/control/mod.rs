@@ -44,6 +44,13 @@ pub enum Request {
         /// Its name.
         name: String,
     },
+    /// Makes a volume larger, also while it is in use: answered with [`Answer::Volume`].
+    VolumeResize {
+        /// Its name.
+        name: String,
+        /// Bytes that a client may use from then on.
+        size: u64,
+    },
     /// Unlocks and serves a volume: answered with [`Answer::Volume`].
     Attach {
         /// Its name.
@@ -140,6 +147,7 @@ impl Request {
             | Self::AuditHead => true,
             Self::VolumeCreate(_)
             | Self::VolumeForget { .. }
+            | Self::VolumeResize { .. }
             | Self::Attach { .. }
             | Self::Detach { .. }
             | Self::KeySuspend { .. }

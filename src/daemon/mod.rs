@@ -8,6 +8,7 @@ mod audited;
 mod devices;
 mod keys;
 mod refusals;
+mod resize;
 mod rewrap;
 mod service;
 mod status;
@@ -420,6 +421,9 @@ impl Daemon {
             }
             Request::VolumeShow { name } => {
                 self.one_status(&name).await.map(|one| Answer::Volume(Box::new(one)))
+            }
+            Request::VolumeResize { name, size } => {
+                self.resize(&name, size).await.map(Answer::Volume)
             }
             Request::VolumeForget { name } => self.forget(&name).await.map(|()| Answer::Done),
             Request::Attach { name, read_only, device, connections } => {

@@ -25,11 +25,11 @@ use crate::kms::{KeyService, Proof, ServiceError};
 use crate::luks2::Header;
 use crate::volume::{Access, LockedVolume, NextHeader, inspect};
 
-/// A volume's header before the rewrap, and how it is defined.
-struct Before {
-    config: VolumeConfig,
-    path: PathBuf,
-    header: Arc<Header>,
+/// A volume's header before it is changed, and how it is defined.
+pub(super) struct Before {
+    pub(super) config: VolumeConfig,
+    pub(super) path: PathBuf,
+    pub(super) header: Arc<Header>,
 }
 
 impl Daemon {
@@ -62,7 +62,7 @@ impl Daemon {
         Ok(Box::new(status(name, &volume).await))
     }
 
-    async fn before(&self, what: &str, name: &str, volume: &Volume) -> Answered<Before> {
+    pub(super) async fn before(&self, what: &str, name: &str, volume: &Volume) -> Answered<Before> {
         if let Some((export, config)) =
             volume.with(|now| Some((in_service(&now.service)?, now.config.clone())))
         {
@@ -74,7 +74,7 @@ impl Daemon {
             }
             if !export.is_serving() {
                 return refuse(
-                    "it is fenced, and only a key that may be used can be rewrapped",
+                    "it is fenced, and only a key that may be used can seal another header",
                     "When it is served again; see byokctl status",
                 );
             }
@@ -147,7 +147,7 @@ impl Daemon {
     }
 }
 
-fn in_service(service: &Service) -> Option<Arc<Export>> {
+pub(super) fn in_service(service: &Service) -> Option<Arc<Export>> {
     match service {
         Service::Attached(attached) => Some(Arc::clone(&attached.export)),
         Service::Detached | Service::Attaching | Service::Detaching => None,

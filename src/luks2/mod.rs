@@ -257,16 +257,28 @@ impl Header {
         wrapped: WrappedKey,
         canary: Canary,
     ) -> Result<Self, HeaderError> {
+        self.sealed_anew(self.token.capacity, key, wrapped, canary)
+    }
+
+    /// The next version of this header: the same with another capacity.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn resized(&self, key: &VolumeKey, capacity: u64) -> Result<Self, HeaderError> {
+        let Token { wrapped, canary, .. } = self.token.clone();
+        self.sealed_anew(capacity, key, wrapped, canary)
+    }
+
+    fn sealed_anew(
+        &self,
+        capacity: u64,
+        key: &VolumeKey,
+        wrapped: WrappedKey,
+        canary: Canary,
+    ) -> Result<Self, HeaderError> {
+        let created = self.token.created.clone();
         let mut next = self.clone();
-        next.token = Token::seal(
-            self.uuid,
-            self.segment,
-            self.token.capacity,
-            self.token.created.clone(),
-            wrapped,
-            canary,
-            key,
-        );
+        next.token = Token::seal(self.uuid, self.segment, capacity, created, wrapped, canary, key);
         next.metadata.set_token(&self.token_id, next.token.encode()?)?;
         next.copy.json = next.metadata.encode();
         next.copy.seqid = self.copy.seqid.saturating_add(1);

@@ -10,12 +10,14 @@
 //! |---|---|
 //! | `create.rs` | new volumes |
 //! | `backing.rs` | the store as a file: lock, size, what others keep on it |
-//! | `rewrap.rs` | another wrapping for a volume's key |
+//! | `rewrap.rs` | another header for a volume: the next one, sealed with its key |
+//! | `resize.rs` | a volume grows |
 //! | `error.rs` | why something could not be done |
 
 mod backing;
 mod create;
 mod error;
+mod resize;
 mod rewrap;
 
 use std::fs::{File, OpenOptions};

@@ -1,5 +1,5 @@
-//! Another wrapping for a volume's key: the next header is sealed with the key, the key goes, and
-//! only then is the header written. So the key does not wait for a disk.
+//! Another header for a volume, as for another wrapping of its key: the next header is sealed with
+//! the key, the key goes, and only then is the header written. So the key does not wait for a disk.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -33,6 +33,30 @@ impl NextHeader {
             .map_err(|source| VolumeError::WrongKey { path: path.to_owned(), source })?;
         let next = header
             .rewrapped(key, wrapped, canary)
+            .map_err(|source| VolumeError::Header { path: path.to_owned(), source })?;
+        Ok(Self { replaces: header, header: Arc::new(next) })
+    }
+
+    /// `header` with another capacity, after checking that `key` is the volume's.
+    ///
+    /// # Errors
+    /// The key is not the volume's, the header was changed by someone without it, or it gives the
+    /// data a fixed size, past which others would not read.
+    pub fn resize(
+        header: Arc<Header>,
+        key: &VolumeKey,
+        capacity: u64,
+        path: &Path,
+    ) -> Result<Self, VolumeError> {
+        header
+            .verify(key)
+            .map_err(|source| VolumeError::WrongKey { path: path.to_owned(), source })?;
+        if let Some(fixed) = header.segment().size.filter(|fixed| *fixed < capacity) {
+            let why = format!("its header fixes the size of its data to {fixed} bytes");
+            return Err(VolumeError::Request { path: path.to_owned(), why });
+        }
+        let next = header
+            .resized(key, capacity)
             .map_err(|source| VolumeError::Header { path: path.to_owned(), source })?;
         Ok(Self { replaces: header, header: Arc::new(next) })
     }

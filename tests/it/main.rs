@@ -25,6 +25,7 @@ mod other_kms;
 mod promises;
 mod raw;
 mod readme;
+mod resize;
 mod revocation;
 mod rewrap;
 mod seeds;

@@ -89,6 +89,26 @@ def a_volume_is_attached_used_and_detached(case):
     guest.clean_dmesg()
 
 
+def a_volume_grows_while_it_is_mounted(case):
+    guest, _, _ = served(case, size="384M")
+    guest.run("byokctl attach v --device auto")
+    for file_system, grow, size in (("ext4 -F", f"resize2fs {LINK}", 448), ("xfs -f", "xfs_growfs /mnt", 512)):
+        guest.run(f"mkfs.{file_system} -q {LINK} && mount {LINK} /mnt && echo there >/mnt/before")
+        running = load(guest, 8)
+        blocks = int(guest.run("stat -f -c %b /mnt"))
+        guest.run(f"byokctl volume resize v --size {size}M && {grow}")
+        expect(int(guest.run(f"blockdev --getsize64 {LINK}")) == size << 20, "the device has grown")
+        expect(int(guest.run("stat -f -c %b /mnt")) > blocks, "the file system has grown")
+        running.succeeds()
+        # Over a restart as well.
+        guest.run("systemctl restart byokd && grep there /mnt/before && umount /mnt")
+    status, said = guest.attempt("byokctl volume resize v --size 64M")
+    expect(status == 2 and "only grows" in said, said)
+    guest.run("udevadm settle; byokctl detach v && byokctl volume resize v --size 576M && byokctl attach v --device auto")
+    expect(int(guest.run(f"blockdev --getsize64 {LINK}")) == 576 << 20, "grown while detached")
+    guest.clean_dmesg()
+
+
 def wrong_devices_are_refused_and_leave_nothing(case):
     guest, _, _ = served(case)
     status, said = guest.attempt("byokctl attach v --device /dev/sda")
