@@ -113,6 +113,9 @@ impl StartError {
         match self {
             Self::SelfTest(_) => "Do not serve volumes with this machine or this build; report it.",
             Self::Config(_) => "Mend the lines named above.",
+            Self::Kms(AwsSettingsError::NoCertificates) => {
+                "Install the package ca-certificates, or name a bundle in SSL_CERT_FILE."
+            }
             Self::Kms(_) => "Set `region` under [kms] in byokd.toml.",
             Self::DevKms(_) => "Check the state directory.",
             Self::Audit(AuditOpenError::InUse(_)) => {

@@ -10,6 +10,7 @@
 //! Both are freed, unwiped, when the connection ends. So calls that carry a volume key use
 //! [`Reuse::Never`]: their connection, and with it those buffers, ends with the call.
 
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use aws_smithy_http_client::{Builder, tls};
@@ -44,7 +45,19 @@ pub(super) fn client(reuse: Reuse) -> SharedHttpClient {
         Reuse::Never => Builder::new().pool_max_idle_per_host(0),
     };
     let provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::AwsLc);
-    SharedHttpClient::new(Wiping { inner: builder.tls_provider(provider).build_https(), reuse })
+    // Without any, asking for the machine's certificates panics in some builds, also for `http:`.
+    let trusted = tls::TrustStore::empty().with_native_roots(has_roots());
+    let context = tls::TlsContext::builder().with_trust_store(trusted).build();
+    let context = context.expect("no certificate was given that could be wrong");
+    let inner = builder.tls_provider(provider).tls_context(context).build_https();
+    SharedHttpClient::new(Wiping { inner, reuse })
+}
+
+/// Whether this machine has certificates to know an HTTPS server by.
+pub(super) fn has_roots() -> bool {
+    static HAS: LazyLock<bool> =
+        LazyLock::new(|| !rustls_native_certs::load_native_certs().certs.is_empty());
+    *HAS
 }
 
 #[derive(Debug)]

@@ -605,3 +605,30 @@ fn the_policy_that_is_printed_is_enough_and_no_more() {
         customer.console.encrypt().key_id(key).plaintext(aws_sdk_kms::primitives::Blob::new("x"));
     customer.runtime.block_on(encrypt.send()).unwrap_err();
 }
+
+#[test]
+fn without_ca_certificates_the_daemon_says_so_at_its_start_and_needs_none_for_plain_http() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (bundle, none) = (dir.path().join("empty.pem"), dir.path().join("none"));
+    std::fs::write(&bundle, "").unwrap();
+    let missing = [("SSL_CERT_FILE", &bundle), ("SSL_CERT_DIR", &none)];
+    let place = dir.path().display();
+    let settings = dir.path().join("byokd.toml");
+    let text = format!(
+        "volumes_dir = \"{place}/volumes.d\"\ncontrol_socket = \"{place}/byokd.sock\"\n\
+         nbd_dir = \"{place}/nbd\"\n[kms]\nregion = \"eu-central-1\"\n\
+         [audit]\ndirectory = \"{place}/audit\"\n"
+    );
+    std::fs::write(&settings, text).unwrap();
+    let mut byokd = Command::new(env!("CARGO_BIN_EXE_byokd"));
+    let ended = output(byokd.arg("--config").arg(&settings).envs(missing));
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert_eq!(ended.status.code(), Some(1), "{said}");
+    assert!(said.contains("no CA certificates"), "{said}");
+    assert!(said.contains("Install the package ca-certificates"), "{said}");
+    let env = missing.map(|(name, path)| (name.to_owned(), path.display().to_string()));
+    let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
+    let daemon = Daemon::start_with(elsewhere, env.to_vec());
+    daemon.volume("v", "1M", &daemon.key());
+    assert_eq!(daemon.state("v"), "serving", "{}", daemon.log());
+}

@@ -95,6 +95,11 @@ impl AwsKms {
                 return Err(AwsSettingsError::Endpoint(endpoint.clone()));
             }
         }
+        // Else every call would fail, and look as if KMS were out of reach.
+        let plain = settings.endpoint.as_deref().is_some_and(|url| url.starts_with("http://"));
+        if !plain && !http::has_roots() {
+            return Err(AwsSettingsError::NoCertificates);
+        }
         Self::over(&shared_config(&settings).await, &settings)
     }
 

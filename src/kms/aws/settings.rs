@@ -115,6 +115,9 @@ pub enum AwsSettingsError {
     /// The endpoint is no URL.
     #[error("the KMS endpoint `{0}` is not a URL: write it as https://HOST[:PORT]")]
     Endpoint(String),
+    /// KMS is reached over TLS, and no server would be known.
+    #[error("this machine has no CA certificates, so that no KMS can be told from a false one")]
+    NoCertificates,
 }
 
 /// Three attempts, with the SDK's own backoff: it never goes past the operation's limit.
