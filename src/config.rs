@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use uuid::Uuid;
 
 use crate::audit::chain::Hash;
 use crate::audit::{AuditSettings, OnFailure};
@@ -346,6 +347,9 @@ pub enum AttachWhen {
 pub struct VolumeConfig {
     /// File or block device.
     pub backing: PathBuf,
+    /// Which volume lies there; any, if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<Uuid>,
     /// When to attach it.
     #[serde(default)]
     pub attach: AttachWhen,
@@ -497,6 +501,7 @@ impl VolumeConfig {
     pub fn new(backing: PathBuf) -> Self {
         Self {
             backing,
+            uuid: None,
             attach: AttachWhen::Manual,
             trim: true,
             read_only: false,
@@ -558,6 +563,72 @@ pub fn is_volume_name(name: &str) -> bool {
     let mut bytes = name.bytes();
     let first = bytes.next().is_some_and(|b| b.is_ascii_alphanumeric());
     first && name.len() <= 64 && bytes.all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+}
+
+/// Names of the members that differ; a member that is not listed does not compile.
+macro_rules! differing {
+    ($type:ident, $one:expr, $other:expr, $($member:ident),+ $(,)?) => {{
+        let $type { $($member),+ } = $one;
+        let members = [$((stringify!($member), *$member == $other.$member)),+];
+        members.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect()
+    }};
+}
+
+impl Config {
+    /// Settings that `other` has otherwise.
+    #[must_use]
+    pub fn differing(&self, other: &Self) -> Vec<&'static str> {
+        differing!(
+            Config,
+            self,
+            other,
+            volumes_dir,
+            control_socket,
+            nbd_dir,
+            kernel_socket,
+            owner,
+            group,
+            nbd_owner,
+            nbd_group,
+            tcp_listen,
+            max_connections,
+            secret_memory,
+            kms,
+            lease,
+            audit,
+        )
+    }
+}
+
+impl VolumeConfig {
+    /// Keys that `other` has otherwise.
+    #[must_use]
+    pub fn differing(&self, other: &Self) -> Vec<&'static str> {
+        differing!(
+            VolumeConfig,
+            self,
+            other,
+            backing,
+            uuid,
+            attach,
+            trim,
+            read_only,
+            direct,
+            role_arn,
+            external_id,
+            owner,
+            group,
+            on_denial,
+            hold_for,
+            on_fence,
+            device,
+            connections,
+            request_timeout,
+            dead_timeout,
+            purge,
+            lease,
+        )
+    }
 }
 
 /// Reads the daemon's settings.

@@ -59,6 +59,8 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Read the settings and the definitions anew.
+    Reload,
     /// Say how volumes and their keys are.
     Status {
         /// Only this volume.

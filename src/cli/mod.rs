@@ -65,6 +65,7 @@ pub fn run(
             tell(&socket, &request, out)
         }
         Command::Detach { name, force } => tell(&socket, &Request::Detach { name, force }, out),
+        Command::Reload => tell(&socket, &Request::Reload, out),
         Command::Status { name } => tell(&socket, &Request::Status { name }, out),
         Command::Volume { command } => match command {
             VolumeCommand::Create(create) => {

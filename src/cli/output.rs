@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::audit::record::Record;
 use crate::audit::verify::Report;
 use crate::control::{
-    Answer, ControlError, DeviceRequests, DeviceStatus, VolumeState, VolumeStatus,
+    Answer, ControlError, DeviceRequests, DeviceStatus, Reloaded, VolumeState, VolumeStatus,
 };
 use crate::key::wrapped::KeyArn;
 use crate::units::word;
@@ -151,6 +151,7 @@ impl Output {
                     say!("  do: {}", problem.remedy);
                 }
             }
+            Answer::Reloaded(reloaded) => self::reloaded(reloaded),
             Answer::AuditRecords { records } => self.records(records),
             Answer::AuditHead(status) => {
                 say!("{}", status.written);
@@ -169,6 +170,23 @@ impl Output {
             }
             Answer::Error(error) => self.error(error),
         }
+    }
+}
+
+fn reloaded(reloaded: &Reloaded) {
+    let Reloaded { added, removed, changed, at_next_attach, at_restart } = reloaded;
+    let lines = [
+        ("new", added),
+        ("gone", removed),
+        ("changed", changed),
+        ("changed, takes effect when attached anew", at_next_attach),
+        ("settings that take effect at the next start", at_restart),
+    ];
+    if lines.iter().all(|(_, names)| names.is_empty()) {
+        say!("nothing has changed");
+    }
+    for (what, names) in lines.into_iter().filter(|(_, names)| !names.is_empty()) {
+        say!("{what}: {}", names.join(", "));
     }
 }
 
@@ -361,6 +379,9 @@ fn detail(volume: &VolumeStatus) {
     if let Some(problem) = &volume.problem {
         line("not attached", format!("{} ({})", problem.why, problem.at));
         line("do", problem.remedy.clone());
+    }
+    if !volume.at_next_attach.is_empty() {
+        line("at next attach", format!("its new {}", volume.at_next_attach.join(", ")));
     }
     let Some(lease) = &volume.lease else { return };
     line("lease", format!("{} since {}", lease.state, lease.since));

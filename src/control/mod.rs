@@ -106,6 +106,8 @@ pub enum Request {
         #[serde(default)]
         key: Option<KeyArn>,
     },
+    /// Reads the settings and the definitions anew: answered with [`Answer::Reloaded`].
+    Reload,
     /// The latest records of the audit trail: answered with [`Answer::AuditRecords`].
     AuditRecords {
         /// Only this volume's.
@@ -148,6 +150,7 @@ impl Request {
             Self::VolumeCreate(_)
             | Self::VolumeForget { .. }
             | Self::VolumeResize { .. }
+            | Self::Reload
             | Self::Attach { .. }
             | Self::Detach { .. }
             | Self::KeySuspend { .. }
@@ -212,6 +215,8 @@ pub enum Answer {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         problems: Vec<Problem>,
     },
+    /// What reading the settings and the definitions anew has changed.
+    Reloaded(Reloaded),
     /// Records of the audit trail, oldest first.
     AuditRecords {
         /// The records.
@@ -226,6 +231,22 @@ pub enum Answer {
     },
     /// It could not be done.
     Error(ControlError),
+}
+
+/// What a reload has changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// Volumes that are known from now on.
+    pub added: Vec<String>,
+    /// Volumes whose definitions are gone, and which are not attached.
+    pub removed: Vec<String>,
+    /// Volumes whose new definitions are in force.
+    pub changed: Vec<String>,
+    /// Volumes that are attached, and take the rest of their new definitions when they are
+    /// attached anew.
+    pub at_next_attach: Vec<String>,
+    /// Settings of `byokd.toml` that take effect at the daemon's next start.
+    pub at_restart: Vec<String>,
 }
 
 /// Why something could not be done, for people and for scripts.
@@ -312,6 +333,10 @@ pub struct VolumeStatus {
     pub lease: Option<LeaseStatus>,
     /// Why it is not attached, if that was tried and failed.
     pub problem: Option<Problem>,
+    /// What of its definition was changed while it was attached, and takes effect when it is
+    /// attached anew.
+    #[serde(default)]
+    pub at_next_attach: Vec<String>,
 }
 
 /// A volume's device in the kernel.

@@ -8,6 +8,7 @@ mod audited;
 mod devices;
 mod keys;
 mod refusals;
+mod reload;
 mod resize;
 mod rewrap;
 mod service;
@@ -25,7 +26,7 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinSet, spawn_blocking};
 use tracing::info;
 
 use crate::attachment::Attachment;
@@ -207,6 +208,12 @@ pub struct Daemon {
     volumes: Mutex<BTreeMap<String, Arc<Volume>>>,
     /// Names of volumes that are being made.
     creating: Mutex<BTreeSet<String>>,
+    /// One after the other: what was read first is not to be in force last.
+    reloading: tokio::sync::Mutex<()>,
+    /// Attaches volumes that a reload said should be.
+    tries: Mutex<JoinSet<()>>,
+    /// Settings that were changed since the start.
+    at_restart: Mutex<Option<Problem>>,
 }
 
 /// A volume that is known.
@@ -228,6 +235,8 @@ struct Now {
     device: Option<Arc<Attachment>>,
     /// Why it was not attached the last time that was tried.
     problem: Option<Problem>,
+    /// Keys of its definition that were changed since it was attached.
+    at_next_attach: Vec<&'static str>,
 }
 
 /// Whether a volume is in service.
@@ -254,6 +263,7 @@ impl Volume {
             service: Service::Detached,
             device: None,
             problem: None,
+            at_next_attach: Vec::new(),
         };
         Self {
             changing: tokio::sync::Mutex::default(),
@@ -324,12 +334,17 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         gone,
         volumes: Mutex::new(known.collect()),
         creating: Mutex::default(),
+        reloading: tokio::sync::Mutex::default(),
+        tries: Mutex::default(),
+        at_restart: Mutex::default(),
         setup,
     });
     let mut term =
         signal(SignalKind::terminate()).map_err(StartError::io("watch signals for", &control))?;
     let mut int =
         signal(SignalKind::interrupt()).map_err(StartError::io("watch signals for", &control))?;
+    let hup =
+        signal(SignalKind::hangup()).map_err(StartError::io("watch signals for", &control))?;
     let Systemd { notifier, mut passed, watchdog } = systemd;
     daemon.resume_devices(passed.take(devices::is_stored), &notifier).await;
     let devices = tokio::spawn(Arc::clone(&daemon).watch_devices(devices_gone));
@@ -347,6 +362,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     };
     let (tried, each_was_tried) = mpsc::channel(1);
     let attaching = tokio::spawn(Arc::clone(&daemon).attach_all(tried));
+    let reloading = tokio::spawn(Arc::clone(&daemon).reload_when_told(hup));
     let by = tokio::select! {
         _ = term.recv() => "SIGTERM",
         _ = int.recv() => "SIGINT",
@@ -354,6 +370,8 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     };
     info!("stopping: {by}");
     notifier.stopping(&format!("stopping: {}", daemon.summary()));
+    reloading.abort();
+    daemon.tries.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
     attaching.abort();
     // It was cut off, or had nothing left to do.
     let _ended = attaching.await;
@@ -428,6 +446,7 @@ impl Daemon {
             Request::VolumeResize { name, size } => {
                 self.resize(&name, size).await.map(Answer::Volume)
             }
+            Request::Reload => self.reload().await.map(Answer::Reloaded),
             Request::VolumeForget { name } => self.forget(&name).await.map(|()| Answer::Done),
             Request::Attach { name, read_only, device, connections } => {
                 let what = format!("attach volume {name}");
@@ -474,7 +493,8 @@ impl Daemon {
     }
 
     fn volumes_are(&self, volumes: Vec<VolumeStatus>) -> Answer {
-        Answer::Volumes { volumes, problems: self.audit_problem().into_iter().collect() }
+        let problems = self.audit_problem().into_iter().chain(self.settings_problem()).collect();
+        Answer::Volumes { volumes, problems }
     }
 
     /// The audit trail, of which others want to know what happened lately.

@@ -16,6 +16,7 @@ use crate::control::VolumeStatus;
 use crate::daemon::keys::teller;
 use crate::daemon::refusals::{Answered, by_panic, by_service, by_volume, refused};
 use crate::daemon::status::status;
+use crate::daemon::volumes::is_the_one;
 use crate::daemon::{Daemon, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::Export;
@@ -93,6 +94,7 @@ impl Daemon {
         let inspected = spawn_blocking(move || inspect(&store)).await;
         let (header, _) =
             inspected.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
+        is_the_one(what, &config, &header)?;
         Ok(Before { config, path, header: Arc::new(header) })
     }
 

@@ -57,6 +57,7 @@ fn known(name: &str, now: &Now) -> VolumeStatus {
         device: now.device.as_ref().map(|attachment| device(name, attachment)),
         lease: None,
         problem: now.problem.clone(),
+        at_next_attach: now.at_next_attach.iter().map(|key| (*key).to_owned()).collect(),
     };
     match &now.service {
         Service::Detached => {}

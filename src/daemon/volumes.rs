@@ -14,6 +14,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::mpsc;
 use tokio::task::{JoinSet, spawn_blocking};
 use tracing::{error, info, warn};
+use uuid::Uuid;
 
 use crate::audit::record::{Event, Kind};
 use crate::clock::now;
@@ -36,6 +37,7 @@ use crate::key::wrapped::{EncryptionContext, Role};
 use crate::kms::aws::{AwsKms, AwsSettings, RoleToAssume};
 use crate::kms::{KeyService, ServiceError};
 use crate::listener::{Listener, Peers};
+use crate::luks2::Header;
 use crate::store::DirectIo;
 use crate::systemd::Notifier;
 use crate::units::rfc3339;
@@ -104,7 +106,7 @@ impl Daemon {
         }
     }
 
-    fn definition(&self, name: &str) -> PathBuf {
+    pub(super) fn definition(&self, name: &str) -> PathBuf {
         self.setup.config.volumes_dir.join(format!("{name}.toml"))
     }
 
@@ -147,8 +149,9 @@ impl Daemon {
             ));
         }
         let reserved = self.reserve(&what, &create.name)?;
-        self.make(&what, &create).await?;
+        let uuid = self.make(&what, &create).await?;
         let mut config = VolumeConfig::new(create.backing);
+        config.uuid = Some(uuid);
         config.role_arn = create.role.as_ref().map(|role| role.arn.clone());
         config.external_id = create.role.and_then(|role| role.external_id);
         self.define(&create.name, &config).map_err(|e| {
@@ -171,7 +174,7 @@ impl Daemon {
 
     /// Writes the volume to its store. The key has proved by then that it can be used in the
     /// volume's context, also for unwrapping.
-    async fn make(&self, what: &str, create: &VolumeCreate) -> Answered<()> {
+    async fn make(&self, what: &str, create: &VolumeCreate) -> Answered<Uuid> {
         let options = CreateOptions {
             backing: create.backing.clone(),
             capacity: create.size,
@@ -194,8 +197,10 @@ impl Daemon {
         let event = Event::new(Kind::Create).volume(&create.name).wrapped(&key.wrapped);
         let event = event.detail("backing", &create.backing.display().to_string());
         self.first_record(what, event).await?;
+        let uuid = new.uuid();
         let committed = spawn_blocking(move || new.commit(&key.key, key.wrapped, canary)).await;
-        committed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))
+        committed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
+        Ok(uuid)
     }
 
     /// Writes a definition so that it is there whole or not at all.
@@ -303,6 +308,7 @@ impl Daemon {
         };
         volume.with(|now| {
             now.config = config.clone();
+            now.at_next_attach = Vec::new();
             now.service = Service::Attaching;
         });
         let done = match self.unlock(&what, name, &config, how.read_only).await {
@@ -362,6 +368,7 @@ impl Daemon {
         let backing = config.backing.clone();
         let opened = spawn_blocking(move || LockedVolume::open(&backing, access)).await;
         let locked = opened.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
+        is_the_one(what, config, &locked.header())?;
         let role = config.role();
         let kms = self.kms_for(what, role.as_ref()).await?;
         let unwrapped = kms.unwrap_key(&locked.header().token().wrapped).await;
@@ -496,15 +503,18 @@ impl Daemon {
         let mut tries = JoinSet::new();
         for (name, volume) in self.volumes().clone() {
             if is_wanted(&volume) {
-                tries.spawn(Arc::clone(&self).attach_patiently(name, tried.clone()));
+                tries.spawn(Arc::clone(&self).attach_patiently(name, Some(tried.clone())));
             }
         }
         drop(tried);
         while tries.join_next().await.is_some() {}
     }
 
-    async fn attach_patiently(self: Arc<Self>, name: String, tried: mpsc::Sender<()>) {
-        let mut tried = Some(tried);
+    pub(super) async fn attach_patiently(
+        self: Arc<Self>,
+        name: String,
+        mut tried: Option<mpsc::Sender<()>>,
+    ) {
         let mut waiting = Waiting::default();
         loop {
             // An operator may have attached or forgotten it meanwhile, or taken its device away.
@@ -516,6 +526,10 @@ impl Daemon {
             let read_only = device.as_ref().is_some_and(|d| sysfs::is_read_only(d.device().index));
             let how = AttachHow { read_only, ..AttachHow::default() };
             let Err(e) = self.attach(&name, how).await else { return };
+            // Somebody else did it meanwhile.
+            if !is_wanted(&volume) {
+                return;
+            }
             let lease = volume.with(|now| now.config.lease.policy(self.setup.policy));
             let (pause, requests) = waiting.after(e.exit, lease.allowance);
             match (device, requests) {
@@ -561,6 +575,19 @@ impl Daemon {
             sockets.extend(ended.unwrap_or_default());
         }
         store(notifier, &sockets);
+    }
+}
+
+/// Checks that the store holds the volume that the definition means.
+pub(super) fn is_the_one(what: &str, config: &VolumeConfig, header: &Header) -> Answered<()> {
+    match config.uuid {
+        Some(uuid) if uuid != header.uuid() => Err(refused(
+            ExitCode::WrongState,
+            what,
+            format!("its definition means volume {uuid}, its store holds {}", header.uuid()),
+            "Put the store back, or mend `backing` or `uuid` of the definition.",
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -25,6 +25,7 @@ mod other_kms;
 mod promises;
 mod raw;
 mod readme;
+mod reload;
 mod resize;
 mod revocation;
 mod rewrap;
