@@ -1,6 +1,9 @@
 //! What has to be so for every parser of foreign bytes, whatever the bytes: one function for each
 //! fuzz target, which `tests/it/seeds.rs` runs over the seeds as well.
 
+use byokd::audit::chain::{Hash, check};
+use byokd::audit::reconcile::{compare, read_export};
+use byokd::audit::verify::{Expectations, Verifier};
 use byokd::config;
 use byokd::key::lease::{Connection, Verdict};
 use byokd::key::wrapped::{Canary, EncryptionContext, Purpose, WrappedKey};
@@ -209,6 +212,28 @@ fn canary() -> Canary {
     let arn = "arn:aws:kms:eu-central-1:111122223333:key/5b6e0bd4-7d2c-4f2f-9d39-1d9d8a0f4a11";
     let key_arn = arn.parse().expect("an ARN");
     Canary { wrapped: WrappedKey { key_arn, blob: vec![1; 64], context }, sha256: [0x5a; 32] }
+}
+
+/// A file of an audit trail, and an export of CloudTrail: whatever is in them, checking ends, and
+/// what is taken for a record is one whose hash fits.
+pub fn audit(bytes: &[u8]) {
+    let mut verifier = Verifier::new(Expectations::default());
+    verifier.file("fuzz", bytes, true);
+    let report = verifier.finish("fuzz", 1);
+    let lines = || bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    let good = lines().filter(|line| check(line).is_ok()).count();
+    assert!(report.records <= good as u64);
+    assert!(good == lines().count() || !report.is_intact() || !report.notes.is_empty());
+    for line in lines() {
+        let Ok(link) = check(line) else { continue };
+        let covered = &line[..line.len() - 75];
+        assert_eq!(Hash::of(covered), link.hash);
+    }
+    if let Ok(events) = read_export(bytes) {
+        // Nothing is joined with an empty trail.
+        let found = compare(&[], &events, &[]);
+        assert_eq!((found.matched, found.matched_by_context), (0, 0));
+    }
 }
 
 /// byokd.toml, and a volume's definition.

@@ -16,11 +16,13 @@
 //! | `calls.rs` | requests to KMS, gathered |
 //! | `recent.rs` | the latest records, in memory |
 //! | `verify.rs` | checking a trail |
+//! | `reconcile.rs` | holding it against the customer's CloudTrail |
 
 mod calls;
 pub mod chain;
 pub mod files;
 mod recent;
+pub mod reconcile;
 pub mod record;
 mod signer;
 mod trail;

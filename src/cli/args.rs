@@ -275,6 +275,18 @@ pub enum AuditCommand {
         #[arg(long)]
         volume: Option<String>,
     },
+    /// Hold the trail against an export of the customer's CloudTrail events.
+    Reconcile {
+        /// The export: files of CloudTrail, also gzipped, or answers of `lookup-events`.
+        #[arg(required = true, value_name = "CLOUDTRAIL.json")]
+        exports: Vec<PathBuf>,
+        /// The directory of the trail; without it, that of the running daemon.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// ARN of a role or user that is byokd's, besides those that are found; may be repeated.
+        #[arg(long, value_name = "ARN")]
+        principal: Vec<String>,
+    },
     /// Print the last record's SEQ:HASH, to be kept elsewhere.
     Head,
 }

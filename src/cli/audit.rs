@@ -1,9 +1,13 @@
 //! `byokctl audit`: the trail as it lies on disk, and as the daemon has it in memory.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use flate2::read::MultiGzDecoder;
+
 use crate::audit::chain::check;
+use crate::audit::reconcile::{CloudEvent, compare, read_export};
 use crate::audit::record::Record;
 use crate::audit::verify::{Expectations, Report, Verifier, first_seq};
 use crate::audit::{files, public_key};
@@ -46,6 +50,23 @@ pub fn run(command: AuditCommand, socket: &Path, out: &Output) -> Result<ExitCod
         AuditCommand::Export { files, from, to, volume } => {
             let trail = Trail::find(&files, socket, &mut Expectations::default())?;
             trail.export(from, to, volume.as_deref(), out)
+        }
+        AuditCommand::Reconcile { exports, dir, principal } => {
+            let mut events = Vec::new();
+            for path in &exports {
+                events.extend(export(path)?);
+            }
+            let files = TrailArgs { files: Vec::new(), dir };
+            let mut expect = Expectations::default();
+            let trail = Trail::find(&files, socket, &mut expect)?;
+            let found = compare(&trail.records()?, &events, &principal);
+            out.compared(&found);
+            // What was taken out of the trail is not told by what is left in it.
+            let intact = trail.verify(expect)?.is_intact();
+            if !intact {
+                out.aside("the trail itself is not as it was written; see `byokctl audit verify`");
+            }
+            Ok(if intact && found.agrees() { ExitCode::Ok } else { ExitCode::Discrepancy })
         }
         AuditCommand::Head => {
             let answer = Client::connect(socket)?.ask(&Request::AuditHead)?;
@@ -134,6 +155,17 @@ impl Trail {
         Ok(Self(order.into_iter().map(|(_, path)| path).collect()))
     }
 
+    /// Every good record; whether they are all good, `verify` says.
+    fn records(&self) -> Result<Vec<Record>, ControlError> {
+        let mut records = Vec::new();
+        for path in &self.0 {
+            let bytes = read(path)?;
+            let good = bytes.split(|byte| *byte == b'\n').filter(|line| check(line).is_ok());
+            records.extend(good.filter_map(|line| serde_json::from_slice::<Record>(line).ok()));
+        }
+        Ok(records)
+    }
+
     fn verify(&self, expect: Expectations) -> Result<Report, ControlError> {
         let mut verifier = Verifier::new(expect);
         let (mut name, mut lines) = (String::new(), 1);
@@ -179,6 +211,26 @@ impl Trail {
         Ok(exit)
     }
 }
+
+/// The events of one file of an export.
+fn export(path: &Path) -> Result<Vec<CloudEvent>, ControlError> {
+    let wrong = |why: String| {
+        let why = format!("{}: {why}", path.display());
+        let remedy = "Name files of CloudTrail, or what `aws cloudtrail lookup-events` printed.";
+        failed(ExitCode::Usage, "read the CloudTrail export", why, remedy)
+    };
+    let mut bytes = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
+    if bytes.starts_with(&[0x1f, 0x8b]) {
+        let mut plain = Vec::new();
+        let unpacked = MultiGzDecoder::new(&bytes[..]).take(LARGEST_EXPORT).read_to_end(&mut plain);
+        unpacked.map_err(|e| wrong(e.to_string()))?;
+        bytes = plain;
+    }
+    read_export(&bytes).map_err(wrong)
+}
+
+/// What a file of CloudTrail may unpack to; they have some tens of megabytes.
+const LARGEST_EXPORT: u64 = 4 << 30;
 
 fn is_before(record: &Record, place: Place) -> bool {
     match place {

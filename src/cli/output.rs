@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::audit::reconcile::{CloudEvent, Comparison, Difference};
 use crate::audit::record::Record;
 use crate::audit::verify::Report;
 use crate::control::{
@@ -82,6 +83,19 @@ impl Output {
         self.value(&value);
         if !self.json {
             verified(report);
+        }
+    }
+
+    /// What holding a trail against CloudTrail found.
+    pub fn compared(&self, found: &Comparison) {
+        let mut value = serde_json::to_value(found).unwrap_or_default();
+        if let Some(members) = value.as_object_mut() {
+            members.insert("answer".to_owned(), "audit-reconcile".into());
+            members.insert("agrees".to_owned(), found.agrees().into());
+        }
+        self.value(&value);
+        if !self.json {
+            compared(found);
         }
     }
 
@@ -220,6 +234,50 @@ fn record(record: &Record) -> String {
 
 fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+/// What holding a trail against CloudTrail found.
+fn compared(found: &Comparison) {
+    for Difference { seq, request_id, what } in &found.differences {
+        say!("DIFFERS  record {seq}, request {request_id}: {what}");
+    }
+    for event in &found.missing_in_trail {
+        say!("IN CLOUDTRAIL ALONE  {}", cloud_event(event));
+    }
+    for call in &found.missing_in_cloudtrail {
+        let id = call.request_id.as_deref().unwrap_or("none");
+        say!(
+            "IN THE TRAIL ALONE  {}  record {}, {}, request {id}",
+            call.at,
+            call.seq,
+            call.operation
+        );
+    }
+    for event in &found.administration {
+        say!("administration  {}", cloud_event(event));
+    }
+    for (principal, count) in &found.others {
+        say!("used by others  {principal}: {count} times");
+    }
+    for (why, count) in &found.explained {
+        say!("{count} {why}");
+    }
+    let principals: Vec<_> = found.principals.iter().map(String::as_str).collect();
+    say!(
+        "byokd is {}",
+        if principals.is_empty() { "nobody there".into() } else { principals.join(", ") }
+    );
+    let (matched, by_context) = (found.matched, found.matched_by_context);
+    let verdict = if found.agrees() { "agrees" } else { "DOES NOT AGREE" };
+    say!(
+        "{verdict}: {matched} requests by their ids, {by_context} without an answer by their context"
+    );
+}
+
+fn cloud_event(event: &CloudEvent) -> String {
+    let CloudEvent { at, operation, request_id, principal, .. } = event;
+    let error = event.error.as_deref().map(|error| format!(", {error}")).unwrap_or_default();
+    format!("{at}  {operation} by {principal}, request {request_id}{error}")
 }
 
 /// What checking an audit trail found.

@@ -5,7 +5,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::mounts::{Mount, can_mount};
-use crate::support::{Daemon, output, run, until};
+use crate::support::{Daemon, have, output, run, until};
 
 const DISCREPANCY: i32 = 6;
 
@@ -153,6 +153,69 @@ fn a_crash_leaves_a_trail_that_goes_on() {
         .arg(daemon.socket())
         .args(["audit", "tail", "--volume", "v", "-n", "1000"]));
     assert_eq!(tail.matches("  attach  ").count(), 2, "{tail}");
+}
+
+/// What the customer would find in CloudTrail.
+fn cloudtrail(daemon: &Daemon) -> String {
+    let endpoint = std::fs::read_to_string(daemon.dir.path().join("kms-endpoint")).unwrap();
+    run(Command::new("curl").args(["-fsS", &format!("{}/_dev/cloudtrail", endpoint.trim())]))
+}
+
+#[test]
+fn the_trail_agrees_with_cloudtrail_and_what_one_lacks_is_told() {
+    if !have(&["curl"]) {
+        return;
+    }
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.volume("v", "1M", &key);
+    daemon.ok(&["key", "check", &key]);
+    daemon.ok(&["key", "recheck", "v"]);
+    daemon.ok(&["key", "rewrap", "v"]);
+    daemon.ok(&["dev", "key", "disable", &key]);
+    until("the volume is fenced", || daemon.state("v") == "fenced");
+    daemon.ok(&["dev", "key", "enable", &key]);
+    until("the volume is back", || daemon.state("v") == "serving");
+    daemon.ok(&["detach", "v"]);
+    // Calls of one key are gathered for minutes; what is stopped in order is written.
+    let export = cloudtrail(&daemon);
+    let mut daemon = daemon;
+    assert!(daemon.terminate().success());
+    let trail = daemon.dir.path().join("audit");
+    let file = daemon.dir.path().join("cloudtrail.json");
+    let reconcile = |export: &Value| {
+        std::fs::write(&file, export.to_string()).unwrap();
+        let dir = trail.to_str().unwrap();
+        daemon.ctl(&["audit", "reconcile", file.to_str().unwrap(), "--dir", dir])
+    };
+    let export: Value = serde_json::from_str(&export).unwrap();
+    let (code, found) = reconcile(&export);
+    assert_eq!(code, 0, "{found:#}");
+    let matched = found["matched"].as_u64().unwrap();
+    assert!(matched > 10, "{found:#}");
+    let done: Vec<_> = found["administration"].as_array().unwrap().iter().collect();
+    assert!(done.iter().any(|event| event["operation"] == "DisableKey"), "{found:#}");
+
+    // One that the trail lacks, one that CloudTrail lacks, and a stranger.
+    let ours = |event: &Value| event["eventName"] == "Decrypt" && event["errorCode"].is_null();
+    let records = export["Records"].as_array().unwrap();
+    let at = records.iter().position(ours).unwrap();
+    let mut more = export.clone();
+    let mut unknown = records[at].clone();
+    unknown["requestID"] = "11111111-1111-4111-8111-111111111111".into();
+    let mut stranger = unknown.clone();
+    stranger["requestID"] = "22222222-2222-4222-8222-222222222222".into();
+    stranger["userIdentity"]["arn"] = "arn:aws:iam::1:user/stranger".into();
+    more["Records"].as_array_mut().unwrap().extend([unknown, stranger]);
+    let (code, found) = reconcile(&more);
+    assert_eq!(code, DISCREPANCY, "{found:#}");
+    assert_eq!(found["missing_in_trail"].as_array().unwrap().len(), 1);
+    assert_eq!(found["others"]["arn:aws:iam::1:user/stranger"], 1);
+    let mut fewer = export.clone();
+    let taken = fewer["Records"].as_array_mut().unwrap().remove(at);
+    let (code, found) = reconcile(&fewer);
+    assert_eq!(code, DISCREPANCY, "{found:#}");
+    assert_eq!(found["missing_in_cloudtrail"][0]["request_id"], taken["requestID"]);
 }
 
 /// Fills a file system to the last byte.

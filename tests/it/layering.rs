@@ -49,6 +49,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("audit::chain", &["audit::record"]),
     ("audit::record", &["audit::chain", "exit", "key::lease", "key::wrapped", "kms", "units"]),
     ("audit::verify", &["audit::chain"]),
+    ("audit::reconcile", &["audit::record", "units"]),
     (
         "keeper",
         &[
@@ -127,6 +128,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
+            "audit::reconcile",
             "audit::record",
             "audit::verify",
             "config",
@@ -163,6 +165,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 /// somebody else's.
 const PURE: &[&str] = &[
     "audit::chain",
+    "audit::reconcile",
     "audit::record",
     "audit::verify",
     "exit",

@@ -419,6 +419,10 @@ fn the_key_is_in_no_log_environment_argument_answer_swap_or_core() {
         said.extend(std::fs::read(format!("/proc/{pid}/{file}")).unwrap());
     }
     said.extend(scene.daemon.ok(&["status"]).to_string().into_bytes());
+    let trail = scene.daemon.dir.path().join("audit/audit-000000000001.jsonl");
+    let trail = std::fs::read(trail).unwrap();
+    assert!(trail.windows(8).any(|word| word == b"\"attach\""), "the trail is read");
+    said.extend(trail);
     for (what, needles) in &scene.needles.0 {
         for needle in needles {
             let hex: String = needle.iter().map(|byte| format!("{byte:02x}")).collect();

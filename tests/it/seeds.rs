@@ -45,6 +45,11 @@ fn only_the_words_of_kms_are_a_denial() {
 }
 
 #[test]
+fn a_trail_is_checked_to_its_end_whatever_is_in_it() {
+    replay("audit", checks::audit);
+}
+
+#[test]
 fn every_error_of_settings_names_a_line_that_there_is() {
     replay("config", checks::config);
 }

@@ -14,12 +14,14 @@
 //! | `server.rs` | HTTP, `/_dev`, and how faults look from outside |
 //! | `line.rs` | connections that reset, break off and drip |
 //! | `api.rs` | the operations and the order of their checks |
+//! | `cloudtrail.rs` | what of it a customer would find in CloudTrail |
 //! | `wire.rs` | requests, answers, exceptions |
 //! | `policy.rs` | key policies: allow, deny, conditions on the encryption context |
 //! | `keys.rs` | the keys, their files and their blobs |
 //! | `faults.rs` | faults: their kinds, scope and turn |
 
 mod api;
+mod cloudtrail;
 mod faults;
 mod keys;
 mod line;

@@ -22,6 +22,7 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use super::api::{self, Call};
+use super::cloudtrail;
 use super::faults::{Fault, FaultKind, Faults};
 use super::keys::{self, KeyState, KeyStore};
 use super::line::{Cut, CutHere, Line, Out};
@@ -258,6 +259,10 @@ impl Server {
             (&Method::GET, "/_dev/requests") => {
                 plain(StatusCode::OK, &json!({"requests": self.requests()}))
             }
+            (&Method::GET, "/_dev/cloudtrail") => {
+                let seen = self.requests();
+                plain(StatusCode::OK, &cloudtrail::records(&seen, &self.store))
+            }
             _ => plain(StatusCode::NOT_FOUND, &json!({"error": "no such thing under /_dev"})),
         }
     }
@@ -332,8 +337,11 @@ fn context_of(body: &[u8]) -> Option<Value> {
     struct About {
         #[serde(rename = "EncryptionContext")]
         context: Option<Value>,
+        #[serde(rename = "DestinationEncryptionContext")]
+        destination: Option<Value>,
     }
-    wire::parse::<About>(body).ok()?.context
+    let about = wire::parse::<About>(body).ok()?;
+    about.context.or(about.destination)
 }
 
 fn access_key(headers: &HeaderMap) -> Option<String> {
