@@ -1,68 +1,7 @@
 """Volumes as /dev/nbdX: attached by byokd-kernel, over restarts and crashes, and revoked."""
 
-import json
-
-from harness.case import expect, start_byokd
-
-CTL = "/payload/byokctl"
-LINK = "/dev/byokd/v"
-
-
-def served(case, size="192M", definition="", **how):
-    """A guest under systemd with byokd installed as its units have it, and a volume `v` that is not attached."""
-    kms = case.kms()
-    key = kms.key()
-    guest = case.guest(systemd=True, **how).boot()
-    install(guest, kms)
-    guest.run(f"byokctl volume create v --backing /var/lib/byokd/v.img --size {size} --key {key} --purpose zeebe")
-    define(guest, definition)
-    return guest, kms, key
-
-
-def install(guest, kms):
-    """The programs and units where a package puts them."""
-    guest.put("/etc/byokd/byokd.toml", f"""\
-volumes_dir = "/etc/byokd/volumes.d"
-
-[kms]
-region = "eu-central-1"
-endpoint = "http://10.0.2.2:{kms.port}"
-
-[lease]
-probe_interval = "1s"
-""")
-    guest.put("/etc/byokd/environment", "AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=test\n")
-    guest.run("""
-        cp /payload/byokd /payload/byokctl /payload/byokd-kernel /usr/bin/
-        cd /payload/systemd
-        cp byokd.service byokd-kernel.service byokd-kernel.socket /etc/systemd/system/
-        cp 60-byokd.rules /etc/udev/rules.d/
-        install -D -m 644 byokd.sysusers /etc/sysusers.d/byokd.conf
-        install -D -m 644 byokd.tmpfiles /etc/tmpfiles.d/byokd.conf
-        install -D -m 644 byokd.modules-load /etc/modules-load.d/byokd.conf
-        modprobe nbd
-        udevadm control --reload
-        systemd-sysusers && systemd-tmpfiles --create byokd.conf
-        systemctl daemon-reload && systemctl start byokd""")
-
-
-def define(guest, more):
-    guest.run(f"cat >>/etc/byokd/volumes.d/v.toml <<'EOF'\n{more}\nEOF")
-
-
-def device(guest):
-    return volume(guest)["device"]
-
-
-def volume(guest):
-    return json.loads(guest.run("byokctl --json volume show v"))
-
-
-def load(guest, seconds):
-    """Writes with checksums that are read back, with a sync now and then; it must not see one error."""
-    return guest.start(f"""fio --name=load --filename=/mnt/file --size=24M --rw=randwrite --bs=4k-64k --ioengine=libaio \
-        --iodepth=8 --direct=1 --fsync=16 --verify=crc32c --verify_backlog=64 --verify_fatal=1 --time_based \
-        --runtime={seconds} --output-format=json --error_dump=0""")
+from harness.case import expect
+from harness.service import LINK, check_syncs, device, goes_on, load, record_syncs, served, volume
 
 
 def a_volume_is_attached_used_and_detached(case):
@@ -135,20 +74,12 @@ def wrong_devices_are_refused_and_leave_nothing(case):
     guest.run("udevadm settle; byokctl attach v --device auto && byokctl detach v")
 
 
-def goes_on(guest):
-    """Writes are acknowledged again, and not only those from before."""
-    guest.until("writes go on", """
-        read -r _ _ _ _ now _ </sys/block/nbd0/stat
-        [ -e /run/then ] || echo $now >/run/then
-        [ $now -ge $(($(cat /run/then) + 30)) ] && rm /run/then""")
-
-
 def restarts_and_crashes_under_load_cost_no_error(case):
     # What was under way at a crash waits for this; a slow guest needs some of it as well.
     guest, _, _ = served(case, definition='request_timeout = "6s"')
     guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
-    times = case.times(4, 20)
-    running = load(guest, 100000)
+    times = case.times(3, 20)
+    syncs, running = record_syncs(guest), load(guest, 100000)
     for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd"):
         for _ in range(times):
             goes_on(guest)
@@ -157,13 +88,15 @@ def restarts_and_crashes_under_load_cost_no_error(case):
             guest.run(how)
             guest.until("the new daemon serves", f"""[ "$(systemctl show -p MainPID --value byokd)" != {before} ] &&
                 byokctl status v | grep -q serving""")
-            expect(not running.ended(), "the load ended")
+            expect(not running.ended() and not syncs.ended(), "the load ended")
     goes_on(guest)
-    guest.run("pkill -INT -x fio")
+    guest.run("pkill -f [s]ync-load; pkill -INT -x fio")
     status, said = running.wait()
     expect('"error" : 0' in said and "verify:" not in said, f"fio ended with {status}: {said[-3000:]}")
     guest.run("umount /mnt && udevadm settle && byokctl detach v && byokctl attach v --device auto")
-    guest.run(f"fsck.ext4 -fn {LINK} && byokctl detach v")
+    guest.run(f"fsck.ext4 -fn {LINK} && mount {LINK} /mnt")
+    case.say(check_syncs(guest).strip())
+    guest.run("umount /mnt && udevadm settle && byokctl detach v")
     # What the kernel says of a connection that ends and of requests that it sends again.
     guest.clean_dmesg(allowed=("Connection timed out, retrying",))
 

@@ -1,0 +1,81 @@
+"""byokd under systemd, its units where a package puts them, and a volume `v` with a kernel device."""
+
+import json
+
+LINK = "/dev/byokd/v"
+
+
+def served(case, size="192M", definition="", backing="/var/lib/byokd/v.img", **how):
+    """A guest under systemd with byokd installed as its units have it, and a volume `v` that is not attached."""
+    kms = case.kms()
+    key = kms.key()
+    guest = case.guest(systemd=True, **how).boot()
+    install(guest, kms)
+    if backing.startswith("/dev/"):
+        guest.run(f"chown byokd {backing}")
+    guest.run(f"byokctl volume create v --backing {backing} --size {size} --key {key} --purpose zeebe")
+    define(guest, definition)
+    return guest, kms, key
+
+
+def install(guest, kms):
+    """The programs and units where a package puts them."""
+    guest.put("/etc/byokd/byokd.toml", f"""\
+volumes_dir = "/etc/byokd/volumes.d"
+
+[kms]
+region = "eu-central-1"
+endpoint = "http://10.0.2.2:{kms.port}"
+
+[lease]
+probe_interval = "1s"
+""")
+    guest.put("/etc/byokd/environment", "AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=test\n")
+    guest.run("""
+        cp /payload/byokd /payload/byokctl /payload/byokd-kernel /usr/bin/
+        cd /payload/systemd
+        cp byokd.service byokd-attach@.service byokd-kernel.service byokd-kernel.socket /etc/systemd/system/
+        cp 60-byokd.rules /etc/udev/rules.d/
+        install -D -m 644 byokd.sysusers /etc/sysusers.d/byokd.conf
+        install -D -m 644 byokd.tmpfiles /etc/tmpfiles.d/byokd.conf
+        install -D -m 644 byokd.modules-load /etc/modules-load.d/byokd.conf
+        modprobe nbd
+        udevadm control --reload
+        systemd-sysusers && systemd-tmpfiles --create byokd.conf
+        systemctl daemon-reload && systemctl start byokd""")
+
+
+def record_syncs(guest, directory="/mnt/syncs"):
+    """Writes and syncs until it is stopped; `check_syncs` wants to see all that was acknowledged."""
+    return guest.start(f"exec /payload/sync-load {directory} /run/syncs")
+
+
+def check_syncs(guest, directory="/mnt/syncs"):
+    return guest.run(f"/payload/sync-load --check {directory} /run/syncs")
+
+
+def define(guest, more):
+    guest.run(f"cat >>/etc/byokd/volumes.d/v.toml <<'EOF'\n{more}\nEOF")
+
+
+def device(guest):
+    return volume(guest)["device"]
+
+
+def volume(guest):
+    return json.loads(guest.run("byokctl --json volume show v"))
+
+
+def load(guest, seconds):
+    """Writes with checksums that are read back, with a sync now and then; it must not see one error."""
+    return guest.start(f"""fio --name=load --filename=/mnt/file --size=24M --rw=randwrite --bs=4k-64k --ioengine=libaio \
+        --iodepth=8 --direct=1 --fsync=16 --verify=crc32c --verify_backlog=64 --verify_fatal=1 --time_based \
+        --runtime={seconds} --output-format=json --error_dump=0""")
+
+
+def goes_on(guest):
+    """Writes are acknowledged again, and not only those from before."""
+    guest.until("writes go on", """
+        read -r _ _ _ _ now _ </sys/block/nbd0/stat
+        [ -e /run/then ] || echo $now >/run/then
+        [ $now -ge $(($(cat /run/then) + 30)) ] && rm /run/then""")
