@@ -1,0 +1,92 @@
+"""The power goes, of a machine whose disk has a volatile cache: what was acknowledged as synced is there."""
+
+import time
+
+from harness import process
+from harness.case import expect, start_byokd
+
+ATTACH = """
+    modprobe nbd; mkdir -p /run/byokd-kernel
+    setsid /payload/byokd-kernel --listen /run/byokd-kernel/kernel.sock >>/run/byokd-kernel.log 2>&1 </dev/null &
+    until [ -S /run/byokd-kernel/kernel.sock ]; do sleep 0.1; done
+    /payload/byokctl attach v --device /dev/nbd0"""
+# Its records leave the guest as they are acknowledged, each before the next one begins.
+LOAD = "exec /payload/sync-load /mnt/{directory} /dev/$(cd /sys/class/virtio-ports && grep -l records */name | cut -d/ -f1)"
+
+
+class VolatileDisk:
+    """A disk whose cache is gone with the power: only what was flushed is in its file."""
+
+    def __init__(self, case, size):
+        self.case, self.file = case, case.disk("v", size)
+        self.socket = case.place / "disk.sock"
+        self.server = None
+
+    @property
+    def drive(self):
+        return f"file=nbd+unix:///?socket={self.socket},format=raw"
+
+    def turn_on(self):
+        self.socket.unlink(missing_ok=True)
+        self.server = self.case.start(["nbdkit", "-f", "-U", self.socket, "--filter=cache", "file", self.file,
+                                       "cache=writeback"])
+        while not self.socket.exists():
+            expect(self.server.poll() is None, "nbdkit ended")
+            time.sleep(0.02)
+
+    def cut_power(self):
+        process.end(self.server)
+
+
+def what_was_acknowledged_survives_power_cuts_under_sync_load(case):
+    kms = case.kms()
+    key = kms.key()
+    disk = VolatileDisk(case, 256 << 20)
+    guest = case.guest(disks=[disk.drive])
+    records = guest.place / "records"
+    definition = None
+    acknowledged = 0
+    cuts = case.times(3, 20)
+    for cut in range(cuts + 1):
+        guest.fresh_root()
+        disk.turn_on()
+        guest.boot()
+        start_byokd(guest, kms)
+        if definition is None:
+            guest.run(f"/payload/byokctl volume create v --backing /dev/vdc --size 0 --key {key} --purpose zeebe")
+            definition = guest.run("cat /etc/byokd/volumes.d/v.toml")
+            guest.run(ATTACH + "&& mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt")
+        else:
+            guest.put("/etc/byokd/volumes.d/v.toml", definition)
+            guest.run("kill $(cat /run/byokd.pid); while [ -e /proc/$(cat /run/byokd.pid) ]; do sleep 0.1; done")
+            start_byokd(guest, kms)
+            guest.run(ATTACH)
+            # The journal is replayed, and then there is nothing to mend.
+            guest.run("mount /dev/nbd0 /mnt && umount /mnt && fsck.ext4 -fn /dev/nbd0 && mount /dev/nbd0 /mnt")
+            guest.put("/run/records", records.read_bytes())
+            said = guest.run(f"/payload/sync-load --check /mnt/{cut - 1} /run/records && rm -r /mnt/{cut - 1}")
+            case.say(f"cut {cut}: {said.strip()}")
+            acknowledged += int(said.split()[0])
+        guest.clean_dmesg(allowed=("recovery complete",))
+        if cut == cuts:
+            break
+        records.write_bytes(b"")
+        running = guest.start(LOAD.format(directory=cut))
+        # The header is written meanwhile, too.
+        guest.start("while /payload/byokctl key rewrap v; do :; done")
+        wait_for(lambda: records.read_bytes().count(b"\n") > 20, "syncs under way")
+        time.sleep(case.random.random() * 4)
+        expect(not running.ended(), "the load ended by itself")
+        disk.cut_power()
+        guest.cut_power()
+    expect(acknowledged >= cuts * 20, f"only {acknowledged} syncs were acknowledged")
+
+
+def wait_for(condition, what, timeout=120):
+    end = time.monotonic() + timeout
+    while not condition():
+        expect(time.monotonic() < end, f"waited {timeout} s in vain: {what}")
+        time.sleep(0.1)
+
+
+what_was_acknowledged_survives_power_cuts_under_sync_load.time_limit = 1500
