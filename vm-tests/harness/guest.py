@@ -17,7 +17,7 @@ from . import image, process
 # two others share the processors.
 BOOT = 180
 # What a command may take unless a test says otherwise.
-PATIENCE = 120
+PATIENCE = 300
 
 
 class Failed(Exception):
