@@ -6,7 +6,7 @@
 //! requests as before. Cores are shared, so only a few connections of the process look at a time.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::available_parallelism;
+use std::thread::{available_parallelism, yield_now};
 use std::time::{Duration, Instant};
 
 /// How long to look: over twice what a client needs to be woken and to send its next request
@@ -33,8 +33,10 @@ pub(super) struct Spin {
 impl Default for Spin {
     fn default() -> Self {
         let cores = available_parallelism().map_or(1, |cores| cores.get());
-        // A client needs a core as well, and so does what it works for.
-        Self { misses: 0, skip: 0, most: cores / 4 }
+        // A client needs a core as well, and so does what it works for. On one core looking would
+        // keep the client from sending.
+        let most = if cores > 1 { (cores / 4).max(1) } else { 0 };
+        Self { misses: 0, skip: 0, most }
     }
 }
 
@@ -56,7 +58,8 @@ impl Spin {
                 self.misses = 0;
                 return Ok(true);
             }
-            std::hint::spin_loop();
+            // Whoever else wants this core has it first; alone on it, this returns at once.
+            yield_now();
         }
         self.misses = (self.misses + 1).min(MOST_MISSES);
         self.skip = (1 << self.misses) - 1;
