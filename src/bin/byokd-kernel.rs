@@ -1,28 +1,12 @@
 //! The helper that may attach kernel devices: arguments, then [`byokd::kernel::server`].
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::process::ExitCode as Code;
 
 use byokd::exit::ExitCode;
+use byokd::kernel::args::Args;
 use byokd::kernel::server::Helper;
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
-
-/// Attaches volumes as /dev/nbdX for byokd, which may not do that itself. It never sees a key.
-#[derive(Parser)]
-#[command(version)]
-struct Args {
-    /// Where to listen, if systemd passes no socket.
-    #[arg(long, default_value = byokd::kernel::SOCKET)]
-    listen: PathBuf,
-    /// The daemon's user, who may ask besides root.
-    #[arg(long)]
-    user: Option<String>,
-    /// What to log: error, warn, info, debug, trace, or a filter per module.
-    #[arg(long, env = "BYOKD_LOG", default_value = "info,neli=warn")]
-    log: EnvFilter,
-}
 
 fn main() -> Code {
     let args = Args::parse();

@@ -2,47 +2,25 @@
 
 use std::alloc::System;
 use std::io::IsTerminal;
-use std::path::PathBuf;
 use std::process::ExitCode as Code;
 
-use byokd::config::{self, Seconds};
+use byokd::config;
+use byokd::daemon::args::Args;
 use byokd::daemon::{self, Setup};
 use byokd::exit::ExitCode;
 use byokd::harden::harden;
 use byokd::systemd::Systemd;
 use clap::Parser;
 use tracing::Level;
+use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{FilterExt, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer};
 use zeroizing_alloc::ZeroAlloc;
 
 /// Whatever is freed is wiped: the libraries below hold answers of KMS in memory of their own.
 #[global_allocator]
 static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
-
-/// Serves AES-256-XTS encrypted NBD volumes whose keys the customer's AWS KMS key unwraps.
-#[derive(Parser)]
-#[command(version)]
-struct Args {
-    /// Configuration file.
-    #[arg(long, default_value = "/etc/byokd/byokd.toml", conflicts_with = "dev")]
-    config: PathBuf,
-    /// For trials: an embedded KMS, no configuration, everything under --state-dir.
-    #[arg(long, requires = "state_dir")]
-    dev: bool,
-    /// With --dev: where keys, sockets and definitions go.
-    #[arg(long, requires = "dev")]
-    state_dir: Option<PathBuf>,
-    /// With --dev: time between probes.
-    #[arg(long, requires = "dev", default_value = "10s")]
-    probe_interval: Seconds,
-    /// What to log: error, warn, info, debug, trace, or a filter per module; trace of libraries,
-    /// which shows secrets, is never written.
-    #[arg(long, env = "BYOKD_LOG", default_value = "info,aws=warn")]
-    log: EnvFilter,
-}
 
 fn main() -> Code {
     let args = Args::parse();

@@ -4,6 +4,7 @@
 //! is attached; what is done to them stands in `volumes`, `keys` and `rewrap`, what is said of
 //! them in `status`.
 
+pub mod args;
 mod audited;
 mod devices;
 mod keys;

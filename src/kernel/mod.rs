@@ -9,6 +9,7 @@
 //!
 //! | file | what it is |
 //! |---|---|
+//! | `args.rs` | the helper's command line |
 //! | `server.rs` | the helper: who may ask, what is done |
 //! | `client.rs` | the daemon's side, each call within a time limit |
 //! | `passing.rs` | a line with descriptors over a unix socket |
@@ -18,6 +19,7 @@
 //! | `purge.rs` | what is done about plaintext that the node caches |
 //! | `ioctl.rs` | the two ioctls that takes |
 
+pub mod args;
 pub mod client;
 mod holders;
 mod ioctl;

@@ -156,9 +156,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("cli::dev_keys", &["cli::args", "cli::output", "control", "exit", "key::wrapped", "kms::dev"]),
     ("cli::nbd_client", &["nbd::handshake", "nbd::wire"]),
-    ("bin::byokd-kernel", &["exit", "kernel", "kernel::server"]),
+    ("bin::byokd-kernel", &["exit", "kernel::args", "kernel::server"]),
     ("bin::byokctl", &["cli::*", "control", "exit", "harden"]),
-    ("bin::byokd", &["config", "daemon", "exit", "harden", "systemd"]),
+    ("bin::byokd", &["config", "daemon", "daemon::args", "exit", "harden", "systemd"]),
 ];
 
 /// What decides takes values and time and gives values: bytes, sockets, files and clocks are
