@@ -5,7 +5,7 @@ packages=(
     cmake gcc g++ make
     nbdkit libnbd-bin python3-libnbd qemu-utils fio
     cryptsetup-bin python3-cryptography python3-venv
-    curl gdb fuse3 e2fsprogs xfsprogs rocksdb-tools util-linux
+    curl gdb fuse3 e2fsprogs xfsprogs rocksdb-tools util-linux groff-base systemd
 )
 # local-kms is built with it; any newer Go that is there already does as well.
 command -v go >/dev/null || packages+=(golang-go)

@@ -1,6 +1,8 @@
 //! The documents say what is so: links lead somewhere, examples are taken, and every setting,
 //! option, JSON member and verdict stands in its table.
 
+mod manual;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 

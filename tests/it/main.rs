@@ -31,4 +31,5 @@ mod revocation;
 mod rewrap;
 mod seeds;
 mod systemd;
+mod units;
 mod volumes;
