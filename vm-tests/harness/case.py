@@ -27,21 +27,25 @@ probe_interval = "1s"
 class Case:
     """One run of one test."""
 
-    def __init__(self, place, image, payload, accelerator, programs, quick, seed):
+    def __init__(self, place, sockets, image, payload, accelerator, programs, quick, seed):
         self.place, self.image, self.payload = pathlib.Path(place), image, payload
+        # A path of its own: the one of a socket may have little more than a hundred bytes.
+        self.sockets = pathlib.Path(sockets)
+        self.sockets.mkdir(parents=True, exist_ok=True)
         self.accelerator, self.programs, self.quick = accelerator, programs, quick
         self.random = random.Random(seed)
         self.guests, self.services, self.processes = [], [], []
 
     def guest(self, name="guest", **how):
         """A guest, not yet on. `how`: those of Guest."""
-        guest = Guest(self.place / name, self.image, self.payload, self.accelerator, **how)
+        guest = Guest(self.place / name, self.sockets / name, self.image, self.payload, self.accelerator, **how)
         self.guests.append(guest)
         return guest
 
     def kms(self):
         """A key service on the host."""
-        kms = Kms(self.place / f"kms{len(self.services)}", self.programs)
+        name = f"kms{len(self.services)}"
+        kms = Kms(self.sockets / name, self.place / f"{name}.log", self.programs)
         self.services.append(kms)
         return kms
 
@@ -84,7 +88,7 @@ class Case:
             process.end(started)
         if not keep:
             for path in self.place.rglob("*"):
-                if path.suffix in (".img", ".qcow2", ".sock") or path.name == "memory":
+                if path.suffix in (".img", ".qcow2") or path.name == "memory":
                     path.unlink()
 
 

@@ -14,17 +14,17 @@ from .guest import Failed
 class Kms:
     """A development KMS of a test's own."""
 
-    def __init__(self, place, programs):
+    def __init__(self, place, log, programs):
         self.place, self.programs = pathlib.Path(place), programs
         self.place.mkdir(parents=True)
-        self.log = open(self.place / "log", "a")
+        self.log = open(log, "a")
         self.process = process.start([programs / "byokd", "--dev", "--state-dir", self.place], stdout=self.log,
                                      stderr=self.log)
         deadline = time.monotonic() + 60
         # The control socket comes last.
         while not (self.place / "byokd.sock").exists() or not (self.place / "kms-endpoint").exists():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise Failed(f"the development KMS did not start: {(self.place / 'log').read_text()}")
+                raise Failed(f"the development KMS did not start: {log.read_text()}")
             time.sleep(0.05)
         self.url = (self.place / "kms-endpoint").read_text().strip()
 

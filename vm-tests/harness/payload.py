@@ -12,8 +12,8 @@ from . import image
 BINARIES = ("byokd", "byokctl", "byokd-kernel")
 
 
-def build(say):
-    """Builds the programs, and the disk if anything on it has changed. Where the programs are."""
+def build(say, packages):
+    """Builds the programs, two versions of the Debian package if wanted, and the disk. Where the programs are."""
     say("building byokd")
     done = subprocess.run(["cargo", "build", "--locked", "--quiet", "--bins"], cwd=image.PROJECT)
     if done.returncode != 0:
@@ -30,6 +30,13 @@ def build(say):
                 subprocess.run(["strip", "-o", f"{tree}/{file.name}", file], check=True)
             else:
                 shutil.copy(file, tree)
+        if packages and not shutil.which("cargo-deb"):
+            raise SystemExit("vm-tests: cannot make the Debian package\n  why: there is no cargo-deb\n"
+                             "  do:  cargo install cargo-deb --locked")
+        for version in (1, 2) if packages else ():
+            say(f"making package {version}")
+            image.run(image.PROJECT / "packaging/deb", "--quiet", "--no-build", "--profile", "dev", "--strip", "--no-dbgsym",
+                      "--fast", "--deb-version", version, "--output", f"{tree}/byokd_{version}.deb", cwd=image.PROJECT)
         new = disk().with_suffix(".new")
         with open(new, "wb") as empty:
             empty.truncate(256 << 20)

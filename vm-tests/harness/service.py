@@ -18,8 +18,7 @@ def served(case, size="192M", definition="", backing="/var/lib/byokd/v.img", **h
     return guest, kms, key
 
 
-def install(guest, kms):
-    """The programs and units where a package puts them."""
+def settings(guest, kms):
     guest.put("/etc/byokd/byokd.toml", f"""\
 volumes_dir = "/etc/byokd/volumes.d"
 
@@ -31,6 +30,11 @@ endpoint = "http://10.0.2.2:{kms.port}"
 probe_interval = "1s"
 """)
     guest.put("/etc/byokd/environment", "AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=test\n")
+
+
+def install(guest, kms):
+    """The programs and units where a package puts them."""
+    settings(guest, kms)
     guest.run("""
         cp /payload/byokd /payload/byokctl /payload/byokd-kernel /usr/bin/
         cd /payload/systemd

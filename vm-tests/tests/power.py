@@ -19,7 +19,7 @@ class VolatileDisk:
 
     def __init__(self, case, size):
         self.case, self.file = case, case.disk("v", size)
-        self.socket = case.place / "disk.sock"
+        self.socket = case.sockets / "disk"
         self.server = None
 
     @property

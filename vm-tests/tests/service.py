@@ -1,7 +1,7 @@
-"""byokd as systemd runs it: its units, and a boot with volumes in fstab."""
+"""byokd as systemd runs it: its units, a boot with volumes in fstab, and every way to end but a clean one."""
 
 from harness.case import expect
-from harness.service import LINK, served
+from harness.service import LINK, check_syncs, goes_on, load, record_syncs, served
 
 
 def the_units_are_sound_and_the_daemon_is_confined(case):
@@ -62,4 +62,42 @@ def volumes_in_fstab_are_there_after_a_reboot(case):
         guest.clean_dmesg()
 
 
+def no_end_of_the_daemon_costs_what_is_mounted_an_error(case):
+    guest, _, _ = served(case, definition='request_timeout = "6s"\ndead_timeout = "90s"')
+    guest.put("/run/systemd/system/byokd.service.d/quick.conf", "[Service]\nWatchdogSec=4s\n")
+    guest.run("systemctl daemon-reload && systemctl restart byokd")
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
+    syncs, running = record_syncs(guest), load(guest, 100000)
+    pid = "$(systemctl show -p MainPID --value byokd)"
+    ends = {
+        # It stands still: only the watchdog sees that.
+        "watchdog": f"kill -STOP {pid}",
+        # The kernel's choice, once the score is no longer what the unit gives it.
+        "oom-kill": f"choom -n 1000 -p {pid} && sysctl -q kernel.sysrq=1 && echo f >/proc/sysrq-trigger",
+        "signal": f"kill -ABRT {pid}",
+        # With the volume mounted: requests wait for a start.
+        "stop": "systemctl stop byokd && sleep 3 && systemctl start byokd",
+    }
+    for how, commands in ends.items():
+        case.say(how)
+        goes_on(guest)
+        before = guest.run("systemctl show -p MainPID --value byokd").strip()
+        guest.run(commands)
+        guest.until("the new daemon serves", f"""pid={pid}; [ "$pid" != {before} ] && [ "$pid" != 0 ] &&
+            byokctl status v | grep -q serving""")
+        expect(not running.ended() and not syncs.ended(), f"the load ended: {how}")
+    said = guest.run("journalctl -b --no-pager -u byokd")
+    for word in ("watchdog", "oom-kill", "status=6/ABRT"):
+        expect(word in said, f"the journal does not say {word}")
+    goes_on(guest)
+    guest.run("pkill -INT -x fio; pkill -f [s]ync-load")
+    _, said = running.wait()
+    expect('"error" : 0' in said and "verify:" not in said, said[-3000:])
+    guest.run(f"umount /mnt && udevadm settle && fsck.ext4 -fn {LINK} && mount {LINK} /mnt")
+    case.say(check_syncs(guest).strip())
+    # The kernel prints whose memory it looked for.
+    guest.clean_dmesg(allowed=("Connection timed out, retrying", "Call Trace"))
+
+
+no_end_of_the_daemon_costs_what_is_mounted_an_error.time_limit = 900
 volumes_in_fstab_are_there_after_a_reboot.time_limit = 900

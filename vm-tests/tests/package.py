@@ -1,0 +1,39 @@
+"""The Debian package: installed, upgraded under load with its volume mounted, removed."""
+
+from harness.case import expect
+from harness.service import LINK, check_syncs, goes_on, load, record_syncs, settings
+
+
+def the_debian_package_installs_upgrades_under_load_and_removes(case):
+    kms = case.kms()
+    key = kms.key()
+    guest = case.guest(systemd=True).boot()
+    guest.run("dpkg -i /payload/byokd_1.deb", timeout=300)
+    guest.run("systemctl is-enabled byokd byokd-kernel.socket && systemctl is-active byokd-kernel.socket && lsmod | grep -qw nbd")
+    settings(guest, kms)
+    guest.run("systemctl start byokd")
+    guest.run(f"""byokctl volume create v --backing /var/lib/byokd/v.img --size 192M --key {key} --purpose zeebe
+        byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt""")
+    syncs, running = record_syncs(guest), load(guest, 100000)
+    goes_on(guest)
+    before = guest.run("systemctl show -p MainPID --value byokd").strip()
+    # The settings are the administrator's, and stay.
+    guest.run("dpkg -i --force-confold /payload/byokd_2.deb", timeout=300)
+    expect(guest.run("dpkg-query -W -f '${Version}' byokd") == "2", "upgraded")
+    guest.until("the new daemon serves", f"""[ "$(systemctl show -p MainPID --value byokd)" != {before} ] &&
+        byokctl status v | grep -q serving""")
+    goes_on(guest)
+    expect(not running.ended() and not syncs.ended(), "the load ended")
+    guest.run("pkill -f [s]ync-load; pkill -INT -x fio")
+    _, said = running.wait()
+    expect('"error" : 0' in said and "verify:" not in said, said[-3000:])
+    case.say(check_syncs(guest).strip())
+    status, said = guest.attempt("dpkg -r byokd", timeout=300)
+    expect(status != 0 and "byokctl detach" in said, f"removed with a volume attached: {said}")
+    guest.run("systemctl is-active byokd && sync -f /mnt")
+    guest.run("umount /mnt && udevadm settle && byokctl detach v && dpkg -r byokd", timeout=300)
+    guest.run("! systemctl is-active byokd byokd-kernel.socket && [ ! -e /usr/bin/byokd ] && [ -e /var/lib/byokd/v.img ]")
+    guest.clean_dmesg(allowed=("Connection timed out, retrying",))
+
+
+the_debian_package_installs_upgrades_under_load_and_removes.time_limit = 600
