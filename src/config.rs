@@ -77,6 +77,8 @@ pub struct Config {
     pub lease: LeaseConfig,
     /// How the audit trail is kept.
     pub audit: AuditConfig,
+    /// Metrics, health, the JSON API and the console.
+    pub http: HttpConfig,
 }
 
 impl Default for Config {
@@ -96,6 +98,7 @@ impl Default for Config {
             kms: KmsConfig::default(),
             lease: LeaseConfig::default(),
             audit: AuditConfig::default(),
+            http: HttpConfig::default(),
         }
     }
 }
@@ -152,6 +155,20 @@ impl AuditConfig {
             on_failure: self.on_failure,
         })
     }
+}
+
+/// `[http]`: where metrics, health, the JSON API and the console are served; nowhere by default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HttpConfig {
+    /// A loopback address.
+    pub listen: Option<SocketAddr>,
+    /// A unix socket.
+    pub socket: Option<PathBuf>,
+    /// Group that may use that socket.
+    pub group: Option<String>,
+    /// A file that holds a token; who has it may read metrics and the API, and nobody else.
+    pub token_file: Option<PathBuf>,
 }
 
 /// `[kms]`: how AWS KMS is reached. Credentials come from the SDK's ordinary chain.
@@ -596,6 +613,7 @@ impl Config {
             kms,
             lease,
             audit,
+            http,
         )
     }
 }
@@ -654,6 +672,9 @@ pub fn load_with_hash(path: &Path) -> Result<(Config, Hash), ConfigErrors> {
     }
     if config.tcp_listen.is_some_and(|address| !address.ip().is_loopback()) {
         wrong("tcp_listen is not a loopback address; NBD without TLS stays on this machine");
+    }
+    if config.http.listen.is_some_and(|address| !address.ip().is_loopback()) {
+        wrong("http.listen is not a loopback address: put a proxy with TLS before it");
     }
     if config.max_connections == 0 {
         wrong("max_connections is 0: nobody could connect");

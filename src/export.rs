@@ -25,6 +25,7 @@ use crate::device::WriteOrder;
 use crate::fence::{Fence, KeyDestroyed};
 use crate::key::VolumeKey;
 use crate::key::lease::FenceReason;
+use crate::metrics::io::{IoCounters, IoTotals};
 use crate::store::{Backing, DirectIo};
 use crate::units::{Geometry, SectorSize, millis};
 use crate::volume::{Access, UnlockedVolume, VolumeError};
@@ -103,6 +104,10 @@ pub struct Export {
     held_until: AtomicU64,
     /// Requests that failed by a fence or by the backing store.
     failed: AtomicU64,
+    /// Errors of the backing store.
+    backing_errors: AtomicU64,
+    /// What connections that are gone have asked for.
+    past: Mutex<IoTotals>,
 }
 
 /// A connection, to people.
@@ -128,6 +133,7 @@ pub(crate) struct Client {
     /// It is to stop between two requests, and leave its socket as it is.
     handing_over: AtomicBool,
     failed: AtomicU64,
+    io: IoCounters,
 }
 
 /// Who is at the other end of a connection.
@@ -189,6 +195,8 @@ impl Export {
             transition: Mutex::default(),
             held_until: AtomicU64::new(0),
             failed: AtomicU64::new(0),
+            backing_errors: AtomicU64::new(0),
+            past: Mutex::default(),
         }))
     }
 
@@ -274,6 +282,36 @@ impl Export {
     /// Requests that failed by a fence or by the backing store, since the volume was attached.
     pub fn failed(&self) -> u64 {
         self.failed.load(Ordering::Relaxed)
+    }
+
+    /// What clients have asked for since the volume was attached.
+    pub fn io(&self) -> IoTotals {
+        let clients = lock(&self.clients);
+        let mut totals = *lock(&self.past);
+        clients.iter().for_each(|client| totals.add(&client.io));
+        totals
+    }
+
+    /// Requests that are not answered yet.
+    pub fn in_flight(&self) -> u64 {
+        let mut totals = IoTotals::default();
+        lock(&self.clients).iter().for_each(|client| totals.add(&client.io));
+        totals.in_flight()
+    }
+
+    /// Counts an error of the backing store.
+    pub(crate) fn count_backing_error(&self) {
+        self.backing_errors.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Errors of the backing store since the volume was attached.
+    pub fn backing_errors(&self) -> u64 {
+        self.backing_errors.load(Ordering::Relaxed)
+    }
+
+    /// Operations that the backing store has not ended, of those that were given up.
+    pub fn stalled(&self) -> usize {
+        self.orphans.load(Ordering::Relaxed)
     }
 
     /// The connections there are now.
@@ -435,6 +473,7 @@ impl Export {
             kernel: kind == PeerKind::Kernel,
             handing_over: AtomicBool::new(false),
             failed: AtomicU64::new(0),
+            io: IoCounters::default(),
         });
         let mut clients = lock(&self.clients);
         if self.is_stopping() || clients.len() >= self.options.max_connections {
@@ -445,7 +484,13 @@ impl Export {
     }
 
     pub(crate) fn leave(&self, client: &Arc<Client>) {
-        lock(&self.clients).retain(|c| !Arc::ptr_eq(c, client));
+        let mut clients = lock(&self.clients);
+        // Under one lock: whoever scrapes sees it here or there.
+        if clients.iter().any(|c| Arc::ptr_eq(c, client)) {
+            lock(&self.past).add(&client.io);
+        }
+        clients.retain(|c| !Arc::ptr_eq(c, client));
+        drop(clients);
         self.changed.notify_all();
     }
 
@@ -507,6 +552,12 @@ impl Export {
 }
 
 impl Client {
+    /// What it counts; for its own thread alone.
+    #[inline]
+    pub(crate) fn io(&self) -> &IoCounters {
+        &self.io
+    }
+
     /// Interrupts its wait for the backing store.
     fn wake(&self) {
         // It fails only when the counter is full, and then it is awake already.
@@ -621,6 +672,12 @@ impl ExportTable {
     #[must_use]
     pub fn names(&self) -> Vec<String> {
         lock(&self.exports).keys().cloned().collect()
+    }
+
+    /// Memory in use for requests in flight, and how much there may be.
+    #[must_use]
+    pub fn request_memory(&self) -> (usize, usize) {
+        (BUDGET.saturating_sub(self.budget.0.load(Ordering::Relaxed)), BUDGET)
     }
 
     pub(crate) fn budget(&self) -> &Arc<Budget> {

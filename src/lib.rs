@@ -33,6 +33,8 @@
 //! | [`progress`] | whether the parts of the daemon go on |
 //! | [`systemd`] | what the service manager is told, and the descriptors it keeps |
 //! | [`audit`] | the audit trail: hash-chained records of every key event |
+//! | [`metrics`] | every metric, and what is counted between two scrapes |
+//! | [`http`] | metrics and health over HTTP |
 //! | [`config`] | byokd.toml and volumes.d |
 //! | [`control`] | the control API: types, server, client |
 //! | [`daemon`] | puts the parts together |
@@ -52,12 +54,14 @@ pub mod exit;
 pub mod export;
 pub mod fence;
 pub mod harden;
+pub mod http;
 pub mod keeper;
 pub mod kernel;
 pub mod key;
 pub mod kms;
 pub mod listener;
 pub mod luks2;
+pub mod metrics;
 pub mod nbd;
 pub mod progress;
 pub mod store;

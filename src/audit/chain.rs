@@ -33,6 +33,12 @@ impl Hash {
         hash.copy_from_slice(digest(&SHA256, bytes).as_ref());
         Self(hash)
     }
+
+    /// Its first 12 hex digits as a number: what a double can hold.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.0.iter().take(6).fold(0, |number, byte| number << 8 | u64::from(*byte))
+    }
 }
 
 impl fmt::Display for Hash {

@@ -18,6 +18,7 @@ use crate::audit::record::Record;
 use crate::exit::ExitCode;
 use crate::key::lease::Verdict;
 use crate::key::wrapped::{EncryptionContext, KeyArn, Purpose, Role};
+use crate::kms::trouble::Trouble;
 use crate::kms::{CheckStep, Evidence};
 use crate::units::SectorSize;
 
@@ -329,6 +330,8 @@ pub struct VolumeStatus {
     pub failed_requests: u64,
     /// Its device in the kernel, if it has one.
     pub device: Option<DeviceStatus>,
+    /// Requests of clients since it was attached, of any kind.
+    pub requests: u64,
     /// The lease, while attached.
     pub lease: Option<LeaseStatus>,
     /// Why it is not attached, if that was tried and failed.
@@ -421,6 +424,11 @@ pub struct LeaseStatus {
     pub held_for: Option<u64>,
     /// From the first denied answer to the key's destruction, in milliseconds, of the last fence.
     pub fence_ms: Option<u64>,
+    /// Seconds until the volume is fenced if nothing more is heard of KMS; absent if that never
+    /// happens, 0 while it is fenced.
+    pub remaining: Option<u64>,
     /// What KMS said last that was not a success.
     pub evidence: Option<Evidence>,
+    /// The same in words, while something follows from it.
+    pub trouble: Option<Trouble>,
 }

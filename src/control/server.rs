@@ -95,7 +95,7 @@ async fn converse(stream: UnixStream, peers: &Peers, daemon: &Arc<Daemon>) -> io
             return Ok(());
         }
         let answer = match serde_json::from_str::<Request>(&line) {
-            Ok(request) => daemon.answer(request, who(&peer)).await,
+            Ok(request) => Box::pin(daemon.answer(request, who(&peer))).await,
             Err(error) => refuse(
                 "read the request",
                 error.to_string(),

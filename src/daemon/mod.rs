@@ -15,10 +15,12 @@ mod rewrap;
 mod service;
 mod status;
 mod volumes;
+mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{DirBuilder, File, Permissions};
 use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -34,7 +36,9 @@ use crate::attachment::Attachment;
 use crate::audit::chain::Hash;
 use crate::audit::record::Peer;
 use crate::audit::{Audit, AuditOpenError, AuditSettings};
-use crate::config::{AuditConfig, Config, ConfigErrors, SecretMemory, VolumeConfig, load_volumes};
+use crate::config::{
+    AuditConfig, Config, ConfigErrors, HttpConfig, SecretMemory, VolumeConfig, load_volumes,
+};
 use crate::control::server::ControlServer;
 use crate::control::{API_VERSION, Answer, Problem, Request, VolumeStatus};
 use crate::crypt::{SelfTestError, self_test};
@@ -42,6 +46,7 @@ use crate::daemon::devices::AttachHow;
 use crate::daemon::refusals::Answered;
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportTable};
+use crate::http::{Http, HttpError};
 use crate::keeper::Keeper;
 use crate::keeper::group::Groups;
 use crate::key::lease::{LeasePolicy, ProbePlan};
@@ -50,6 +55,7 @@ use crate::key::wrapped::Role;
 use crate::kms::aws::{AwsKms, AwsSettings, AwsSettingsError};
 use crate::kms::dev::{DEV_REGION, DevKms, DevKmsError};
 use crate::listener::{Listener, Peers};
+use crate::metrics::counters::VolumeCounters;
 use crate::progress::Progress;
 use crate::systemd::{Systemd, Watchdog};
 
@@ -77,6 +83,9 @@ pub enum StartError {
     /// Another daemon is there.
     #[error("another byokd runs with {}", .0.display())]
     Running(PathBuf),
+    /// The HTTP listener.
+    #[error(transparent)]
+    Http(#[from] HttpError),
     /// A file or socket.
     #[error("cannot {doing} {}: {source}", path.display())]
     Io {
@@ -105,6 +114,7 @@ impl StartError {
             | Self::SelfTest(_)
             | Self::Kms(_)
             | Self::DevKms(_)
+            | Self::Http(_)
             | Self::Io { .. } => ExitCode::Failed,
         }
     }
@@ -125,6 +135,7 @@ impl StartError {
             }
             Self::Audit(_) => "Check the settings under [audit] in byokd.toml.",
             Self::Running(_) => "Stop that one first, or use another directory.",
+            Self::Http(_) => "Mend [http] in byokd.toml.",
             Self::Io { .. } => "Check the path and its permissions.",
         }
     }
@@ -173,7 +184,10 @@ impl Setup {
     #[must_use]
     pub fn dev(dir: &Path, probe_interval: Duration) -> Self {
         let audit = AuditConfig { directory: dir.join("audit"), ..AuditConfig::default() };
+        // Any free port: `http-endpoint` in `dir` says which.
+        let listen = Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
         let config = Config {
+            http: HttpConfig { listen, ..HttpConfig::default() },
             volumes_dir: dir.join("volumes.d"),
             control_socket: dir.join("byokd.sock"),
             nbd_dir: dir.join("nbd"),
@@ -224,6 +238,7 @@ struct Volume {
     /// Held while its key is rewrapped: one at a time.
     rewrapping: tokio::sync::Mutex<()>,
     now: Mutex<Now>,
+    counters: Arc<VolumeCounters>,
 }
 
 /// How a volume is at this moment.
@@ -238,6 +253,8 @@ struct Now {
     problem: Option<Problem>,
     /// Keys of its definition that were changed since it was attached.
     at_next_attach: Vec<&'static str>,
+    /// The daemon is to attach it, and has not tried yet.
+    awaited: bool,
 }
 
 /// Whether a volume is in service.
@@ -265,11 +282,13 @@ impl Volume {
             device: None,
             problem: None,
             at_next_attach: Vec::new(),
+            awaited: false,
         };
         Self {
             changing: tokio::sync::Mutex::default(),
             rewrapping: tokio::sync::Mutex::default(),
             now: Mutex::new(now),
+            counters: Arc::default(),
         }
     }
 
@@ -352,6 +371,13 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     let part = daemon.progress.part("the control socket", STARTING);
     let server = ControlServer::start(&control, peers, Arc::clone(&daemon), part)
         .map_err(StartError::io("listen on", &control))?;
+    daemon.await_wanted();
+    let http = Http::start(&daemon.setup.config.http, &daemon).await?;
+    if let (Some(dir), Some(address)) = (&daemon.setup.dev_state, http.address()) {
+        let path = dir.join("http-endpoint");
+        std::fs::write(&path, format!("http://{address}\n"))
+            .map_err(StartError::io("write", &path))?;
+    }
     info!(control = %control.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     passed.close_rest(&notifier);
     let watchdog = match watchdog {
@@ -377,7 +403,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     // It was cut off, or had nothing left to do.
     let _ended = attaching.await;
     devices.abort();
-    drop((server, tcp));
+    drop((server, tcp, http));
     daemon.stop(&notifier).await;
     drop(watchdog);
     drop(dev);
@@ -502,6 +528,14 @@ impl Daemon {
     #[must_use]
     pub fn audit(&self) -> &Arc<Audit> {
         &self.audit
+    }
+
+    /// Until these were tried, the daemon is not ready.
+    fn await_wanted(&self) {
+        for volume in self.volumes().values() {
+            let wanted = volumes::is_wanted(volume);
+            volume.with(|now| now.awaited = wanted);
+        }
     }
 
     fn volumes(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Volume>>> {

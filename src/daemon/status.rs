@@ -7,6 +7,7 @@ use tokio::task::spawn_blocking;
 
 use crate::attachment::purge::Done;
 use crate::attachment::{Attachment, Requests};
+use crate::clock::now;
 use crate::control::{
     ClientStatus, DeviceRequests, DeviceStatus, LeaseStatus, PurgeStatus, VolumeState, VolumeStatus,
 };
@@ -55,6 +56,7 @@ fn known(name: &str, now: &Now) -> VolumeStatus {
         clients: Vec::new(),
         failed_requests: 0,
         device: now.device.as_ref().map(|attachment| device(name, attachment)),
+        requests: 0,
         lease: None,
         problem: now.problem.clone(),
         at_next_attach: now.at_next_attach.iter().map(|key| (*key).to_owned()).collect(),
@@ -77,6 +79,7 @@ fn in_service(status: &mut VolumeStatus, attached: &Attached) {
     status.clients = attached.export.connected().into_iter().map(client).collect();
     status.connections = status.clients.len();
     status.failed_requests = attached.export.failed();
+    status.requests = attached.export.io().requests();
     let (name, socket) = (&status.name, attached.socket.display());
     status.uri = Some(format!("nbd+unix:///{name}?socket={socket}"));
     status.state = match (report.serves, report.state) {
@@ -154,6 +157,14 @@ fn client(connected: Connected) -> ClientStatus {
 }
 
 fn lease(report: KeyReport, held_for: Option<Duration>) -> LeaseStatus {
+    let remaining = match report.serves_until {
+        Some(until) => Some(until.since(now()).as_secs()),
+        None if report.serves => None,
+        None => Some(0),
+    };
+    let matters = report.state != LeaseWord::Held;
+    let said = report.evidence.as_ref().filter(|_| matters);
+    let trouble = said.map(|said| said.trouble(report.state));
     LeaseStatus {
         state: word(report.state),
         since: rfc3339(report.since),
@@ -161,6 +172,8 @@ fn lease(report: KeyReport, held_for: Option<Duration>) -> LeaseStatus {
         allowance_left: report.allowance_left.map(|left| left.as_secs()),
         held_for: held_for.map(|left| left.as_secs()),
         fence_ms: report.fenced_after.map(millis),
+        remaining,
+        trouble,
         evidence: report.evidence,
     }
 }

@@ -40,7 +40,7 @@ use crate::listener::{Listener, Peers};
 use crate::luks2::Header;
 use crate::store::DirectIo;
 use crate::systemd::Notifier;
-use crate::units::rfc3339;
+use crate::units::{rfc3339, word};
 use crate::volume::{Access, CreateOptions, LockedVolume, NewVolume};
 
 /// How long requests in flight may take when a volume is detached or the daemon stops.
@@ -311,7 +311,7 @@ impl Daemon {
             now.at_next_attach = Vec::new();
             now.service = Service::Attaching;
         });
-        let done = match self.unlock(&what, name, &config, how.read_only).await {
+        let done = match self.unlock(&what, name, &volume, &config, how.read_only).await {
             Ok(attached) => {
                 volume.with(|now| now.service = Service::Attached(attached));
                 let device = self.put_in_kernel(&what, name, &volume, &config, how).await;
@@ -326,6 +326,8 @@ impl Daemon {
                 Err(error)
             }
         };
+        let outcome = done.as_ref().err().map_or(ExitCode::Ok, |error| error.exit);
+        volume.counters.attaches.add(&word(outcome));
         if let Err(error) = &done {
             // Tried again every few seconds, it is recorded once.
             let known = volume.with(|now| {
@@ -357,6 +359,7 @@ impl Daemon {
         &self,
         what: &str,
         name: &str,
+        volume: &Volume,
         config: &VolumeConfig,
         read_only: bool,
     ) -> Answered<Attached> {
@@ -413,8 +416,15 @@ impl Daemon {
             steps.map(|s| PlanStep { run: s.run.clone(), timeout: s.timeout.0 }).collect();
         let terms = Terms { policy, on_fence, audit: Arc::clone(&self.audit) };
         let part = self.progress.part(format!("the keeper of {name}"), ATTACHING);
-        let keeper =
-            Keeper::start(Arc::clone(&export), kms, terms, &self.groups, role.as_ref(), part);
+        let keeper = Keeper::start(
+            Arc::clone(&export),
+            kms,
+            terms,
+            &self.groups,
+            role.as_ref(),
+            part,
+            Arc::clone(&volume.counters),
+        );
         info!(volume = name, request_id = proof.request_id, socket = %socket.display(), "attached");
         Ok(Attached { export, keeper, socket, _listener: listener })
     }
@@ -520,12 +530,15 @@ impl Daemon {
             // An operator may have attached or forgotten it meanwhile, or taken its device away.
             let Some(volume) = self.volumes().get(&name).cloned() else { return };
             if !is_wanted(&volume) {
+                volume.with(|now| now.awaited = false);
                 return;
             }
             let device = volume.with(|now| now.device.clone());
             let read_only = device.as_ref().is_some_and(|d| sysfs::is_read_only(d.device().index));
             let how = AttachHow { read_only, ..AttachHow::default() };
-            let Err(e) = self.attach(&name, how).await else { return };
+            let attached = self.attach(&name, how).await;
+            volume.with(|now| now.awaited = false);
+            let Err(e) = attached else { return };
             // Somebody else did it meanwhile.
             if !is_wanted(&volume) {
                 return;
@@ -592,7 +605,7 @@ pub(super) fn is_the_one(what: &str, config: &VolumeConfig, header: &Header) -> 
 }
 
 /// Whether a volume should be in service and is not.
-fn is_wanted(volume: &Volume) -> bool {
+pub(super) fn is_wanted(volume: &Volume) -> bool {
     volume.with(|now| {
         let wanted = now.device.is_some() || now.config.attach == AttachWhen::Auto;
         wanted && !matches!(now.service, Service::Attached(_))

@@ -60,6 +60,20 @@ impl Groups {
         lock(&group.members).push(Arc::clone(&member));
         Seat { group: Arc::clone(group), pace: Arc::clone(&self.pace), member }
     }
+
+    /// Regular probes of the whole node in a second, as its volumes are now.
+    #[must_use]
+    pub fn probes_per_second(&self) -> f64 {
+        let rate = |interval: Duration| 1.0 / interval.as_secs_f64().max(0.001);
+        let of_group = |group: &Arc<Group>| {
+            let members = lock(&group.members);
+            if members.len() <= group.each_up_to {
+                return members.iter().map(|m| rate(m.interval)).sum();
+            }
+            members.iter().map(|m| m.interval).min().map_or(0.0, rate)
+        };
+        lock(&self.groups).values().map(of_group).sum()
+    }
 }
 
 struct Group {
@@ -82,6 +96,15 @@ pub struct Heard {
     pub denied: bool,
     /// The last thing heard of KMS and the key, if that was not a denial; only in turns.
     pub verdict: Option<Verdict>,
+}
+
+/// Within what time the first denied answer comes, as long as KMS answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HearsWithin {
+    /// The key is taken away, and so all its volumes.
+    pub key: Duration,
+    /// This volume alone is.
+    pub volume: Duration,
 }
 
 /// A volume's place in its group; dropped, it is free.
@@ -113,6 +136,21 @@ impl Seat {
         let at = turn_after(since, interval, place, members.len());
         // Two neighbours' turns are at most 1.1 intervals apart.
         self.group.epoch + at + interval.mul_f64(SPREAD / 2.0 * (1.0 + spread))
+    }
+
+    /// Within what time a denial is first heard.
+    #[must_use]
+    pub fn hears_within(&self) -> HearsWithin {
+        let members = lock(&self.group.members);
+        let own = self.member.interval;
+        if members.len() <= self.group.each_up_to {
+            let bound = own.mul_f64(1.0 + SPREAD);
+            return HearsWithin { key: bound, volume: bound };
+        }
+        let interval = members.iter().map(|m| m.interval).min().unwrap_or(own);
+        let spread = interval.mul_f64(SPREAD);
+        let round = interval.saturating_mul(u32::try_from(members.len()).unwrap_or(u32::MAX));
+        HearsWithin { key: interval + spread, volume: round + spread }
     }
 
     /// How many volumes the group has.
@@ -298,6 +336,19 @@ mod tests {
         seats[3].tell(Verdict::Allowed, false);
         let heard = seats[16].news().await;
         assert_eq!(heard, Heard { denied: false, verdict: Some(Verdict::Allowed) });
+    }
+
+    #[test]
+    fn the_cost_and_the_bound_of_each_mode_are_told() {
+        let groups = Groups::new(ProbePlan::default());
+        let few: Vec<_> = (0..16).map(|_| groups.join(&key(), None, INTERVAL)).collect();
+        let bound = INTERVAL.mul_f64(1.1);
+        assert_eq!(few[3].hears_within(), HearsWithin { key: bound, volume: bound });
+        assert!((groups.probes_per_second() - 1.6).abs() < 1e-9);
+        let one_more = groups.join(&key(), None, INTERVAL);
+        let round = INTERVAL.mul_f64(17.1);
+        assert_eq!(one_more.hears_within(), HearsWithin { key: bound, volume: round });
+        assert!((groups.probes_per_second() - 0.1).abs() < 1e-9, "they take turns");
     }
 
     #[test]

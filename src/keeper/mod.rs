@@ -22,7 +22,7 @@ use crate::audit::record::{Event as Record, Kind};
 use crate::clock::now;
 use crate::exit::ExitCode;
 use crate::export::Export;
-use crate::keeper::group::{Groups, Heard, Seat};
+use crate::keeper::group::{Groups, Heard, HearsWithin, Seat};
 use crate::keeper::plan::PlanStep;
 use crate::key::lease::{
     FenceReason, KeyLease, LeasePolicy, LeaseState, LeaseWord, Moment, Step, Verdict,
@@ -30,8 +30,9 @@ use crate::key::lease::{
 use crate::key::wrapped::Role;
 use crate::kms::{Evidence, KeyService, KmsError, Proof, ServiceError};
 use crate::luks2::Header;
+use crate::metrics::counters::VolumeCounters;
 use crate::progress::Part;
-use crate::units::{millis, rfc3339};
+use crate::units::{millis, rfc3339, word};
 
 /// How often time alone is looked at, if nothing else is due: after the machine slept, the key that
 /// may not be used any more is destroyed within this time.
@@ -62,6 +63,16 @@ pub struct KeyReport {
     pub since: Timestamp,
     /// When KMS last allowed the key.
     pub last_success: Timestamp,
+    /// The same on the clock that leases are kept by.
+    pub verified: Moment,
+    /// When service is over if nothing more is heard, if ever.
+    pub serves_until: Option<Moment>,
+    /// When the last probe of this volume, or of one under the same key, was answered.
+    pub heard: Moment,
+    /// The interval of its probes.
+    pub interval: Duration,
+    /// Within what time a denial is first heard.
+    pub hears_within: HearsWithin,
     /// Time left of the outage allowance, while it runs.
     pub allowance_left: Option<Duration>,
     /// From the first denied answer to the key's destruction, of the last fence.
@@ -112,24 +123,30 @@ impl Keeper {
         groups: &Groups,
         role: Option<&Role>,
         part: Part,
+        counters: Arc<VolumeCounters>,
     ) -> Self {
         let Terms { policy, on_fence, audit } = terms;
         let lease = KeyLease::new(policy, now());
+        let header = export.volume().header();
+        let key = &header.token().canary.wrapped.key_arn;
+        let seat = groups.join(key, role, policy.interval);
         let told = Timestamp::now();
         let first = KeyReport {
             state: LeaseWord::Held,
             serves: true,
             since: told,
             last_success: told,
+            verified: now(),
+            serves_until: lease.serves_until(),
+            heard: now(),
+            interval: policy.interval,
+            hears_within: seat.hears_within(),
             allowance_left: None,
             fenced_after: None,
             evidence: None,
         };
         let (commands, inbox) = mpsc::channel(8);
         let (tell, reports) = watch::channel(first.clone());
-        let header = export.volume().header();
-        let key = &header.token().canary.wrapped.key_arn;
-        let seat = groups.join(key, role, policy.interval);
         // Volumes that are attached together spread over the first interval.
         let ago = policy.interval.mul_f64(0.5 * random());
         let probed = Instant::now().checked_sub(ago).unwrap_or_else(Instant::now);
@@ -153,6 +170,8 @@ impl Keeper {
             part,
             audit,
             recorded: LeaseWord::Held,
+            counters,
+            published: now(),
         };
         keeping.publish();
         Self { commands, reports, task: tokio::spawn(keeping.run()) }
@@ -242,6 +261,9 @@ struct Keeping<K> {
     audit: Arc<Audit>,
     /// Where the lease stood when that was recorded last.
     recorded: LeaseWord,
+    counters: Arc<VolumeCounters>,
+    /// When a report was last made.
+    published: Moment,
 }
 
 /// What a keeper wakes for.
@@ -349,6 +371,7 @@ impl<K: KeyService> Keeping<K> {
     async fn sibling(&mut self, heard: Heard) {
         let state = self.lease.state();
         if let Some(verdict) = heard.verdict {
+            self.report.heard = now();
             let step = self.lease.observe_sibling(now(), verdict);
             self.act(step).await;
         }
@@ -388,6 +411,8 @@ impl<K: KeyService> Keeping<K> {
                 verdict
             }
         };
+        self.report.heard = now();
+        self.counters.probes.add(&word(verdict));
         let before = self.lease.state();
         self.seat.tell(verdict, before.serves());
         let step = self.lease.observe(now(), verdict);
@@ -488,10 +513,27 @@ impl<K: KeyService> Keeping<K> {
                 self.report.fenced_after = Some(took);
                 let event = self.event(Kind::KeyDestroyed).reason(reason);
                 self.audit.record(event.millis(millis(took)));
+                self.counters.fences.add(&word(reason));
+                if self.lease.first_denial().is_some() {
+                    self.counters.denial_to_fence.add(took);
+                }
+                // Words for KMS only where KMS is why.
+                let said = match reason {
+                    FenceReason::Denied | FenceReason::Expired | FenceReason::Mismatch => {
+                        self.report.evidence.as_ref()
+                    }
+                    FenceReason::Suspended | FenceReason::Detached | FenceReason::Stopping => None,
+                };
+                let trouble = said.map(|said| said.trouble(self.lease.state().word()));
+                let trouble = trouble.as_ref();
                 warn!(
                     volume = self.export.name(),
                     ?reason,
                     millis = took.as_millis(),
+                    cause = trouble.map(|t| t.cause.as_str()),
+                    evidence = trouble.map(|t| t.evidence.as_str()),
+                    effect = trouble.map(|t| t.effect.as_str()),
+                    remedy = trouble.map(|t| t.remedy.as_str()),
                     "fenced: the key is destroyed, requests are answered with EPERM"
                 );
             }
@@ -523,6 +565,7 @@ impl<K: KeyService> Keeping<K> {
                     self.heard(error);
                 }
                 warn!(volume = self.export.name(), %error, "KMS allows probes again, but the key could not be unwrapped");
+                self.counters.restores.add("failed");
                 self.lease.restore_failed(now());
                 return;
             }
@@ -531,6 +574,7 @@ impl<K: KeyService> Keeping<K> {
         match spawn_blocking(move || export.restore(key)).await {
             Ok(Ok(())) => {
                 self.lease.restored(now());
+                self.counters.restores.add("ok");
                 self.plan.abort_all();
                 self.audit.record(self.event(Kind::Restore));
                 info!(volume = self.export.name(), "KMS allows the key again: serving");
@@ -539,6 +583,7 @@ impl<K: KeyService> Keeping<K> {
                 let event = self.event(Kind::RestoreFailed);
                 self.audit.record(event.failed(ExitCode::Failed, &error.to_string()));
                 error!(volume = self.export.name(), %error, "KMS allows the key again, but the volume cannot be served");
+                self.counters.restores.add("failed");
                 self.lease.restore_failed(now());
             }
             Err(error) => error!(volume = self.export.name(), %error, "restoring was cut off"),
@@ -549,6 +594,11 @@ impl<K: KeyService> Keeping<K> {
     fn publish(&mut self) {
         self.export.end_hold();
         self.export.gatekeeper().serve_until(self.lease.serves_until());
+        // The time since the last report was spent in the state that it told.
+        if matches!(self.report.state, LeaseWord::Unverified | LeaseWord::Expired) {
+            self.counters.add_outage(now().since(self.published));
+        }
+        self.published = now();
         let at = |moment: Moment| {
             let ago = now().since(moment);
             Timestamp::now().checked_sub(ago).unwrap_or(Timestamp::UNIX_EPOCH)
@@ -565,6 +615,9 @@ impl<K: KeyService> Keeping<K> {
         self.report.state = state.word();
         self.report.serves = state.serves() && self.export.is_serving();
         self.report.last_success = at(self.lease.last_success());
+        self.report.verified = self.lease.last_success();
+        self.report.serves_until = self.lease.serves_until();
+        self.report.hears_within = self.seat.hears_within();
         self.report.allowance_left = self.lease.allowance_left(now());
         self.tell.send_replace(self.report.clone());
     }

@@ -7,6 +7,7 @@
 pub mod aws;
 pub mod dev;
 mod http;
+pub mod trouble;
 pub mod verdict;
 
 use std::future::Future;

@@ -118,10 +118,12 @@ fn every_setting_is_described() {
     top.remove("kms");
     top.remove("lease");
     top.remove("audit");
+    top.remove("http");
     for (heading, written) in [
         ("### `[kms]`", fields("KmsConfig")),
         ("### `[lease]`", fields("LeaseConfig")),
         ("### `[audit]`", fields("AuditConfig")),
+        ("### `[http]`", fields("HttpConfig")),
         (
             "## volumes.d/NAME.toml",
             fields("VolumeConfig")

@@ -26,12 +26,23 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("kernel", &["exit"]),
     (
         "export",
-        &["clock", "crypt", "device", "fence", "key", "key::lease", "store", "units", "volume"],
+        &[
+            "clock",
+            "crypt",
+            "device",
+            "fence",
+            "key",
+            "key::lease",
+            "metrics::io",
+            "store",
+            "units",
+            "volume",
+        ],
     ),
     ("nbd::wire", &[]),
     ("nbd::handshake", &["nbd::wire"]),
     ("nbd::stream", &[]),
-    ("nbd", &["buffer", "device", "export", "fence", "store::*", "units"]),
+    ("nbd", &["buffer", "device", "export", "fence", "metrics::io", "store::*", "units"]),
     ("listener", &["export", "nbd", "nbd::stream"]),
     // The key's way.
     ("key", &["units"]),
@@ -41,6 +52,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("luks2", &["key::*", "units"]),
     ("volume", &["key::*", "luks2::*", "store::*", "units"]),
     ("kms", &["key::*"]),
+    ("kms::aws", &["key::*", "kms::*", "metrics::counters", "units"]),
+    ("kms::trouble", &["key::lease", "kms"]),
     ("kms::verdict", &["key::lease"]),
     // Speaks the wire protocol and knows nothing of byokd.
     ("kms::dev", &[]),
@@ -61,6 +74,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "key::*",
             "kms",
             "luks2",
+            "metrics::counters",
             "progress",
             "units",
         ],
@@ -84,7 +98,25 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         ],
     ),
     // Around both.
-    ("control", &["audit", "audit::record", "exit", "key::lease", "key::wrapped", "kms", "units"]),
+    ("metrics", &["metrics::*"]),
+    ("metrics::counters", &[]),
+    ("metrics::io", &["metrics::counters"]),
+    ("metrics::table", &[]),
+    ("http", &["config", "daemon", "http::admission", "listener", "metrics"]),
+    ("http::admission", &[]),
+    (
+        "control",
+        &[
+            "audit",
+            "audit::record",
+            "exit",
+            "key::lease",
+            "key::wrapped",
+            "kms",
+            "kms::trouble",
+            "units",
+        ],
+    ),
     (
         "config",
         &[
@@ -111,12 +143,14 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "exit",
             "export",
             "fence",
+            "http",
             "keeper::*",
             "kernel::*",
             "key::*",
             "kms::*",
             "listener",
             "luks2",
+            "metrics::*",
             "progress",
             "store",
             "systemd",
@@ -203,12 +237,16 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("xts_mode", &["crypt::reference"]),
     ("aws_sdk_kms", &["kms::aws", "cli::dev_keys"]),
     ("aws_smithy_http_client", &["kms::http"]),
-    ("hyper_util", &["kms::dev"]),
+    ("hyper_util", &["http", "kms::dev"]),
+    ("prometheus", &["metrics"]),
     ("neli", &["kernel::netlink"]),
     ("rustix", &["kernel::passing"]),
     ("toml", &["config", "daemon", "control::server"]),
     // The data's way waits for nothing but its own sockets and its own ring.
-    ("tokio", &["attachment", "bin", "cli", "control", "daemon", "keeper", "kms", "listener"]),
+    (
+        "tokio",
+        &["attachment", "bin", "cli", "control", "daemon", "http", "keeper", "kms", "listener"],
+    ),
 ];
 
 /// Where `unsafe` may stand. Each of these says at its top that it expects it, and why.

@@ -20,6 +20,7 @@ mod kms;
 mod layering;
 mod luks2;
 mod memory;
+mod metrics;
 mod mounts;
 mod other_kms;
 mod promises;

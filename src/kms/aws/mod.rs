@@ -30,7 +30,7 @@ mod words;
 use std::collections::VecDeque;
 use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aws_config::SdkConfig;
 use aws_config::retry::RetryConfig;
@@ -45,10 +45,12 @@ use zeroize::Zeroizing;
 use super::http::{self, Reuse};
 use super::verdict::{self, Answer, Unproven};
 use super::{KeyDescription, KeyService, KmsError, NewKey, Operation, Proof, ServiceError};
-use crate::key::lease::{Connection, DisconnectedStore};
+use crate::key::lease::{Connection, DisconnectedStore, Verdict};
 use crate::key::secret::SecretMemoryError;
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
 use crate::key::{VOLUME_KEY_LEN, VolumeKey};
+use crate::metrics::counters::KmsCalls;
+use crate::units::word;
 use calls::Calls;
 use settings::{retries, shared_config, timeouts};
 use witness::Witness;
@@ -69,6 +71,7 @@ pub struct AwsKms {
     region: String,
     store: DisconnectedStore,
     witness: Option<Witness>,
+    calls: Arc<KmsCalls>,
     /// Request ids of the latest answers, oldest first.
     seen: Mutex<VecDeque<String>>,
 }
@@ -132,6 +135,7 @@ impl AwsKms {
             region,
             store: settings.disconnected_store,
             witness: settings.witness.clone().map(Witness::new),
+            calls: Arc::clone(&settings.calls),
             seen: Mutex::default(),
         })
     }
@@ -142,8 +146,32 @@ impl AwsKms {
         &self.region
     }
 
+    /// A call, counted with its outcome and time. Callers box it: it is large, and would be part of
+    /// their own futures twice.
+    async fn counted<T>(
+        &self,
+        operation: Operation,
+        call: impl Future<Output = Result<T, KmsError>>,
+    ) -> Result<T, KmsError> {
+        let began = Instant::now();
+        let ended = call.await;
+        let outcome = ended.as_ref().err().map_or(Verdict::Allowed, |error| error.verdict);
+        self.calls.add(&operation.to_string(), &word(outcome), began.elapsed());
+        ended
+    }
+
     /// A data key of `len` bytes.
     async fn generate(
+        &self,
+        arn: &KeyArn,
+        context: &EncryptionContext,
+        len: i32,
+    ) -> Result<DataKey, KmsError> {
+        let call = self.generate_uncounted(arn, context, len);
+        self.counted(Operation::GenerateDataKey, Box::pin(call)).await
+    }
+
+    async fn generate_uncounted(
         &self,
         arn: &KeyArn,
         context: &EncryptionContext,
@@ -186,6 +214,14 @@ impl AwsKms {
     /// The plaintext of `wrapped`, non-empty and from the key asked for; the caller knows what it
     /// must be.
     async fn decrypt(
+        &self,
+        client: &Client,
+        wrapped: &WrappedKey,
+    ) -> Result<(Zeroizing<Vec<u8>>, Option<String>), KmsError> {
+        self.counted(Operation::Decrypt, Box::pin(self.decrypt_uncounted(client, wrapped))).await
+    }
+
+    async fn decrypt_uncounted(
         &self,
         client: &Client,
         wrapped: &WrappedKey,
@@ -333,6 +369,74 @@ impl AwsKms {
                       one: `byokctl key policy ARN --rewrap` prints the statements";
         KmsError { remedy: remedy.to_owned(), ..error }
     }
+
+    async fn describe_uncounted(&self, arn: &KeyArn) -> Result<KeyDescription, KmsError> {
+        self.check_region(Operation::DescribeKey, arn)?;
+        let output = match self.describing.describe_key().key_id(arn.as_str()).send().await {
+            Ok(output) => output,
+            Err(error) => return Err(self.failed(Operation::DescribeKey, arn, error).await),
+        };
+        let request_id = output.request_id().map(ToOwned::to_owned);
+        let unproven = |what| self.unproven(Operation::DescribeKey, arn, what, request_id.clone());
+        let Some(key) = output.key_metadata else {
+            return Err(unproven(Unproven::Empty));
+        };
+        match key.arn() {
+            Some(answered) if answered == arn.as_str() => {}
+            Some(_) => return Err(unproven(Unproven::OtherKey)),
+            None => return Err(unproven(Unproven::Empty)),
+        }
+        let word = |word: Option<&str>| word.unwrap_or_default().to_owned();
+        Ok(KeyDescription {
+            arn: arn.as_str().to_owned(),
+            state: word(key.key_state().map(|state| state.as_str())),
+            spec: word(key.key_spec().map(|spec| spec.as_str())),
+            usage: word(key.key_usage().map(|usage| usage.as_str())),
+            origin: word(key.origin().map(|origin| origin.as_str())),
+            multi_region: key.multi_region().unwrap_or_default(),
+            request_id,
+        })
+    }
+
+    async fn rewrap_uncounted(
+        &self,
+        wrapped: &WrappedKey,
+        to: &KeyArn,
+    ) -> Result<WrappedKey, KmsError> {
+        let from = &wrapped.key_arn;
+        self.check_region(Operation::ReEncrypt, from)?;
+        self.check_rules(to).await?;
+        let context = pairs(&wrapped.context);
+        let answer = self
+            .describing
+            .re_encrypt()
+            .source_key_id(from.as_str())
+            .destination_key_id(to.as_str())
+            .ciphertext_blob(Blob::new(wrapped.blob.clone()))
+            .set_source_encryption_context(Some(context.clone()))
+            .set_destination_encryption_context(Some(context))
+            .send()
+            .await;
+        let output = match answer {
+            Ok(output) => output,
+            Err(error) => return Err(self.rewrap_failed(from, to, Words::of(&error)).await),
+        };
+        let request_id = output.request_id().map(ToOwned::to_owned);
+        let unproven = |what| self.unproven(Operation::ReEncrypt, to, what, request_id.clone());
+        match (output.source_key_id(), output.key_id()) {
+            (Some(source), Some(key)) if source == from.as_str() && key == to.as_str() => {}
+            (Some(_), Some(_)) => return Err(unproven(Unproven::OtherKey)),
+            _ => return Err(unproven(Unproven::Empty)),
+        }
+        match output.ciphertext_blob {
+            Some(blob) if !blob.as_ref().is_empty() => Ok(WrappedKey {
+                key_arn: to.clone(),
+                blob: blob.into_inner(),
+                context: wrapped.context.clone(),
+            }),
+            Some(_) | None => Err(unproven(Unproven::Empty)),
+        }
+    }
 }
 
 impl KeyService for AwsKms {
@@ -371,39 +475,7 @@ impl KeyService for AwsKms {
     }
 
     async fn rewrap_key(&self, wrapped: &WrappedKey, to: &KeyArn) -> Result<WrappedKey, KmsError> {
-        let from = &wrapped.key_arn;
-        self.check_region(Operation::ReEncrypt, from)?;
-        self.check_rules(to).await?;
-        let context = pairs(&wrapped.context);
-        let answer = self
-            .describing
-            .re_encrypt()
-            .source_key_id(from.as_str())
-            .destination_key_id(to.as_str())
-            .ciphertext_blob(Blob::new(wrapped.blob.clone()))
-            .set_source_encryption_context(Some(context.clone()))
-            .set_destination_encryption_context(Some(context))
-            .send()
-            .await;
-        let output = match answer {
-            Ok(output) => output,
-            Err(error) => return Err(self.rewrap_failed(from, to, Words::of(&error)).await),
-        };
-        let request_id = output.request_id().map(ToOwned::to_owned);
-        let unproven = |what| self.unproven(Operation::ReEncrypt, to, what, request_id.clone());
-        match (output.source_key_id(), output.key_id()) {
-            (Some(source), Some(key)) if source == from.as_str() && key == to.as_str() => {}
-            (Some(_), Some(_)) => return Err(unproven(Unproven::OtherKey)),
-            _ => return Err(unproven(Unproven::Empty)),
-        }
-        match output.ciphertext_blob {
-            Some(blob) if !blob.as_ref().is_empty() => Ok(WrappedKey {
-                key_arn: to.clone(),
-                blob: blob.into_inner(),
-                context: wrapped.context.clone(),
-            }),
-            Some(_) | None => Err(unproven(Unproven::Empty)),
-        }
+        self.counted(Operation::ReEncrypt, Box::pin(self.rewrap_uncounted(wrapped, to))).await
     }
 
     async fn make_canary(
@@ -427,31 +499,7 @@ impl KeyService for AwsKms {
     }
 
     async fn describe(&self, arn: &KeyArn) -> Result<KeyDescription, KmsError> {
-        self.check_region(Operation::DescribeKey, arn)?;
-        let output = match self.describing.describe_key().key_id(arn.as_str()).send().await {
-            Ok(output) => output,
-            Err(error) => return Err(self.failed(Operation::DescribeKey, arn, error).await),
-        };
-        let request_id = output.request_id().map(ToOwned::to_owned);
-        let unproven = |what| self.unproven(Operation::DescribeKey, arn, what, request_id.clone());
-        let Some(key) = output.key_metadata else {
-            return Err(unproven(Unproven::Empty));
-        };
-        match key.arn() {
-            Some(answered) if answered == arn.as_str() => {}
-            Some(_) => return Err(unproven(Unproven::OtherKey)),
-            None => return Err(unproven(Unproven::Empty)),
-        }
-        let word = |word: Option<&str>| word.unwrap_or_default().to_owned();
-        Ok(KeyDescription {
-            arn: arn.as_str().to_owned(),
-            state: word(key.key_state().map(|state| state.as_str())),
-            spec: word(key.key_spec().map(|spec| spec.as_str())),
-            usage: word(key.key_usage().map(|usage| usage.as_str())),
-            origin: word(key.origin().map(|origin| origin.as_str())),
-            multi_region: key.multi_region().unwrap_or_default(),
-            request_id,
-        })
+        self.counted(Operation::DescribeKey, Box::pin(self.describe_uncounted(arn))).await
     }
 }
 
@@ -502,7 +550,6 @@ mod tests {
     use aws_credential_types::provider::error::CredentialsError;
 
     use super::*;
-    use crate::key::lease::Verdict;
     use crate::kms::dev::{DevKms, Fault};
 
     fn settings(kms: &DevKms) -> AwsSettings {

@@ -1,6 +1,7 @@
 //! How KMS is reached and as whom: region, endpoint, credentials, time limits.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use aws_config::identity::IdentityCache;
@@ -16,6 +17,7 @@ use crate::key::lease::DisconnectedStore;
 use crate::key::wrapped::KeyArn;
 use crate::kms::Observer;
 use crate::kms::http::{self, Reuse};
+use crate::metrics::counters::KmsCalls;
 
 /// How KMS is reached and as whom.
 #[derive(Clone)]
@@ -45,6 +47,8 @@ pub struct AwsSettings {
     pub static_credentials: Option<(String, String)>,
     /// Who is told of every request.
     pub observer: Option<Observer>,
+    /// Where requests are counted.
+    pub calls: Arc<KmsCalls>,
 }
 
 /// A role to assume, in the customer's account or ours.
@@ -76,6 +80,7 @@ impl Default for AwsSettings {
             witness: None,
             static_credentials: None,
             observer: None,
+            calls: Arc::default(),
         }
     }
 }

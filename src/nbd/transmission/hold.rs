@@ -11,8 +11,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::buffer::{Ciphertext, Plaintext};
 use crate::fence::EnterError;
 use crate::nbd::transmission::reads::unseal;
+use crate::nbd::transmission::requests::operation;
 use crate::nbd::transmission::{Outcome, Transmission};
-use crate::nbd::wire::Errno;
+use crate::nbd::wire::{Errno, Request};
 use crate::units::SectorRange;
 
 /// How long to sleep at most before looking whether the wait is over.
@@ -58,7 +59,7 @@ impl Transmission {
         at: SectorRange,
     ) -> Outcome<Result<Plaintext, (EnterError, Ciphertext)>> {
         loop {
-            match unseal(&self.gate, data, at) {
+            match unseal(&self.gate, self.client.io(), data, at) {
                 Ok(plain) => return Ok(Ok(plain)),
                 Err((error, back)) if self.wait_out(&error)? => data = back,
                 Err(refused) => return Ok(Err(refused)),
@@ -67,9 +68,10 @@ impl Transmission {
     }
 
     /// Counts an error that a client is told, if it is not the client's own.
-    pub(super) fn count(&self, errno: Errno) {
+    pub(super) fn count(&self, request: &Request, errno: Errno) {
         let fenced = errno == Errno::Perm && self.export.gatekeeper().check().is_err();
         if fenced || matches!(errno, Errno::Io | Errno::NoMem) {
+            self.client.io().failed(operation(request));
             self.export.count_failed(&self.client);
         }
     }

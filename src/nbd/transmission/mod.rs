@@ -24,7 +24,7 @@ mod writes;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tracing::warn;
@@ -33,6 +33,7 @@ use crate::buffer::{Plaintext, Pool};
 use crate::device::{Claim, Lane};
 use crate::export::{Budget, Client, Export};
 use crate::fence::Gate;
+use crate::metrics::io::IoOperation;
 use crate::nbd::stream::NbdStream;
 use crate::nbd::transmission::inbox::Inbox;
 use crate::nbd::transmission::slab::Slab;
@@ -116,11 +117,21 @@ struct Task {
     whole: Vec<Option<Data>>,
     /// What had been read of it was wiped; it is done again from the start.
     again: bool,
+    /// When it came; taken when its answer is counted.
+    came: Option<Instant>,
 }
 
 impl Task {
-    fn new(request: Request, parts: usize) -> Self {
-        Self { request, parts, errno: None, answered: false, whole: Vec::new(), again: false }
+    fn new(request: Request, parts: usize, came: Instant) -> Self {
+        Self {
+            request,
+            parts,
+            errno: None,
+            answered: false,
+            whole: Vec::new(),
+            again: false,
+            came: Some(came),
+        }
     }
 }
 
@@ -175,8 +186,16 @@ pub struct Transmission {
     closings: u64,
     /// The fence has closed, and what is in flight waits for it to open.
     holding: bool,
-    /// Requests to be done again from the start.
-    again: Vec<Request>,
+    /// Requests to be done again from the start, and when they came.
+    again: Vec<(Request, Instant)>,
+    /// When what is being looked at was received.
+    received: Instant,
+    /// When the request that is being looked at came.
+    came: Instant,
+    /// Tasks that have been begun.
+    begun: u64,
+    /// Requests whose answers wait to be sent, and when they came.
+    unsent: Vec<(IoOperation, Instant)>,
     watch: u8,
     spin: Spin,
     timeout_set: bool,
@@ -215,6 +234,10 @@ impl Transmission {
             closings,
             holding: false,
             again: Vec::new(),
+            received: Instant::now(),
+            came: Instant::now(),
+            begun: 0,
+            unsent: Vec::with_capacity(OUTBOX_REPLIES + 1),
             watch: 0,
             spin: Spin::default(),
             timeout_set: false,
@@ -239,8 +262,8 @@ impl Transmission {
         let extended = self.modes.style == ReplyStyle::Extended;
         let mut batch = 0;
         loop {
-            while let Some(request) = self.again.pop() {
-                self.request(request, extended)?;
+            while let Some((request, came)) = self.again.pop() {
+                self.request(request, came, extended)?;
             }
             while let Some((request, len)) = Request::parse(self.inbox.bytes(), extended)? {
                 self.inbox.consume(len);
@@ -250,7 +273,8 @@ impl Transmission {
                     self.send()?;
                     return Ok(Ending::Disconnected);
                 }
-                self.request(request, extended)?;
+                self.tally(&request);
+                self.request(request, self.received, extended)?;
             }
             if self.client.is_handing_over() {
                 if self.between_requests()? {
@@ -328,6 +352,7 @@ impl Transmission {
             }
         };
         self.client.set_idle(false);
+        self.received = Instant::now();
         Ok(received? > 0)
     }
 
@@ -350,7 +375,10 @@ impl Transmission {
                 self.at_end = true;
                 Ok(false)
             }
-            Ok(_) => Ok(true),
+            Ok(_) => {
+                self.received = Instant::now();
+                Ok(true)
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
             Err(error) => Err(error.into()),
         }

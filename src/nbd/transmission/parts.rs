@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::buffer::{Ciphertext, MAX_BUFFER};
 use crate::device::Claim;
+use crate::nbd::transmission::requests::operation;
 use crate::nbd::transmission::{Data, Outcome, Part, Reply, Task, Transmission, WATCH_CREDIT};
 use crate::nbd::wire::{Chunk, Command, Errno, Head};
 use crate::store::uring::{Completion, Op, Ring};
@@ -160,22 +161,28 @@ impl Transmission {
         if task.parts > 0 {
             return Ok(());
         }
-        let Some(Task { request, errno, answered, whole, again, .. }) = self.tasks.remove(index)
+        let Some(Task { request, errno, answered, whole, again, came, .. }) =
+            self.tasks.remove(index)
         else {
             return Ok(());
         };
-        if answered {
-            return Ok(());
+        match came {
+            Some(came) if again && errno.is_none() && !answered => {
+                self.again.push((request, came));
+                return Ok(());
+            }
+            Some(came) => self.unsent.push((operation(&request), came)),
+            // It was counted when it was given up.
+            None => {}
         }
-        if again && errno.is_none() {
-            self.again.push(request);
+        if answered {
             return Ok(());
         }
         let style = self.modes.style;
         let head = match (errno, request.command) {
             (Some(errno), _) => {
                 self.drop_data(whole);
-                self.count(errno);
+                self.count(&request, errno);
                 Head::error(style, &request, errno)
             }
             (None, Command::Read) if !whole.is_empty() => {
@@ -255,22 +262,23 @@ impl Transmission {
     pub(super) fn give_up_in_flight(&mut self) -> Outcome {
         let style = self.modes.style;
         self.orphan_parts();
-        let waiting: Vec<Head> = self
+        let waiting: Vec<_> = self
             .tasks
             .iter_mut()
             .filter(|task| !task.answered)
             .map(|task| {
                 task.answered = true;
                 task.errno.get_or_insert(Errno::Perm);
-                Head::error(style, &task.request, Errno::Perm)
+                (task.request, task.came.take())
             })
             .collect();
         let read: Vec<_> =
             self.tasks.iter_mut().flat_map(|task| std::mem::take(&mut task.whole)).collect();
         self.drop_data(read);
-        for head in waiting {
-            self.count(Errno::Perm);
-            self.reply(Reply::Head(head))?;
+        for (request, came) in waiting {
+            self.count(&request, Errno::Perm);
+            self.unsent.extend(came.map(|came| (operation(&request), came)));
+            self.reply(Reply::Head(Head::error(style, &request, Errno::Perm)))?;
         }
         self.send()?;
         self.pool.wipe();

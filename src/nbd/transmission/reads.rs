@@ -6,9 +6,8 @@ use tracing::debug;
 
 use crate::buffer::{Ciphertext, MAX_BUFFER, Plaintext};
 use crate::fence::{EnterError, Gate};
-use crate::nbd::transmission::{
-    Data, Outcome, Reply, Task, Transmission, TransmissionError, index,
-};
+use crate::metrics::io::IoCounters;
+use crate::nbd::transmission::{Data, Outcome, Reply, Transmission, TransmissionError, index};
 use crate::nbd::wire::{Chunk, Errno, Head, ReplyStyle, Request};
 use crate::store::uring::Op;
 use crate::units::SectorRange;
@@ -28,7 +27,7 @@ impl Transmission {
         if self.modes.style == ReplyStyle::Simple && !self.fits_one_part(&request) {
             return self.read_whole(request);
         }
-        let task = self.tasks.insert(Task::new(request, 1));
+        let task = self.begin(request, 1);
         for (offset, len) in read_parts(request.offset, request.len, self.sector()) {
             if let Some(errno) = self.tasks.get(task).and_then(|t| t.errno) {
                 debug!(?errno, "rest of a read given up");
@@ -57,9 +56,8 @@ impl Transmission {
         self.from_budget += total;
         self.held += total;
         let mut left = total;
-        let mut task = Task::new(request, 1);
-        task.whole.resize_with(total.div_ceil(MAX_BUFFER), || None);
-        let task = self.tasks.insert(task);
+        let task = self.begin(request, 1);
+        self.tasks.expect(task).whole.resize_with(total.div_ceil(MAX_BUFFER), || None);
         for (offset, len) in read_parts(request.offset, request.len, self.sector()) {
             if self.tasks.get(task).is_some_and(|t| t.errno.is_some()) {
                 break;
@@ -97,7 +95,7 @@ impl Transmission {
                     self.send()?;
                 }
                 Err(errno) if first => {
-                    self.count(errno);
+                    self.count(&request, errno);
                     let head = Head::error(self.modes.style, &request, errno);
                     return self.reply(Reply::Head(head));
                 }
@@ -138,11 +136,17 @@ impl Transmission {
 /// Decrypts what was read, or gives it back as it is.
 pub(super) fn unseal(
     gate: &Gate,
+    io: &IoCounters,
     data: Ciphertext,
     at: SectorRange,
 ) -> Result<Plaintext, (EnterError, Ciphertext)> {
     match gate.enter() {
-        Ok(pass) => Ok(pass.unseal(data, at)),
+        Ok(pass) => {
+            let began = io.cipher_begins();
+            let plain = pass.unseal(data, at);
+            io.cipher_ended(began);
+            Ok(plain)
+        }
         Err(error) => Err((error, data)),
     }
 }

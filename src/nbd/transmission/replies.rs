@@ -1,6 +1,7 @@
 //! Replies: gathered, sent together, and the memory they give back.
 
 use std::io::{self, IoSlice};
+use std::time::Instant;
 
 use crate::buffer::Buffer;
 use crate::nbd::transmission::{
@@ -24,6 +25,7 @@ impl Transmission {
 
     pub(super) fn send(&mut self) -> Outcome {
         if self.outbox.is_empty() {
+            self.count_sent();
             return Ok(());
         }
         // What the ring has not seen yet starts before the peer is waited for.
@@ -52,7 +54,21 @@ impl Transmission {
             }
         }
         self.outbox = outbox;
+        if sent.is_ok() {
+            self.count_sent();
+        }
         Ok(sent?)
+    }
+
+    /// Counts the requests whose answers have gone out.
+    fn count_sent(&mut self) {
+        if self.unsent.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        for (operation, came) in self.unsent.drain(..) {
+            self.client.io().answered(operation, now.saturating_duration_since(came));
+        }
     }
 
     /// A buffer for the sectors of `at`, when this connection may hold it.

@@ -1,11 +1,13 @@
 //! What is asked for: refused before anything is done, or handed on.
 
 use std::io;
+use std::time::Instant;
 
 use tracing::error;
 
 use crate::buffer::MAX_BUFFER;
 use crate::fence::EnterError;
+use crate::metrics::io::IoOperation;
 use crate::nbd::transmission::writes::Source;
 use crate::nbd::transmission::{
     MAX_REQUEST, MOST_EXTENTS, Outcome, Reply, Task, Transmission, TransmissionError,
@@ -18,7 +20,19 @@ use crate::store::uring::Op;
 use crate::units::SectorRange;
 
 impl Transmission {
-    pub(super) fn request(&mut self, request: Request, extended: bool) -> Outcome {
+    /// Does a request that came at that time.
+    pub(super) fn request(&mut self, request: Request, came: Instant, extended: bool) -> Outcome {
+        let begun = self.begun;
+        self.came = came;
+        let done = self.handle(request, extended);
+        // A task is counted when its last part has ended.
+        if self.begun == begun {
+            self.unsent.push((operation(&request), came));
+        }
+        done
+    }
+
+    fn handle(&mut self, request: Request, extended: bool) -> Outcome {
         let payload = request.payload(extended);
         let mut allowed = self.check(&request);
         while allowed == Err(Errno::Perm) && self.export.is_held() {
@@ -26,7 +40,7 @@ impl Transmission {
             allowed = self.check(&request);
         }
         if let Err(errno) = allowed {
-            self.count(errno);
+            self.count(&request, errno);
             self.discard_payload(payload)?;
             return self.reply(Reply::Head(Head::error(self.modes.style, &request, errno)));
         }
@@ -47,6 +61,25 @@ impl Transmission {
                 self.reply(Reply::Head(Head::error(self.modes.style, &request, Errno::Inval)))
             }
         }
+    }
+
+    /// Counts what is asked for.
+    #[inline]
+    pub(super) fn tally(&self, request: &Request) {
+        let operation = operation(request);
+        let bytes = match operation {
+            IoOperation::Read | IoOperation::Write | IoOperation::Trim | IoOperation::Zero => {
+                request.len
+            }
+            IoOperation::Flush | IoOperation::Other => 0,
+        };
+        self.client.io().asked(operation, bytes);
+    }
+
+    /// A task for a request.
+    pub(super) fn begin(&mut self, request: Request, parts: usize) -> usize {
+        self.begun += 1;
+        self.tasks.insert(Task::new(request, parts, self.came))
     }
 
     /// Everything that can be refused before anything is done.
@@ -118,7 +151,7 @@ impl Transmission {
         let Ok(nothing) = self.export.geometry().sectors(0, 0) else {
             return Err(TransmissionError::CutReply);
         };
-        let task = self.tasks.insert(Task::new(request, 0));
+        let task = self.begin(request, 0);
         self.start(task, nothing, 0..0, None, Op::Flush)
     }
 
@@ -137,7 +170,7 @@ impl Transmission {
             Ok(extents) => extents,
             Err(error) => {
                 let errno = self.store_failed("extents", at, &error);
-                self.count(errno);
+                self.count(&request, errno);
                 return self.reply(Reply::Head(Head::error(self.modes.style, &request, errno)));
             }
         };
@@ -185,6 +218,7 @@ impl Transmission {
         at: SectorRange,
         error: &io::Error,
     ) -> Errno {
+        self.export.count_backing_error();
         error!(
             volume = self.export.name(),
             doing,
@@ -194,5 +228,19 @@ impl Transmission {
             "the backing store failed"
         );
         if error.kind() == io::ErrorKind::StorageFull { Errno::NoSpc } else { Errno::Io }
+    }
+}
+
+/// What a request is counted as.
+pub(super) fn operation(request: &Request) -> IoOperation {
+    match request.command {
+        Command::Read => IoOperation::Read,
+        Command::Write => IoOperation::Write,
+        Command::Flush => IoOperation::Flush,
+        Command::Trim => IoOperation::Trim,
+        Command::WriteZeroes => IoOperation::Zero,
+        Command::Cache | Command::BlockStatus | Command::Disconnect | Command::Unknown(_) => {
+            IoOperation::Other
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::buffer::{Ciphertext, MAX_BUFFER, Plaintext};
 use crate::device::Claim;
 use crate::fence::EnterError;
-use crate::nbd::transmission::{Outcome, Reply, Task, Transmission, index};
+use crate::nbd::transmission::{Outcome, Reply, Transmission, index};
 use crate::nbd::wire::{Errno, FLAG_FUA, Head, Request};
 use crate::store::Durability;
 use crate::store::uring::Op;
@@ -21,7 +21,7 @@ pub(super) enum Source {
 
 impl Transmission {
     pub(super) fn write(&mut self, request: Request, source: Source) -> Outcome {
-        let task = self.tasks.insert(Task::new(request, 1));
+        let task = self.begin(request, 1);
         let durability =
             if request.flags & FLAG_FUA != 0 { Durability::Durable } else { Durability::Cached };
         let mut received = 0;
@@ -60,7 +60,10 @@ impl Transmission {
                     let error = match self.gate.enter() {
                         Ok(pass) => {
                             let received = &self.inbox.bytes()[..held];
-                            break Ok(pass.seal_from(received, buffer, at));
+                            let began = self.client.io().cipher_begins();
+                            let sealed = pass.seal_from(received, buffer, at);
+                            self.client.io().cipher_ended(began);
+                            break Ok(sealed);
                         }
                         Err(error) => error,
                     };
@@ -111,7 +114,12 @@ impl Transmission {
     ) -> Outcome<Result<Ciphertext, EnterError>> {
         loop {
             let error = match self.gate.enter() {
-                Ok(pass) => return Ok(Ok(pass.seal(plain, at))),
+                Ok(pass) => {
+                    let began = self.client.io().cipher_begins();
+                    let sealed = pass.seal(plain, at);
+                    self.client.io().cipher_ended(began);
+                    return Ok(Ok(sealed));
+                }
                 Err(error) => error,
             };
             if !self.wait_out(&error)? {
@@ -192,7 +200,7 @@ impl Transmission {
                     Ok(()) => Head::done(self.modes.style, &request),
                     Err(error) => {
                         let errno = self.store_failed("discard", at, &error);
-                        self.count(errno);
+                        self.count(&request, errno);
                         Head::error(self.modes.style, &request, errno)
                     }
                 };
@@ -200,7 +208,7 @@ impl Transmission {
             }
             None => {
                 let errno = self.why_given_up();
-                self.count(errno);
+                self.count(&request, errno);
                 self.reply(Reply::Head(Head::error(self.modes.style, &request, errno)))
             }
         }
