@@ -21,6 +21,7 @@ mod layering;
 mod luks2;
 mod memory;
 mod metrics;
+mod monitoring;
 mod mounts;
 mod other_kms;
 mod promises;
