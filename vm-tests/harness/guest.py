@@ -15,7 +15,7 @@ from . import image, process
 
 # How long a guest may take to boot: seconds under KVM, a quarter of a minute under emulation, more when
 # two others share the processors.
-BOOT = 180
+BOOT = 400
 # What a command may take unless a test says otherwise.
 PATIENCE = 300
 
