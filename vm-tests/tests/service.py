@@ -62,6 +62,27 @@ def volumes_in_fstab_are_there_after_a_reboot(case):
         guest.clean_dmesg()
 
 
+def a_reload_takes_what_is_right_and_names_what_is_wrong(case):
+    guest, _, _ = served(case)
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt && echo there >/mnt/file")
+    before = guest.run("systemctl show -p MainPID --value byokd").strip()
+    guest.run("cp /etc/byokd/volumes.d/v.toml /run/good; echo 'trimm = false' >>/etc/byokd/volumes.d/v.toml")
+    status, _ = guest.attempt("systemctl reload byokd")
+    expect(status != 0, "a wrong definition was taken")
+    said = guest.run("journalctl -b --no-pager -u byokd")
+    expect("v.toml" in said and "trimm" in said, f"the journal does not say what is wrong: {said[-2000:]}")
+    guest.run("""cp /run/good /etc/byokd/volumes.d/v.toml
+        sed 's/^uuid = .*//; s/v.img/w.img/' /run/good >/etc/byokd/volumes.d/w.toml
+        echo 'connections = 1' >>/etc/byokd/volumes.d/v.toml; systemctl reload byokd""")
+    guest.run("byokctl status v | grep -q 'at next attach' && byokctl status w")
+    # By a signal as well.
+    guest.run("rm /etc/byokd/volumes.d/w.toml; systemctl kill -s HUP byokd")
+    guest.until("the signal is heard", "! byokctl status w 2>/dev/null")
+    expect(guest.run("systemctl show -p MainPID --value byokd").strip() == before, "the daemon goes on")
+    guest.run("grep there /mnt/file && umount /mnt && udevadm settle && byokctl detach v")
+    guest.clean_dmesg()
+
+
 def no_end_of_the_daemon_costs_what_is_mounted_an_error(case):
     guest, _, _ = served(case, definition='request_timeout = "6s"\ndead_timeout = "90s"')
     guest.put("/run/systemd/system/byokd.service.d/quick.conf", "[Service]\nWatchdogSec=4s\n")
