@@ -142,6 +142,12 @@ def requests_wait_for_kms_within_the_allowance(case):
     expect(status == 1 and "Input/output error" in said, said)
     kms.no_faults()
     guest.until("it serves", "byokctl status v | grep -q serving")
+    # Slow: requests wait as long as it takes, and none fails.
+    kms.fault(fault="latency", ms=1500)
+    for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd"):
+        guest.run(how)
+        guest.run(f"dd if={LINK} of=/dev/null bs=4k count=1 iflag=direct")
+        guest.until("it serves", "byokctl status v 2>/dev/null | grep -q serving")
 
 
 def a_forced_detach_ends_whatever_hangs(case):
