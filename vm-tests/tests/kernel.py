@@ -150,6 +150,29 @@ def requests_wait_for_kms_within_the_allowance(case):
         guest.until("it serves", "byokctl status v 2>/dev/null | grep -q serving")
 
 
+def several_connections_outlive_restarts_and_crashes(case):
+    # Before 6.12 more than one connection may stall.
+    guest, _, _ = served(case, kernel="6.12", definition='connections = 2\nrequest_timeout = "6s"')
+    expect(guest.release.startswith("6.12"), guest.release)
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
+    expect("connections  2" in guest.run("byokctl status v"), "two connections")
+    syncs, running = record_syncs(guest), load(guest, 100000)
+    for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd") * case.times(1, 5):
+        goes_on(guest)
+        before = guest.run("systemctl show -p MainPID --value byokd").strip()
+        guest.run(how)
+        guest.until("the new daemon serves", f"""[ "$(systemctl show -p MainPID --value byokd)" != {before} ] &&
+            byokctl status v | grep -q serving""")
+        expect(not running.ended() and not syncs.ended(), "the load ended")
+    goes_on(guest)
+    guest.run("pkill -f [s]ync-load; pkill -INT -x fio")
+    status, said = running.wait()
+    expect('"error" : 0' in said and "verify:" not in said, f"fio ended with {status}: {said[-3000:]}")
+    guest.run(f"umount /mnt && udevadm settle && fsck.ext4 -fn {LINK} && mount {LINK} /mnt")
+    case.say(check_syncs(guest).strip())
+    guest.clean_dmesg(allowed=("Connection timed out, retrying",))
+
+
 def a_forced_detach_ends_whatever_hangs(case):
     guest, _, _ = served(case, definition='request_timeout = "30s"')
     guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
