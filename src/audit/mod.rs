@@ -27,6 +27,7 @@ pub mod record;
 mod signer;
 mod trail;
 pub mod verify;
+mod words;
 mod writer;
 
 use std::fs::File;

@@ -13,6 +13,7 @@ use crate::audit::chain::Hash;
 use crate::exit::ExitCode;
 use crate::key::lease::{FenceReason, LeaseWord, Verdict};
 use crate::key::wrapped::{EncryptionContext, KeyArn, WrappedKey};
+use crate::kms::trouble::{Trouble, cause};
 use crate::kms::{Call, KmsError, Operation};
 use crate::units::rfc3339;
 
@@ -186,6 +187,15 @@ pub struct Event {
     /// Its message, verbatim.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
+    /// What is wrong, in words: whose doing it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<String>,
+    /// What follows from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub effect: Option<String>,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
     /// The state that a lease leaves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<LeaseWord>,
@@ -250,6 +260,9 @@ impl Event {
             verdict: None,
             code: None,
             message: None,
+            cause: None,
+            effect: None,
+            remedy: None,
             from: None,
             to: None,
             reason: None,
@@ -294,7 +307,18 @@ impl Event {
         self.verdict = Some(error.verdict);
         self.code = Some(cut(&error.code));
         self.message = Some(cut(&error.message));
+        self.cause = Some(cause(error.verdict).to_owned());
+        self.remedy = Some(cut(&error.remedy));
         self.request_id(error.request_id.as_deref())
+    }
+
+    /// This is wrong. What shows it has records of its own.
+    #[must_use]
+    pub fn trouble(mut self, trouble: Option<&Trouble>) -> Self {
+        self.cause = trouble.map(|trouble| cut(&trouble.cause));
+        self.effect = trouble.map(|trouble| cut(&trouble.effect));
+        self.remedy = trouble.map(|trouble| cut(&trouble.remedy));
+        self
     }
 
     /// For this reason.

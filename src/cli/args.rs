@@ -65,6 +65,16 @@ pub enum Command {
     Status {
         /// Only this volume.
         name: Option<String>,
+        /// Go on saying it, this often, until interrupted.
+        #[arg(
+            long,
+            short,
+            value_name = "TIME",
+            num_args = 0..=1,
+            require_equals = true,
+            default_missing_value = "1s"
+        )]
+        watch: Option<Seconds>,
     },
     /// Look at a customer's key.
     Key {

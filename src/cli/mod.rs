@@ -7,6 +7,8 @@ pub mod dev_keys;
 pub mod key_policy;
 pub mod nbd_client;
 pub mod output;
+pub mod volumes;
+pub mod watch;
 
 use std::path::{Path, PathBuf};
 
@@ -66,7 +68,10 @@ pub fn run(
         }
         Command::Detach { name, force } => tell(&socket, &Request::Detach { name, force }, out),
         Command::Reload => tell(&socket, &Request::Reload, out),
-        Command::Status { name } => tell(&socket, &Request::Status { name }, out),
+        Command::Status { name, watch: None } => tell(&socket, &Request::Status { name }, out),
+        Command::Status { name, watch: Some(every) } => {
+            watch::watch(&socket, &Request::Status { name }, every.0, out)
+        }
         Command::Volume { command } => match command {
             VolumeCommand::Create(create) => {
                 let backing = std::path::absolute(&create.backing).map_err(|e| ControlError {

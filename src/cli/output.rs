@@ -12,9 +12,8 @@ use serde_json::Value;
 use crate::audit::reconcile::{CloudEvent, Comparison, Difference};
 use crate::audit::record::Record;
 use crate::audit::verify::Report;
-use crate::control::{
-    Answer, ControlError, DeviceRequests, DeviceStatus, Reloaded, VolumeState, VolumeStatus,
-};
+use crate::cli::volumes;
+use crate::control::{Answer, ControlError, Reloaded};
 use crate::key::wrapped::KeyArn;
 use crate::units::word;
 
@@ -153,18 +152,8 @@ impl Output {
         match answer {
             Answer::Version { version, api } => say!("byokd {version}, API {api}"),
             Answer::Done => say!("done"),
-            Answer::Volume(volume) => detail(volume),
-            Answer::Volumes { volumes, problems } => {
-                match &volumes[..] {
-                    [] => say!("There are no volumes. Make one with `byokctl volume create`."),
-                    [one] => detail(one),
-                    several => table(several),
-                }
-                for problem in problems {
-                    say!("PROBLEM since {}: {}", problem.at, problem.why);
-                    say!("  do: {}", problem.remedy);
-                }
-            }
+            Answer::Volume(volume) => print(&volumes::detail(volume)),
+            Answer::Volumes { volumes, problems } => print(&volumes::status(volumes, problems)),
             Answer::Reloaded(reloaded) => self::reloaded(reloaded),
             Answer::AuditRecords { records } => self.records(records),
             Answer::AuditHead(status) => {
@@ -202,6 +191,12 @@ fn reloaded(reloaded: &Reloaded) {
     for (what, names) in lines.into_iter().filter(|(_, names)| !names.is_empty()) {
         say!("{what}: {}", names.join(", "));
     }
+}
+
+/// Prints lines.
+fn print(text: &str) {
+    // Whoever reads may have had enough.
+    let _taken = std::io::stdout().write_all(text.as_bytes());
 }
 
 const A_SECOND: Duration = Duration::from_secs(1);
@@ -301,163 +296,5 @@ fn verified(report: &Report) {
     } else {
         let count = report.findings.len();
         say!("NOT INTACT: {count} findings; {records} records{range} fit, in {files} files");
-    }
-}
-
-fn state(volume: &VolumeStatus) -> &'static str {
-    match volume.state {
-        VolumeState::Detached => "detached",
-        VolumeState::Attaching => "attaching",
-        VolumeState::Detaching => "detaching",
-        VolumeState::Serving => "serving",
-        VolumeState::Unverified => "unverified",
-        VolumeState::Fenced => "FENCED",
-    }
-}
-
-fn size(bytes: u64) -> String {
-    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
-    for (shift, unit) in units {
-        let whole = 1u64 << shift;
-        if bytes >= whole {
-            let tenths = bytes / (whole / 10).max(1);
-            return if bytes.is_multiple_of(whole) {
-                format!("{} {unit}", bytes / whole)
-            } else {
-                format!("{}.{} {unit}", tenths / 10, tenths % 10)
-            };
-        }
-    }
-    format!("{bytes} B")
-}
-
-fn table(volumes: &[VolumeStatus]) {
-    let width = volumes.iter().map(|v| v.name.len()).max().unwrap_or(0).max(6);
-    say!(
-        "{:width$}  {:10}  {:13}  {:>9}  {:>5}  NOTE",
-        "VOLUME",
-        "STATE",
-        "PURPOSE",
-        "SIZE",
-        "CONNS"
-    );
-    for volume in volumes {
-        let purpose = volume.purpose.map(|p| p.as_str()).unwrap_or("-");
-        let evidence = volume.lease.as_ref().and_then(|l| l.evidence.as_ref());
-        let note = match (volume.state, evidence) {
-            (VolumeState::Fenced | VolumeState::Unverified, Some(evidence)) => {
-                format!("{}: {}", evidence.code, evidence.message)
-            }
-            _ => match &volume.problem {
-                Some(problem) => problem.why.clone(),
-                None => volume.header_note.clone().unwrap_or_default(),
-            },
-        };
-        say!(
-            "{:width$}  {:10}  {purpose:13}  {:>9}  {:>5}  {}",
-            volume.name,
-            state(volume),
-            volume.size.map(size).unwrap_or_else(|| "-".to_owned()),
-            volume.connections,
-            note.chars().take(80).collect::<String>(),
-        );
-    }
-    let fenced = volumes.iter().filter(|v| v.state == VolumeState::Fenced).count();
-    say!("{} volumes, {fenced} fenced", volumes.len());
-}
-
-fn device_lines(device: &DeviceStatus, line: &impl Fn(&str, String)) {
-    let requests = match device.requests {
-        DeviceRequests::Served => "requests are served",
-        DeviceRequests::Wait => "requests wait for the key",
-        DeviceRequests::Refused => "requests are answered with errors",
-    };
-    let (path, link) = (&device.path, &device.link);
-    line("device", format!("{path} ({link}), {requests}"));
-    for step in &device.purge {
-        let done = if step.done { "done" } else { "not all done" };
-        let details = step.details.join("; ");
-        let details = if details.is_empty() { details } else { format!(": {details}") };
-        line("purge", format!("{} {done}{details} ({})", step.step, step.at));
-    }
-    for (point, command) in device.damaged_mounts.iter().zip(&device.recover) {
-        line(
-            "damaged",
-            format!("the file system on {point} saw errors and has to be mounted anew"),
-        );
-        line("do", command.clone());
-    }
-}
-
-fn detail(volume: &VolumeStatus) {
-    let line = |name: &str, value: String| say!("  {name:<12} {value}");
-    say!("{}: {}", volume.name, state(volume));
-    if let Some(purpose) = volume.purpose {
-        line("purpose", purpose.to_string());
-    }
-    if let (Some(bytes), Some(sector)) = (volume.size, volume.sector_size) {
-        let mode = if volume.read_only { ", read-only" } else { "" };
-        line(
-            "size",
-            format!("{} ({bytes} bytes), sectors of {}{mode}", size(bytes), sector.bytes()),
-        );
-    }
-    line("backing", volume.backing.display().to_string());
-    if let Some(uuid) = volume.uuid {
-        line("uuid", uuid.to_string());
-    }
-    if let Some(key) = &volume.key {
-        line("key", key.to_string());
-    }
-    if let Some(context) = &volume.context {
-        let pairs: Vec<_> = context.pairs().iter().map(|(k, v)| format!("{k}={v}")).collect();
-        line("context", pairs.join(" "));
-    }
-    if let Some(note) = &volume.header_note {
-        line("header", note.clone());
-    }
-    if let Some(uri) = &volume.uri {
-        line("uri", uri.clone());
-        line("connections", volume.connections.to_string());
-    }
-    for client in volume.clients.iter().filter(|client| client.failed_requests > 0) {
-        let program = client.program.as_deref().unwrap_or("a client of another machine");
-        let pid = client.pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
-        line(
-            "had errors",
-            format!(
-                "{program}{pid}, {}: a file system on it has to be mounted anew",
-                client.failed_requests
-            ),
-        );
-    }
-    if let Some(device) = &volume.device {
-        device_lines(device, &line);
-    }
-    if let Some(problem) = &volume.problem {
-        line("not attached", format!("{} ({})", problem.why, problem.at));
-        line("do", problem.remedy.clone());
-    }
-    if !volume.at_next_attach.is_empty() {
-        line("at next attach", format!("its new {}", volume.at_next_attach.join(", ")));
-    }
-    let Some(lease) = &volume.lease else { return };
-    line("lease", format!("{} since {}", lease.state, lease.since));
-    if let Some(last) = &lease.last_success {
-        line("last success", last.clone());
-    }
-    if let Some(left) = lease.allowance_left {
-        line("allowance", format!("{left} s left, then the volume is fenced"));
-    }
-    if let Some(left) = lease.held_for {
-        line("held", format!("requests wait for the key, {left} s more, then they fail"));
-    }
-    if let Some(millis) = lease.fence_ms {
-        line("last fence", format!("{millis} ms from the first denial to the key's destruction"));
-    }
-    if let (Some(said), false) = (&lease.evidence, volume.state == VolumeState::Serving) {
-        let id = said.request_id.as_deref().unwrap_or("none");
-        line("KMS said", format!("{}: {} (request id {id}, {})", said.code, said.message, said.at));
-        line("do", said.remedy.clone());
     }
 }

@@ -330,8 +330,9 @@ pub struct VolumeStatus {
     pub failed_requests: u64,
     /// Its device in the kernel, if it has one.
     pub device: Option<DeviceStatus>,
-    /// Requests of clients since it was attached, of any kind.
-    pub requests: u64,
+    /// What clients asked for since it was attached, by operation: `read`, `write`, `flush`,
+    /// `trim`, `zero`, `other`.
+    pub io: BTreeMap<String, IoStatus>,
     /// The lease, while attached.
     pub lease: Option<LeaseStatus>,
     /// Why it is not attached, if that was tried and failed.
@@ -340,6 +341,19 @@ pub struct VolumeStatus {
     /// attached anew.
     #[serde(default)]
     pub at_next_attach: Vec<String>,
+    /// How it is, in a few words.
+    pub headline: String,
+    /// What is wrong with it, if anything is.
+    pub trouble: Option<Trouble>,
+}
+
+/// Requests of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoStatus {
+    /// How many.
+    pub requests: u64,
+    /// Bytes that they were about.
+    pub bytes: u64,
 }
 
 /// A volume's device in the kernel.
@@ -429,6 +443,4 @@ pub struct LeaseStatus {
     pub remaining: Option<u64>,
     /// What KMS said last that was not a success.
     pub evidence: Option<Evidence>,
-    /// The same in words, while something follows from it.
-    pub trouble: Option<Trouble>,
 }

@@ -1,6 +1,7 @@
 //! What the daemon says of its volumes. Nothing here waits for KMS or holds a volume's lock while
 //! a disk is read.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::task::spawn_blocking;
@@ -9,12 +10,14 @@ use crate::attachment::purge::Done;
 use crate::attachment::{Attachment, Requests};
 use crate::clock::now;
 use crate::control::{
-    ClientStatus, DeviceRequests, DeviceStatus, LeaseStatus, PurgeStatus, VolumeState, VolumeStatus,
+    ClientStatus, DeviceRequests, DeviceStatus, IoStatus, LeaseStatus, Problem, PurgeStatus,
+    VolumeState, VolumeStatus,
 };
 use crate::daemon::{Attached, Now, Service, Volume};
 use crate::export::Connected;
 use crate::keeper::KeyReport;
 use crate::key::lease::LeaseWord;
+use crate::kms::trouble::{Trouble, trouble};
 use crate::luks2::Header;
 use crate::units::{SectorSize, millis, rfc3339, word};
 use crate::volume::inspect;
@@ -22,12 +25,11 @@ use crate::volume::inspect;
 /// Everything known of a volume.
 pub(super) async fn status(name: &str, volume: &Volume) -> VolumeStatus {
     let mut status = volume.with(|now| known(name, now));
-    if !matches!(status.state, VolumeState::Serving | VolumeState::Unverified | VolumeState::Fenced)
-    {
+    if !is_in_service(&status) {
         let backing = status.backing.clone();
         match spawn_blocking(move || inspect(&backing)).await {
             Ok(Ok((header, note))) => {
-                describe(&mut status, &header);
+                describe_header(&mut status, &header);
                 status.header_note = note;
             }
             Ok(Err(error)) => status.header_note = Some(error.to_string()),
@@ -37,7 +39,13 @@ pub(super) async fn status(name: &str, volume: &Volume) -> VolumeStatus {
     status
 }
 
-fn known(name: &str, now: &Now) -> VolumeStatus {
+/// Whether its header is in memory.
+pub(super) fn is_in_service(status: &VolumeStatus) -> bool {
+    matches!(status.state, VolumeState::Serving | VolumeState::Unverified | VolumeState::Fenced)
+}
+
+/// What is in memory.
+pub(super) fn known(name: &str, now: &Now) -> VolumeStatus {
     let mut status = VolumeStatus {
         name: name.to_owned(),
         state: VolumeState::Detached,
@@ -56,10 +64,12 @@ fn known(name: &str, now: &Now) -> VolumeStatus {
         clients: Vec::new(),
         failed_requests: 0,
         device: now.device.as_ref().map(|attachment| device(name, attachment)),
-        requests: 0,
+        io: BTreeMap::new(),
         lease: None,
         problem: now.problem.clone(),
         at_next_attach: now.at_next_attach.iter().map(|key| (*key).to_owned()).collect(),
+        headline: String::new(),
+        trouble: None,
     };
     match &now.service {
         Service::Detached => {}
@@ -67,19 +77,55 @@ fn known(name: &str, now: &Now) -> VolumeStatus {
         Service::Detaching => status.state = VolumeState::Detaching,
         Service::Attached(attached) => in_service(&mut status, attached),
     }
+    if let (VolumeState::Detached, Some(problem)) = (status.state, &status.problem) {
+        status.trouble = Some(not_attached(problem));
+    }
+    status.headline = headline(&status);
     status
+}
+
+/// How a volume is, in a few words.
+fn headline(status: &VolumeStatus) -> String {
+    if let Some(trouble) = &status.trouble {
+        return trouble.cause.clone();
+    }
+    let words = match status.state {
+        VolumeState::Detached => "not attached; byokd holds no key of it",
+        VolumeState::Attaching => "KMS is being asked for its key",
+        VolumeState::Detaching => "requests in flight end, then its key is destroyed in memory",
+        VolumeState::Serving | VolumeState::Unverified => "served; KMS allows its key",
+        // There is always trouble then.
+        VolumeState::Fenced => "fenced",
+    };
+    words.to_owned()
+}
+
+fn not_attached(problem: &Problem) -> Trouble {
+    Trouble {
+        cause: "the volume could not be attached".to_owned(),
+        evidence: format!("{} ({})", problem.why, problem.at),
+        effect: "nobody can use the volume".to_owned(),
+        remedy: problem.remedy.clone(),
+    }
 }
 
 fn in_service(status: &mut VolumeStatus, attached: &Attached) {
     let report = attached.keeper.report();
     let unlocked = attached.export.volume();
-    describe(status, &unlocked.header());
+    describe_header(status, &unlocked.header());
     status.header_note = unlocked.recovery().map(str::to_owned);
     status.read_only = attached.export.options().read_only;
     status.clients = attached.export.connected().into_iter().map(client).collect();
     status.connections = status.clients.len();
     status.failed_requests = attached.export.failed();
-    status.requests = attached.export.io().requests();
+    status.io = attached
+        .export
+        .io()
+        .each()
+        .map(|(name, of)| {
+            (name.to_owned(), IoStatus { requests: of.requests, bytes: of.bytes })
+        })
+        .collect();
     let (name, socket) = (&status.name, attached.socket.display());
     status.uri = Some(format!("nbd+unix:///{name}?socket={socket}"));
     status.state = match (report.serves, report.state) {
@@ -87,6 +133,7 @@ fn in_service(status: &mut VolumeStatus, attached: &Attached) {
         (true, LeaseWord::Unverified) => VolumeState::Unverified,
         (true, _) => VolumeState::Serving,
     };
+    status.trouble = trouble(&status.name, report.state, report.evidence.as_ref());
     status.lease = Some(lease(report, attached.export.held_for()));
 }
 
@@ -129,7 +176,8 @@ fn device(name: &str, attachment: &Attachment) -> DeviceStatus {
     }
 }
 
-fn describe(status: &mut VolumeStatus, header: &Header) {
+/// What the header says.
+pub(super) fn describe_header(status: &mut VolumeStatus, header: &Header) {
     let token = header.token();
     let sector_size: SectorSize = header.segment().sector_size;
     status.uuid = Some(header.uuid());
@@ -162,9 +210,6 @@ fn lease(report: KeyReport, held_for: Option<Duration>) -> LeaseStatus {
         None if report.serves => None,
         None => Some(0),
     };
-    let matters = report.state != LeaseWord::Held;
-    let said = report.evidence.as_ref().filter(|_| matters);
-    let trouble = said.map(|said| said.trouble(report.state));
     LeaseStatus {
         state: word(report.state),
         since: rfc3339(report.since),
@@ -173,7 +218,6 @@ fn lease(report: KeyReport, held_for: Option<Duration>) -> LeaseStatus {
         held_for: held_for.map(|left| left.as_secs()),
         fence_ms: report.fenced_after.map(millis),
         remaining,
-        trouble,
         evidence: report.evidence,
     }
 }

@@ -28,6 +28,7 @@ use crate::key::lease::{
     FenceReason, KeyLease, LeasePolicy, LeaseState, LeaseWord, Moment, Step, Verdict,
 };
 use crate::key::wrapped::Role;
+use crate::kms::trouble::{Trouble, cause, trouble};
 use crate::kms::{Evidence, KeyService, KmsError, Proof, ServiceError};
 use crate::luks2::Header;
 use crate::metrics::counters::VolumeCounters;
@@ -462,6 +463,12 @@ impl<K: KeyService> Keeping<K> {
         Record::new(kind).volume(self.export.name()).wrapped(&self.header.token().wrapped)
     }
 
+    /// What is wrong with the key, if anything is.
+    fn trouble(&self) -> Option<Trouble> {
+        let state = self.lease.state().word();
+        trouble(self.export.name(), state, self.report.evidence.as_ref())
+    }
+
     /// Keeps what KMS said, and logs and records it when it is news.
     fn heard(&mut self, error: &KmsError) {
         let news = self.report.evidence.as_ref().is_none_or(|e| e.code != error.code);
@@ -477,6 +484,7 @@ impl<K: KeyService> Keeping<K> {
                 request_id = error.request_id,
                 verdict = ?error.verdict,
                 alert = error.verdict.alert(),
+                cause = cause(error.verdict),
                 remedy = error.remedy,
                 "KMS did not allow a probe"
             );
@@ -502,8 +510,17 @@ impl<K: KeyService> Keeping<K> {
     async fn fence(&mut self, reason: FenceReason) {
         self.part.goes_on(GRACE);
         let started = now();
+        let trouble = match reason {
+            FenceReason::Denied
+            | FenceReason::Expired
+            | FenceReason::Mismatch
+            | FenceReason::Suspended => self.trouble(),
+            // Nothing is wrong where somebody detaches it.
+            FenceReason::Detached | FenceReason::Stopping => None,
+        };
+        let trouble = trouble.as_ref();
         // It takes a place in the trail and waits for no disk.
-        self.audit.record(self.event(Kind::Fence).reason(reason));
+        self.audit.record(self.event(Kind::Fence).reason(reason).trouble(trouble));
         let export = Arc::clone(&self.export);
         let fenced = spawn_blocking(move || export.fence(reason)).await;
         let from = self.lease.first_denial().unwrap_or(started);
@@ -517,15 +534,6 @@ impl<K: KeyService> Keeping<K> {
                 if self.lease.first_denial().is_some() {
                     self.counters.denial_to_fence.add(took);
                 }
-                // Words for KMS only where KMS is why.
-                let said = match reason {
-                    FenceReason::Denied | FenceReason::Expired | FenceReason::Mismatch => {
-                        self.report.evidence.as_ref()
-                    }
-                    FenceReason::Suspended | FenceReason::Detached | FenceReason::Stopping => None,
-                };
-                let trouble = said.map(|said| said.trouble(self.lease.state().word()));
-                let trouble = trouble.as_ref();
                 warn!(
                     volume = self.export.name(),
                     ?reason,

@@ -60,7 +60,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     // What is recorded of the key's way.
     ("audit", &["audit::*", "exit", "key::lease", "key::wrapped", "kms", "units"]),
     ("audit::chain", &["audit::record"]),
-    ("audit::record", &["audit::chain", "exit", "key::lease", "key::wrapped", "kms", "units"]),
+    (
+        "audit::record",
+        &["audit::chain", "exit", "key::lease", "key::wrapped", "kms", "kms::trouble", "units"],
+    ),
+    ("audit::words", &["audit::record", "key::lease", "units"]),
     ("audit::verify", &["audit::chain"]),
     ("audit::reconcile", &["audit::record", "units"]),
     (
@@ -73,6 +77,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "export",
             "key::*",
             "kms",
+            "kms::trouble",
             "luks2",
             "metrics::counters",
             "progress",
@@ -102,7 +107,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("metrics::counters", &[]),
     ("metrics::io", &["metrics::counters"]),
     ("metrics::table", &[]),
-    ("http", &["config", "daemon", "http::admission", "listener", "metrics"]),
+    ("http", &["config", "daemon", "http::*", "listener", "metrics"]),
+    ("http::api", &["audit::record", "control", "daemon", "units"]),
+    ("http::console", &[]),
     ("http::admission", &[]),
     (
         "control",

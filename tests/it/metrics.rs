@@ -31,7 +31,7 @@ pub(crate) fn address(daemon: &Daemon) -> String {
     url.trim().strip_prefix("http://").unwrap().to_owned()
 }
 
-fn ask(address: &str, path: &str) -> (u16, String) {
+pub(crate) fn ask(address: &str, path: &str) -> (u16, String) {
     get(TcpStream::connect(address).unwrap(), path, &format!("Host: {address}\r\n"))
 }
 
@@ -131,7 +131,7 @@ fn a_denial_is_seen_by_prometheus_and_so_is_its_end() {
         assert_eq!(ask(&address, health), (200, "ok\n".to_owned()), "{health}");
     }
     let log = daemon.log();
-    let trouble = daemon.status("v")["lease"]["trouble"].clone();
+    let trouble = daemon.status("v")["trouble"].clone();
     for part in ["cause", "effect", "remedy"] {
         let words = trouble[part].as_str().unwrap();
         assert!(log.contains(words), "the log says of the {part} what the status says: {words}");

@@ -5,7 +5,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::mounts::{Mount, can_mount};
-use crate::support::{Daemon, have, nbdsh, output, run, unwrap_token};
+use crate::support::{Daemon, Running, have, nbdsh, output, run, unwrap_token, until};
 
 const DENIED: i32 = 3;
 const WRONG_STATE: i32 = 5;
@@ -265,4 +265,27 @@ fn a_daemon_that_may_open_no_more_files_says_so_and_what_to_do() {
     assert!(refused["remedy"].as_str().unwrap().contains("LimitNOFILE"), "{refused}");
     run(Command::new("prlimit").args(["--pid", &pid, "--nofile=1024:1024"]));
     daemon.ok(&["attach", "v"]);
+}
+
+#[test]
+fn status_is_watched_until_the_daemon_is_gone() {
+    let mut daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.volume("v", "8M", &key);
+    let path = daemon.dir.path().join("watched");
+    let watch = Command::new(env!("CARGO_BIN_EXE_byokctl"))
+        .arg("--socket")
+        .arg(daemon.socket())
+        .args(["status", "--watch=200ms", "v"])
+        .stdout(std::fs::File::create(&path).unwrap())
+        .spawn()
+        .unwrap();
+    let _watch = Running(watch);
+    let shown = |words: &str| std::fs::read_to_string(&path).unwrap().contains(words);
+    until("the volume is shown", || shown("v: serving: served; KMS allows its key"));
+    daemon.ok(&["dev", "key", "disable", &key]);
+    until("the fence is shown", || shown("v: FENCED: the customer's KMS key may not be used"));
+    assert!(daemon.terminate().success());
+    until("the silence is shown", || shown("NO ANSWER for "));
+    assert!(shown("no byokd listens at"));
 }
