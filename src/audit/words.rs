@@ -34,6 +34,7 @@ impl Event {
             Kind::Attach => "attached".to_owned(),
             Kind::AttachFailed => format!("could not be attached: {why}"),
             Kind::Rewrap => "its key is wrapped anew".to_owned(),
+            Kind::Resize => "it is made larger".to_owned(),
             Kind::Detach => "detached: the key is destroyed in memory".to_owned(),
             Kind::Lease => self.lease(),
             Kind::Denial => format!("KMS denied the key: {}", self.said()),
@@ -101,10 +102,7 @@ mod tests {
         denial.message = Some("it is disabled.".to_owned());
         let lease = Event::new(Kind::Lease).states(LeaseWord::Held, LeaseWord::Suspect);
         for (event, sentence) in [
-            (
-                denial,
-                "KMS denied the key: DisabledException: it is disabled. (request id 7d5e)",
-            ),
+            (denial, "KMS denied the key: DisabledException: it is disabled. (request id 7d5e)"),
             (
                 Event::new(Kind::Fence).reason(FenceReason::Suspended),
                 "fenced: an operator suspended the key",

@@ -8,6 +8,7 @@ pub mod args;
 mod audited;
 mod devices;
 mod keys;
+mod look;
 mod refusals;
 mod reload;
 mod resize;
@@ -43,6 +44,7 @@ use crate::control::server::ControlServer;
 use crate::control::{API_VERSION, Answer, Problem, Request, VolumeStatus};
 use crate::crypt::{SelfTestError, self_test};
 use crate::daemon::devices::AttachHow;
+use crate::daemon::look::Seen;
 use crate::daemon::refusals::Answered;
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportTable};
@@ -238,6 +240,7 @@ struct Volume {
     /// Held while its key is rewrapped: one at a time.
     rewrapping: tokio::sync::Mutex<()>,
     now: Mutex<Now>,
+    seen: Arc<Seen>,
     counters: Arc<VolumeCounters>,
 }
 
@@ -288,6 +291,7 @@ impl Volume {
             changing: tokio::sync::Mutex::default(),
             rewrapping: tokio::sync::Mutex::default(),
             now: Mutex::new(now),
+            seen: Arc::default(),
             counters: Arc::default(),
         }
     }
@@ -520,8 +524,7 @@ impl Daemon {
     }
 
     fn volumes_are(&self, volumes: Vec<VolumeStatus>) -> Answer {
-        let problems = self.audit_problem().into_iter().chain(self.settings_problem()).collect();
-        Answer::Volumes { volumes, problems }
+        Answer::Volumes { volumes, problems: self.problems() }
     }
 
     /// The audit trail, of which others want to know what happened lately.

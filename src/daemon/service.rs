@@ -38,7 +38,8 @@ impl Daemon {
     }
 
     /// All volumes, in words for people: `3 volumes serving, 1 fenced`.
-    pub(super) fn summary(&self) -> String {
+    #[must_use]
+    pub fn summary(&self) -> String {
         let mut count = Count::default();
         let volumes: Vec<_> = self.volumes().values().cloned().collect();
         for volume in volumes {

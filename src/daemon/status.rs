@@ -122,9 +122,7 @@ fn in_service(status: &mut VolumeStatus, attached: &Attached) {
         .export
         .io()
         .each()
-        .map(|(name, of)| {
-            (name.to_owned(), IoStatus { requests: of.requests, bytes: of.bytes })
-        })
+        .map(|(name, of)| (name.to_owned(), IoStatus { requests: of.requests, bytes: of.bytes }))
         .collect();
     let (name, socket) = (&status.name, attached.socket.display());
     status.uri = Some(format!("nbd+unix:///{name}?socket={socket}"));

@@ -1,4 +1,4 @@
-//! Metrics and health over HTTP/1.1, to look at and nothing else: on a loopback address, a unix
+//! Metrics, health, the JSON API and the console over HTTP/1.1, to look at and nothing else: on a loopback address, a unix
 //! socket, or both, with a token where the settings say so.
 //!
 //! Who can reach a loopback address can be any user of this machine, and a page in somebody's
@@ -6,6 +6,8 @@
 //! and answers are made from memory alone, so nobody waits for KMS or a disk.
 
 mod admission;
+mod api;
+mod console;
 
 use std::io;
 use std::net::SocketAddr;
@@ -167,8 +169,8 @@ async fn converse(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, 
     let site = Arc::clone(site);
     tokio::spawn(async move {
         let service = service_fn(move |request| {
-            let answer = site.answer(&request);
-            async move { Ok::<_, std::convert::Infallible>(answer) }
+            let site = Arc::clone(&site);
+            async move { Ok::<_, std::convert::Infallible>(site.answer(&request).await) }
         });
         let mut server = hyper::server::conn::http1::Builder::new();
         server.timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT).max_buf_size(LONGEST_HEAD);
@@ -182,44 +184,66 @@ async fn converse(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, 
 }
 
 impl Site {
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         let path = request.uri().path();
-        let health = matches!(path, "/livez" | "/readyz");
-        // Whoever watches over the process has no token, and learns only whether all is well.
-        let refused = if health { None } else { self.admission.refuses(request.headers()) };
-        let mut answer = match (request.method(), path, refused) {
-            (_, _, Some(refusal)) => refuse(&refusal),
-            (&Method::GET | &Method::HEAD, "/metrics", None) => {
-                let mut page = plain(StatusCode::OK, self.daemon.metrics());
-                let kind = HeaderValue::from_static(metrics::CONTENT_TYPE);
-                page.headers_mut().insert(CONTENT_TYPE, kind);
-                page
-            }
-            (&Method::GET | &Method::HEAD, "/livez", None) => health_of(&self.daemon.not_alive()),
-            (&Method::GET | &Method::HEAD, "/readyz", None) => health_of(&self.daemon.not_ready()),
-            (_, "/metrics" | "/livez" | "/readyz", None) => {
+        let mut answer = match self.refuses(request, path) {
+            Some(refusal) => refuse(&refusal),
+            None if !matches!(*request.method(), Method::GET | Method::HEAD) => {
                 let why = "This only answers GET and HEAD.\n";
                 let mut page = plain(StatusCode::METHOD_NOT_ALLOWED, why.to_owned());
                 page.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
                 page
             }
-            (_, _, None) => {
-                let what = "There are /metrics, /livez and /readyz.\n";
-                plain(StatusCode::NOT_FOUND, what.to_owned())
-            }
+            None => self.page(path, request.uri().query().unwrap_or_default()).await,
         };
         let headers = answer.headers_mut();
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         answer
     }
+
+    fn refuses(&self, request: &Request<Incoming>, path: &str) -> Option<Refusal> {
+        // Whoever watches over the process has no token, and learns only whether all is well.
+        if matches!(path, "/livez" | "/readyz") {
+            return None;
+        }
+        let refusal = self.admission.refuses(request.headers())?;
+        // The page that asks for the token, and what says how to ask, tell of nothing.
+        let no_data = path == api::OPENAPI_PATH || console::file(path).is_some();
+        (refusal != Refusal::Token || !no_data).then_some(refusal)
+    }
+
+    async fn page(&self, path: &str, query: &str) -> Response<Full<Bytes>> {
+        if let Some(file) = console::file(path) {
+            return file;
+        }
+        if path == api::OPENAPI_PATH {
+            return typed(StatusCode::OK, api::OPENAPI.to_owned(), "application/json");
+        }
+        if let Some(path) = path.strip_prefix("/api/v1/") {
+            let (status, text) = api::answer(&self.daemon, path, query).await;
+            return typed(status, text, "application/json");
+        }
+        match path {
+            "/metrics" => typed(StatusCode::OK, self.daemon.metrics(), metrics::CONTENT_TYPE),
+            "/livez" => health_of(&self.daemon.not_alive()),
+            "/readyz" => health_of(&self.daemon.not_ready()),
+            _ => {
+                let what = "There are /, /api/v1/openapi.json, /metrics, /livez and /readyz.\n";
+                plain(StatusCode::NOT_FOUND, what.to_owned())
+            }
+        }
+    }
 }
 
 fn plain(status: StatusCode, text: String) -> Response<Full<Bytes>> {
+    typed(status, text, "text/plain; charset=utf-8")
+}
+
+fn typed(status: StatusCode, text: String, kind: &'static str) -> Response<Full<Bytes>> {
     let mut answer = Response::new(Full::new(Bytes::from(text)));
     *answer.status_mut() = status;
-    let kind = HeaderValue::from_static("text/plain; charset=utf-8");
-    answer.headers_mut().insert(CONTENT_TYPE, kind);
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     answer
 }
 

@@ -119,7 +119,8 @@ mod tests {
     #[test]
     fn what_kms_said_is_told_verbatim_with_its_request_id() {
         let told = trouble("v", LeaseWord::Revoked, Some(&said(Verdict::Denied))).unwrap();
-        let words = "DisabledException: it is disabled. (request id 7d5e, 2026-03-01T12:00:00.000Z)";
+        let words =
+            "DisabledException: it is disabled. (request id 7d5e, 2026-03-01T12:00:00.000Z)";
         assert_eq!((told.evidence.as_str(), told.remedy.as_str()), (words, "ask the customer"));
         assert!(told.cause.contains("denied") && told.effect.contains("fenced"), "{told:?}");
     }

@@ -181,12 +181,21 @@ fn every_kind_of_event_is_described() {
         words.collect::<String>().trim_start_matches('-').to_owned()
     };
     let kinds: BTreeSet<_> = names.map(kebab).collect();
+    let openapi: Value = serde_json::from_str(&read("src/http/openapi.json")).unwrap();
+    let record = &openapi["components"]["schemas"]["Record"]["properties"];
+    let words = record["event"]["enum"].as_array().unwrap().iter();
+    let told: BTreeSet<_> = words.map(|kind| kind.as_str().unwrap().to_owned()).collect();
+    assert_eq!(told, kinds, "kinds of events in the OpenAPI description");
     let text = read("docs/audit.md");
     assert_eq!(first_column(section(&text, "## Events")), kinds);
     let fields = members("pub struct Event {") + &members("pub struct Record {");
     let fields = fields.lines().filter_map(|line| line.strip_prefix("    pub ")?.split(':').next());
+    let fields: BTreeSet<_> = fields.map(str::to_owned).collect();
     let described = first_column(section(&text, "## A record"));
-    assert_eq!(described, fields.map(str::to_owned).collect(), "members of a record");
+    assert_eq!(described, fields, "members of a record");
+    // `event` stands for itself and for all that is flattened.
+    let told: BTreeSet<_> = record.as_object().unwrap().keys().cloned().collect();
+    assert_eq!(told, fields, "members of a record in the OpenAPI description");
 }
 
 /// Names of the members of an answer, except those that operators chose.

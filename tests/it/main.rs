@@ -9,10 +9,12 @@
 mod customer;
 mod support;
 
+mod api;
 mod audit;
 mod backing;
 mod clients;
 mod concurrency;
+mod console;
 mod documents;
 mod filesystem;
 mod hostile;

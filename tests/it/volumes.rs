@@ -5,7 +5,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::mounts::{Mount, can_mount};
-use crate::support::{Daemon, Running, have, nbdsh, output, run, unwrap_token, until};
+use crate::support::{Daemon, Running, have, nbdsh, output, run, until, unwrap_token};
 
 const DENIED: i32 = 3;
 const WRONG_STATE: i32 = 5;
