@@ -90,6 +90,7 @@ complete -c byokctl -n "__fish_byokctl_using_subcommand detach" -s h -l help -d 
 complete -c byokctl -n "__fish_byokctl_using_subcommand reload" -l socket -d 'The daemon\'s control socket [default: /run/byokd/byokd.sock]' -r -F
 complete -c byokctl -n "__fish_byokctl_using_subcommand reload" -l json -d 'Answer in JSON, one object'
 complete -c byokctl -n "__fish_byokctl_using_subcommand reload" -s h -l help -d 'Print help'
+complete -c byokctl -n "__fish_byokctl_using_subcommand status" -s w -l watch -d 'Go on saying it, this often, until interrupted' -r
 complete -c byokctl -n "__fish_byokctl_using_subcommand status" -l socket -d 'The daemon\'s control socket [default: /run/byokd/byokd.sock]' -r -F
 complete -c byokctl -n "__fish_byokctl_using_subcommand status" -l json -d 'Answer in JSON, one object'
 complete -c byokctl -n "__fish_byokctl_using_subcommand status" -s h -l help -d 'Print help'
