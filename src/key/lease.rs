@@ -679,6 +679,34 @@ mod tests {
         ]
     }
 
+    fn policy() -> impl Strategy<Value = LeasePolicy> {
+        let allowance = prop_oneof![
+            Just(Allowance::Never),
+            Just(Allowance::For(Duration::ZERO)),
+            (1u64..7200).prop_map(|seconds| Allowance::For(Duration::from_secs(seconds))),
+        ];
+        (prop_oneof![Just(1u64), Just(10), Just(60)], allowance, 1u32..5).prop_map(
+            |(interval, allowance, restore_after)| LeasePolicy {
+                interval: Duration::from_secs(interval),
+                allowance,
+                restore_after,
+                ..LeasePolicy::default()
+            },
+        )
+    }
+
+    /// Between two events: none, less than a probe takes, some intervals, or a night's sleep.
+    fn pause() -> impl Strategy<Value = Duration> {
+        prop_oneof![
+            Just(0u64),
+            1u64..1500,
+            1000u64..30_000,
+            20_000u64..4_000_000,
+            3_600_000u64..40_000_000
+        ]
+        .prop_map(Duration::from_millis)
+    }
+
     proptest! {
         #[test]
         fn siblings_open_no_fence_and_confirm_no_denial_and_an_operator_comes_first(
@@ -725,36 +753,55 @@ mod tests {
 
         #[test]
         fn whatever_happens_the_promises_hold(
-            events in proptest::collection::vec((verdict(), 0u64..5000, any::<bool>()), 1..200),
+            policy in policy(),
+            events in proptest::collection::vec((verdict(), pause(), any::<bool>()), 1..200),
         ) {
-            let mut lease = lease();
-            let mut now = 0;
-            let (mut fenced, mut run) = (false, 0);
-            let mut last_success = 0;
-            let (mut denials, mut mismatches) = (0, 0);
-            let mut denied_at = None;
+            let mut lease = KeyLease::new(policy, at(0));
+            let believed_after = policy.interval + Duration::from_millis(1500);
+            let (allowed_for, at_least) = match policy.allowance {
+                Allowance::Never => (Duration::MAX, Duration::MAX),
+                Allowance::For(time) => (time, time.max(policy.interval * 2)),
+            };
+            // What happened, in the words of the promises.
+            let (mut now, mut last_success) = (at(0), at(0));
+            let (mut fenced, mut run, mut denials, mut mismatches) = (false, 0, 0, 0);
+            let mut denied_at: Option<Moment> = None;
             for (verdict, pause, ticks) in events {
-                now += pause / 10;
-                let unconfirmed = denied_at.is_some_and(|at| now - at > 11);
-                if ticks && let Step::Fence(reason) = lease.tick(at(now)) {
-                    if reason == FenceReason::Denied {
-                        prop_assert!(unconfirmed);
-                    } else {
-                        prop_assert_eq!(reason, FenceReason::Expired);
-                        prop_assert!(now - last_success > 20);
-                    }
-                    (fenced, run) = (true, 0);
-                }
+                now.0 += pause;
+                let unconfirmed = denied_at.is_some_and(|at| now.since(at) > believed_after);
                 if ticks {
+                    match lease.tick(now) {
+                        Step::Fence(FenceReason::Denied) => {
+                            prop_assert!(unconfirmed);
+                            (fenced, run) = (true, 0);
+                        }
+                        Step::Fence(reason) => {
+                            prop_assert_eq!(reason, FenceReason::Expired);
+                            prop_assert!(now.since(last_success) > allowed_for);
+                            (fenced, run) = (true, 0);
+                        }
+                        step @ (Step::None | Step::Restore) => {
+                            prop_assert_eq!(step, Step::None, "time alone restores nothing");
+                        }
+                    }
                     prop_assert!(fenced || !unconfirmed, "a denial is not put off for ever");
+                    prop_assert!(
+                        fenced || now.since(last_success) <= at_least,
+                        "a machine that slept serves nothing that is over"
+                    );
                 }
                 mismatches = if verdict == Verdict::Mismatch { mismatches + 1 } else { 0 };
                 match verdict {
-                    Verdict::Allowed => { run += 1; last_success = now; denials = 0; denied_at = None; }
-                    Verdict::Denied => { run = 0; denials += 1; denied_at.get_or_insert(now); }
+                    Verdict::Allowed => {
+                        (run, last_success, denials, denied_at) = (run + 1, now, 0, None);
+                    }
+                    Verdict::Denied => {
+                        (run, denials) = (0, denials + 1);
+                        denied_at.get_or_insert(now);
+                    }
                     Verdict::Unavailable | Verdict::Credentials | Verdict::Mismatch => run = 0,
                 }
-                match lease.observe(at(now), verdict) {
+                match lease.observe(now, verdict) {
                     Step::Fence(FenceReason::Denied) => {
                         prop_assert!(verdict == Verdict::Denied || unconfirmed);
                         prop_assert!(denials >= 2 || fenced || unconfirmed, "one denial alone never fences");
@@ -766,12 +813,15 @@ mod tests {
                     }
                     Step::Fence(reason) => {
                         prop_assert_eq!(reason, FenceReason::Expired);
-                        prop_assert!(now - last_success > 3600);
+                        prop_assert!(now.since(last_success) > allowed_for);
                         fenced = true;
                     }
                     Step::Restore => {
-                        prop_assert!(fenced && run >= 2, "only a run of successes opens a fence");
-                        lease.restored(at(now));
+                        prop_assert!(
+                            fenced && run >= policy.restore_after,
+                            "only a run of successes opens a fence"
+                        );
+                        lease.restored(now);
                         (fenced, run, denied_at) = (false, 0, None);
                     }
                     Step::None => {}
@@ -779,8 +829,22 @@ mod tests {
                 prop_assert_eq!(lease.state().serves(), !fenced);
                 prop_assert!(fenced || denials < 2, "a confirmed denial always fences");
                 prop_assert!(fenced || mismatches < 6, "a wrong endpoint always fences");
-                if !fenced && verdict != Verdict::Allowed {
-                    prop_assert!(now - last_success <= 3600, "the allowance is kept");
+                prop_assert!(
+                    fenced || verdict == Verdict::Allowed || now.since(last_success) <= at_least,
+                    "the allowance is kept"
+                );
+                let no_verdict = matches!(verdict, Verdict::Unavailable | Verdict::Credentials);
+                if !fenced && no_verdict && denied_at.is_none() {
+                    prop_assert!(now.since(last_success) <= allowed_for, "and to the letter in an outage");
+                }
+                if policy.allowance == Allowance::Never {
+                    prop_assert!(
+                        denials > 0 || mismatches > 0 || lease.state() != LeaseState::Expired,
+                        "an outage never fences where it must not"
+                    );
+                }
+                if let Some(end) = lease.serves_until() {
+                    prop_assert!(end >= now, "what is served is not over");
                 }
             }
         }
