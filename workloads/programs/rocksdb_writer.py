@@ -16,7 +16,7 @@ import struct
 import sys
 import time
 
-from rocksdict import Checkpoint, Options, Rdict, WriteBatch, WriteOptions
+from rocksdict import AccessType, Checkpoint, Options, Rdict, WriteBatch, WriteOptions
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from parts import acks
@@ -60,9 +60,14 @@ def append(directory, log, seed):
         log.acknowledged(number, size, begun)
         number += size
         if begun - checkpoint > CHECKPOINT_EVERY:
-            # Zeebe's snapshots; two are kept.
-            taken = directory / f"checkpoint-{count % 2}"
-            shutil.rmtree(taken, ignore_errors=True)
+            # Zeebe's snapshots; two are kept. RocksDB makes one under another name and renames it when it is whole;
+            # an old one loses its name before its files, so that whatever bears the name is whole.
+            taken, old = directory / f"checkpoint-{count % 2}", directory / "old"
+            shutil.rmtree(old, ignore_errors=True)
+            if taken.exists():
+                taken.rename(old)
+            # What a crash left of one that was being made.
+            shutil.rmtree(f"{taken}.tmp", ignore_errors=True)
             Checkpoint(database).create_checkpoint(str(taken))
             checkpoint, count = begun, count + 1
 
@@ -71,15 +76,47 @@ def next_number(database):
     return struct.unpack("<Q", database.get(b"next") or struct.pack("<Q", 1))[0]
 
 
+def contents(database, seed):
+    """What a database holds, in one pass: how many good records, the numbers that were found, and up to which it counted."""
+    found, bad, total = set(), 0, 0
+    for k, v in database.items():
+        total += 1
+        if k == b"next":
+            continue
+        number = struct.unpack_from("<Q", v)[0] if len(v) >= 8 else 0
+        if k == key(seed, number) and v == value(seed, number):
+            found.add(number)
+        else:
+            bad += 1
+    return found, bad, next_number(database)
+
+
 def verify(directory, log, seed):
-    """Every acknowledged record is there as it was written; what is there besides reads without a fault."""
-    database, promised = Rdict(str(directory / "db"), options()), sorted(acks.records(log))
-    wrong = [n for n in promised if database.get(key(seed, n)) != value(seed, n)]
-    total = sum(1 for _ in database.items())
-    whole = total == next_number(database)  # records, and the counter beside them
-    print(f"{len(promised)} acknowledged, {len(wrong)} lost or changed {wrong[:5]}, {total} keys in all, {'as' if whole else 'NOT as'} the counter says")
+    """Every acknowledged record is there as it was written, in the database and, up to its counter, in each checkpoint;
+    what is there besides reads without a fault."""
+    database, promised = Rdict(str(directory / "db"), options()), acks.records(log)
+    found, bad, upto = contents(database, seed)
     database.close()
-    sys.exit(0 if not wrong and whole else 1)
+    lost = sorted(promised - found)
+    whole = not bad and found == set(range(1, upto))
+    taken = [path for path in (directory / "checkpoint-0", directory / "checkpoint-1") if path.exists()]
+    broken = [fault for path in taken if (fault := fault_of(path, seed))]
+    print(f"{len(promised)} acknowledged, {len(lost)} lost or changed {lost[:5]}, {len(found)} in all, {'as' if whole else 'NOT as'} the counter says; "
+          f"{len(taken)} checkpoints, {'; '.join(broken) or 'each whole'}")
+    sys.exit(0 if not lost and whole and not broken else 1)
+
+
+def fault_of(checkpoint, seed):
+    """What is wrong with a checkpoint: it has to hold all records up to its counter, as they were written, and no more."""
+    try:
+        database = Rdict(str(checkpoint), options(), access_type=AccessType.read_only())
+        found, bad, upto = contents(database, seed)
+        database.close()
+    except Exception as error:
+        return f"{checkpoint.name} cannot be read: {error}"
+    if bad or found != set(range(1, upto)):
+        return f"{checkpoint.name} has {len(found)} records where {upto - 1} were counted, and {bad} changed"
+    return None
 
 
 command, directory, log, seed = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), int(sys.argv[4])
