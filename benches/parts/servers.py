@@ -146,8 +146,8 @@ def _byokd(place, scratch, size, plain):
         backing = place.store("byokd", size + BYOKD_HEADER)
         if not place.loop:
             backing.unlink()
-        sized = [] if place.loop else ["--size", size]
-        ctl("volume", "create", "v", "--backing", backing, *sized, "--key", key, "--purpose", "zeebe")
+        # Of a device, 0 is all of it.
+        ctl("volume", "create", "v", "--backing", backing, "--size", 0 if place.loop else size, "--key", key, "--purpose", "zeebe")
         ctl("attach", "v")
         run("nbdcopy", plain, server.uri)
         failed.pop_all()
