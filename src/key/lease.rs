@@ -286,7 +286,8 @@ pub struct KeyLease {
     first_denial: Option<Moment>,
     /// Answers in a row that did not fit the volume.
     mismatches: u32,
-    fenced: bool,
+    /// Why the fence is closed, if it is.
+    closed: Option<FenceReason>,
 }
 
 impl KeyLease {
@@ -300,7 +301,7 @@ impl KeyLease {
             last_success: now,
             first_denial: None,
             mismatches: 0,
-            fenced: false,
+            closed: None,
         }
     }
 
@@ -440,7 +441,7 @@ impl KeyLease {
 
     /// The fence is open again.
     pub fn restored(&mut self, now: Moment) {
-        self.fenced = false;
+        self.closed = None;
         self.first_denial = None;
         self.last_success = now;
         self.enter(now, LeaseState::Held);
@@ -499,7 +500,12 @@ impl KeyLease {
                 self.enter(now, LeaseState::Suspect);
                 Step::None
             }
-            LeaseState::Suspect if self.mismatches < MISMATCHES => Step::None,
+            LeaseState::Suspect | LeaseState::Expired if self.mismatches < MISMATCHES => Step::None,
+            // A run of successes has to be one; whoever waits for the key goes on waiting.
+            LeaseState::Restoring(_) if self.mismatches < MISMATCHES => {
+                self.enter(now, LeaseState::Restoring(0));
+                Step::None
+            }
             LeaseState::Suspect | LeaseState::Expired | LeaseState::Restoring(_) => {
                 self.fence(now, LeaseState::Revoked(FenceReason::Mismatch))
             }
@@ -540,12 +546,16 @@ impl KeyLease {
             | LeaseState::Unverified
             | LeaseState::Restoring(_) => return Step::None,
         };
-        let news = self.state != state;
         self.enter(now, state);
-        if std::mem::replace(&mut self.fenced, true) && !news {
-            Step::None
-        } else {
-            Step::Fence(reason)
+        match self.closed.replace(reason) {
+            // A denial among successes, before they were enough: it never opened.
+            Some(before) if before == reason => Step::None,
+            // Closed for another reason from now on. No denial is left to count the time from.
+            Some(_) => {
+                self.first_denial = None;
+                Step::Fence(reason)
+            }
+            None => Step::Fence(reason),
         }
     }
 
@@ -655,6 +665,33 @@ mod tests {
             let verdict = if second % 2 == 0 { Verdict::Denied } else { Verdict::Allowed };
             assert_ne!(lease.observe(at(second), verdict), Step::Restore);
         }
+    }
+
+    #[test]
+    fn a_closed_fence_is_not_closed_again_nor_the_time_counted_from_an_old_denial() {
+        let mut lease = lease();
+        lease.observe(at(1), Verdict::Denied);
+        assert_eq!(lease.observe(at(2), Verdict::Denied), Step::Fence(FenceReason::Denied));
+        assert_eq!(lease.first_denial(), Some(at(1)));
+        for second in (3600..3700).step_by(2) {
+            assert_eq!(lease.observe(at(second), Verdict::Allowed), Step::None);
+            assert_eq!(lease.observe(at(second + 1), Verdict::Denied), Step::None);
+        }
+        assert_eq!(lease.suspend(at(4000)), Step::Fence(FenceReason::Suspended));
+        assert_eq!(lease.first_denial(), None);
+    }
+
+    #[test]
+    fn a_damaged_answer_does_not_end_the_wait_for_a_key_that_comes_back() {
+        let mut lease = lease();
+        lease.observe(at(1), Verdict::Denied);
+        lease.observe(at(2), Verdict::Denied);
+        assert_eq!(lease.observe(at(3), Verdict::Allowed), Step::None);
+        for second in 4..9 {
+            assert_eq!(lease.observe(at(second), Verdict::Mismatch), Step::None);
+        }
+        assert_eq!(lease.observe(at(9), Verdict::Allowed), Step::None, "the run begins anew");
+        assert_eq!(lease.observe(at(10), Verdict::Allowed), Step::Restore);
     }
 
     #[test]
