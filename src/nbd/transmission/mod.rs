@@ -197,6 +197,8 @@ pub struct Transmission {
     /// Requests whose answers wait to be sent, and when they came.
     unsent: Vec<(IoOperation, Instant)>,
     watch: u8,
+    /// The store still has what was given up when the fence closed.
+    given_up: bool,
     spin: Spin,
     timeout_set: bool,
     /// The client sends no more.
@@ -239,6 +241,7 @@ impl Transmission {
             begun: 0,
             unsent: Vec::with_capacity(OUTBOX_REPLIES + 1),
             watch: 0,
+            given_up: false,
             spin: Spin::default(),
             timeout_set: false,
             at_end: false,

@@ -213,8 +213,15 @@ impl Transmission {
     /// Waits for the ring: for a completion, the fence, or more from the client where that is worth
     /// watching for.
     pub(super) fn wait_for_ring(&mut self) -> Outcome {
+        if self.given_up {
+            // It may be long until the store is done, and nobody else wipes meanwhile.
+            self.pool.wipe();
+            self.inbox.wipe();
+        }
         let Some(ring) = self.ring.as_mut() else { return Ok(()) };
-        let socket = (self.watch > 0 && !self.at_end).then(|| self.stream.as_fd());
+        // Who has been told that his request failed may send the next one.
+        let watches = (self.watch > 0 || self.given_up) && !self.at_end;
+        let socket = watches.then(|| self.stream.as_fd());
         let mut ended = std::mem::take(&mut self.ended);
         let waited = ring.wait(socket, self.client.waker(), None, &mut ended);
         if self.watch > 0 {
@@ -229,6 +236,7 @@ impl Transmission {
             }
         }
         self.ended = ended;
+        self.given_up &= self.parts.len() > 0;
         finished?;
         let woken = waited?;
         if woken.waker {
@@ -290,6 +298,7 @@ impl Transmission {
     pub(super) fn orphan_parts(&mut self) {
         let new = self.parts.iter_mut().map(|part| !std::mem::replace(&mut part.orphan, true));
         self.export.orphaned(new.filter(|new| *new).count());
+        self.given_up = self.parts.len() > 0;
     }
 
     /// Nothing from before the fence's last closing is held in the clear any more.
