@@ -3,11 +3,13 @@
 //!
 //! The fence never waits for any of it. A restored volume ends what is left of the plan.
 
+use std::io;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::process::Command;
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
@@ -39,10 +41,16 @@ pub(super) async fn carry_out(
         let mut command = Command::new(program);
         command.args(arguments).env_clear().envs(facts.iter().cloned()).env("PATH", PATH);
         command.stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
-        let ended = match command.spawn() {
-            Ok(mut child) => timeout(limit, child.wait()).await,
-            Err(error) => Ok(Err(error)),
+        // Starting a program waits for the file system that it lies on, which may be the one that hangs: not
+        // on a thread that keeps keys.
+        let ends = async {
+            match spawn_blocking(move || command.spawn()).await {
+                Ok(Ok(mut child)) => child.wait().await,
+                Ok(Err(error)) => Err(error),
+                Err(error) => Err(io::Error::other(error)),
+            }
         };
+        let ended = timeout(limit, ends).await;
         let how = match &ended {
             Ok(Ok(status)) => status.to_string(),
             Ok(Err(error)) => format!("cannot be run: {error}"),
