@@ -3,7 +3,8 @@
 //! A few are each probed every interval. When they are many, one probe per interval takes them in
 //! turn: the key's fate is still heard within an interval, that of one volume alone within as many
 //! intervals as there are volumes. What one hears the others are told: that KMS answers, or does
-//! not, is true of all; a denial makes each ask for itself at once.
+//! not, is true of all; a denial makes each ask for itself at once. Only volumes that are served take
+//! turns, while there is one: a volume that is denied by itself has nothing to tell of the key.
 //!
 //! ```text
 //!   each    v1 |-----|-----|-----|      turns   v1 |-----------------|----
@@ -14,6 +15,7 @@
 //! A pace bounds how often the whole node asks, whatever happens.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -56,7 +58,12 @@ impl Groups {
                 members: Mutex::default(),
             })
         });
-        let member = Arc::new(Member { interval, heard: Mutex::default(), news: Notify::new() });
+        let member = Arc::new(Member {
+            interval,
+            serves: AtomicBool::new(true),
+            heard: Mutex::default(),
+            news: Notify::new(),
+        });
         lock(&group.members).push(Arc::clone(&member));
         Seat { group: Arc::clone(group), pace: Arc::clone(&self.pace), member }
     }
@@ -85,6 +92,8 @@ struct Group {
 
 struct Member {
     interval: Duration,
+    /// Not fenced.
+    serves: AtomicBool,
     heard: Mutex<Heard>,
     news: Notify,
 }
@@ -131,9 +140,14 @@ impl Seat {
             return last + own.mul_f64(1.0 + SPREAD * spread);
         }
         let interval = members.iter().map(|m| m.interval).min().unwrap_or(own);
-        let place = members.iter().position(|m| Arc::ptr_eq(m, &self.member)).unwrap_or_default();
+        let turns = in_turns(&members);
+        let Some(place) = turns.iter().position(|m| Arc::ptr_eq(m, &self.member)) else {
+            // Told by those who are served when it is worth asking; and by itself once a round.
+            let round = interval.saturating_mul(u32::try_from(members.len()).unwrap_or(u32::MAX));
+            return last + round.mul_f64(1.0 + SPREAD * spread);
+        };
         let since = last.saturating_duration_since(self.group.epoch);
-        let at = turn_after(since, interval, place, members.len());
+        let at = turn_after(since, interval, place, turns.len());
         // Two neighbours' turns are at most 1.1 intervals apart.
         self.group.epoch + at + interval.mul_f64(SPREAD / 2.0 * (1.0 + spread))
     }
@@ -149,14 +163,21 @@ impl Seat {
         }
         let interval = members.iter().map(|m| m.interval).min().unwrap_or(own);
         let spread = interval.mul_f64(SPREAD);
-        let round = interval.saturating_mul(u32::try_from(members.len()).unwrap_or(u32::MAX));
+        let turns = in_turns(&members).len();
+        let round = interval.saturating_mul(u32::try_from(turns).unwrap_or(u32::MAX));
         HearsWithin { key: interval + spread, volume: round + spread }
     }
 
-    /// How many volumes the group has.
+    /// How many volumes the group has, and how many of them take turns: what is due when depends on it.
     #[must_use]
-    pub fn count(&self) -> usize {
-        lock(&self.group.members).len()
+    pub fn shape(&self) -> (usize, usize) {
+        let members = lock(&self.group.members);
+        (members.len(), in_turns(&members).len())
+    }
+
+    /// Says whether this volume is served.
+    pub fn serves(&self, serves: bool) {
+        self.member.serves.store(serves, Ordering::Relaxed);
     }
 
     /// When the node's pace lets one probe go that was wanted now.
@@ -198,6 +219,12 @@ impl Seat {
             self.member.news.notified().await;
         }
     }
+}
+
+/// Those who take turns: who is served, or all if nobody is.
+fn in_turns(members: &[Arc<Member>]) -> Vec<&Arc<Member>> {
+    let serving: Vec<_> = members.iter().filter(|m| m.serves.load(Ordering::Relaxed)).collect();
+    if serving.is_empty() { members.iter().collect() } else { serving }
 }
 
 /// Probes are spread by this share of the interval, both ways.
@@ -255,7 +282,10 @@ mod tests {
 
     /// When each of `count` volumes is probed during `span`, in order.
     fn schedule(count: usize, span: Duration) -> Vec<(Duration, usize)> {
-        let seats = seats(count);
+        schedule_of(&seats(count), span)
+    }
+
+    fn schedule_of(seats: &[Seat], span: Duration) -> Vec<(Duration, usize)> {
         let epoch = seats[0].group.epoch;
         let mut probes = Vec::new();
         for (volume, seat) in seats.iter().enumerate() {
@@ -302,6 +332,27 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn whoever_is_fenced_takes_no_turn_from_those_who_are_served() {
+        let seats = seats(100);
+        let fenced = |volume: usize| volume % 10 < 6;
+        let shape = seats[0].shape();
+        for (volume, seat) in seats.iter().enumerate() {
+            seat.serves(!fenced(volume));
+        }
+        assert_ne!(seats[0].shape(), shape, "everybody plans anew");
+        let probes = schedule_of(&seats, INTERVAL * 500);
+        let served: Vec<_> = probes.iter().filter(|(_, volume)| !fenced(*volume)).collect();
+        for pair in served.windows(2) {
+            assert!(pair[1].0 - pair[0].0 <= INTERVAL.mul_f64(1.1), "the key is asked for in time");
+        }
+        for volume in (0..100).filter(|volume| fenced(*volume)) {
+            assert!(probes.iter().any(|(_, v)| *v == volume), "{volume} is not forgotten");
+        }
+        seats.iter().for_each(|seat| seat.serves(false));
+        assert_eq!(seats[0].shape(), (100, 100), "a key that is gone is asked for as ever");
     }
 
     #[test]

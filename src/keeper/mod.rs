@@ -151,7 +151,7 @@ impl Keeper {
         // Volumes that are attached together spread over the first interval.
         let ago = policy.interval.mul_f64(0.5 * random());
         let probed = Instant::now().checked_sub(ago).unwrap_or_else(Instant::now);
-        let (next, planned_for) = (seat.next(probed, 0.0), seat.count());
+        let (next, planned_for) = (seat.next(probed, 0.0), seat.shape());
         let mut keeping = Keeping {
             export,
             header,
@@ -249,8 +249,8 @@ struct Keeping<K> {
     next: Instant,
     /// It is not a regular one.
     forced: bool,
-    /// How many volumes the group had when that was decided.
-    planned_for: usize,
+    /// How many volumes the group had when that was decided, and how many took turns.
+    planned_for: (usize, usize),
     /// Who waits for the next answer to be acted upon.
     waiting: Vec<oneshot::Sender<()>>,
     /// What to do after a fence.
@@ -313,7 +313,7 @@ impl<K: KeyService> Keeping<K> {
                 }
                 Event::Told(Some(Command::Rewrapped(seat, heard))) => {
                     self.header = self.export.volume().header();
-                    self.planned_for = seat.count();
+                    self.planned_for = seat.shape();
                     self.seat = seat;
                     (self.next, self.forced) = (Instant::now(), true);
                     self.waiting.push(heard);
@@ -388,11 +388,11 @@ impl<K: KeyService> Keeping<K> {
 
     /// Volumes came or went: the regular probe may be due at another time.
     fn replan(&mut self) {
-        let count = self.seat.count();
-        if !self.forced && count != self.planned_for {
+        let shape = self.seat.shape();
+        if !self.forced && shape != self.planned_for {
             self.next = self.due();
         }
-        self.planned_for = count;
+        self.planned_for = shape;
     }
 
     /// Probes, and acts upon the answer. Gives back a command that could not wait for it.
@@ -551,6 +551,7 @@ impl<K: KeyService> Keeping<K> {
         if !self.on_fence.is_empty() {
             // Once for each fence, also when its reason changes.
             self.plan.abort_all();
+            while self.plan.try_join_next().is_some() {}
             let facts = plan::facts(&self.export, reason);
             let (audit, event) = (Arc::clone(&self.audit), self.event(Kind::OnFence));
             self.plan.spawn(plan::carry_out(self.on_fence.clone(), facts, audit, event));
@@ -622,6 +623,7 @@ impl<K: KeyService> Keeping<K> {
         }
         self.report.state = state.word();
         self.report.serves = state.serves() && self.export.is_serving();
+        self.seat.serves(state.serves());
         self.report.last_success = at(self.lease.last_success());
         self.report.verified = self.lease.last_success();
         self.report.serves_until = self.lease.serves_until();

@@ -98,7 +98,10 @@ impl AwsKms {
     }
 
     async fn testimony(&self, witness: &Witness) -> Testimony {
-        let mut ready = witness.ready.lock().await;
+        // While it is being made ready, which may take longer than a denial may wait, it knows nothing.
+        let Ok(mut ready) = tokio::time::timeout(LIMIT, witness.ready.lock()).await else {
+            return Testimony::Nothing;
+        };
         let Some(Ready { canary, said }) = ready.as_mut() else { return Testimony::Nothing };
         if let Some((at, testimony)) = *said
             && at.elapsed() < FRESH
