@@ -464,6 +464,13 @@ fn a_header_changed_without_the_key_is_refused_and_left_alone() {
         return;
     }
     let bench = Bench::new();
+    // A definition that names no volume leaves it all to the header.
+    let definition = bench.daemon.dir.path().join("volumes.d/v.toml");
+    let named = std::fs::read_to_string(&definition).unwrap();
+    let unnamed: Vec<_> = named.lines().filter(|line| !line.starts_with("uuid")).collect();
+    assert_ne!(unnamed.len(), named.lines().count(), "{named}");
+    std::fs::write(&definition, unnamed.join("\n")).unwrap();
+    bench.daemon.ok(&["reload"]);
     let other = {
         bench.daemon.create("w", "8M", &bench.key);
         std::fs::read(bench.daemon.backing("w")).unwrap()[..HEADER].to_vec()
