@@ -293,6 +293,18 @@ pub enum VolumeState {
     Fenced,
 }
 
+impl VolumeState {
+    /// Every state.
+    pub const ALL: [Self; 6] = [
+        Self::Detached,
+        Self::Attaching,
+        Self::Detaching,
+        Self::Serving,
+        Self::Unverified,
+        Self::Fenced,
+    ];
+}
+
 /// Everything known of a volume. All of it is public: no secret is reachable from here.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VolumeStatus {

@@ -5,8 +5,9 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::daemon::{Daemon, Service};
-use crate::key::lease::LeaseWord;
+use crate::control::VolumeState;
+use crate::daemon::Daemon;
+use crate::daemon::status::state;
 use crate::systemd::Notifier;
 
 /// How often the words that systemd shows are compared with what is so. People read them; a
@@ -43,19 +44,14 @@ impl Daemon {
         let mut count = Count::default();
         let volumes: Vec<_> = self.volumes().values().cloned().collect();
         for volume in volumes {
-            volume.with(|now| match &now.service {
-                Service::Attached(attached) => {
-                    let report = attached.keeper.report();
-                    match (report.serves, report.state) {
-                        (false, _) => count.fenced += 1,
-                        (true, LeaseWord::Unverified) => count.unverified += 1,
-                        (true, _) => count.serving += 1,
-                    }
-                }
-                Service::Attaching => count.attaching += 1,
-                Service::Detaching => count.detaching += 1,
-                Service::Detached if now.problem.is_some() => count.failed += 1,
-                Service::Detached => count.detached += 1,
+            volume.with(|now| match state(&now.service) {
+                VolumeState::Serving => count.serving += 1,
+                VolumeState::Unverified => count.unverified += 1,
+                VolumeState::Fenced => count.fenced += 1,
+                VolumeState::Attaching => count.attaching += 1,
+                VolumeState::Detaching => count.detaching += 1,
+                VolumeState::Detached if now.problem.is_some() => count.failed += 1,
+                VolumeState::Detached => count.detached += 1,
             });
         }
         count.words()

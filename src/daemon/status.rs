@@ -48,7 +48,7 @@ pub(super) fn is_in_service(status: &VolumeStatus) -> bool {
 pub(super) fn known(name: &str, now: &Now) -> VolumeStatus {
     let mut status = VolumeStatus {
         name: name.to_owned(),
-        state: VolumeState::Detached,
+        state: state(&now.service),
         uuid: None,
         purpose: None,
         size: None,
@@ -71,17 +71,32 @@ pub(super) fn known(name: &str, now: &Now) -> VolumeStatus {
         headline: String::new(),
         trouble: None,
     };
-    match &now.service {
-        Service::Detached => {}
-        Service::Attaching => status.state = VolumeState::Attaching,
-        Service::Detaching => status.state = VolumeState::Detaching,
-        Service::Attached(attached) => in_service(&mut status, attached),
+    if let Service::Attached(attached) = &now.service {
+        in_service(&mut status, attached);
     }
     if let (VolumeState::Detached, Some(problem)) = (status.state, &status.problem) {
         status.trouble = Some(not_attached(problem));
     }
     status.headline = headline(&status);
     status
+}
+
+/// Whether a volume is served, and if not, why.
+pub(super) fn state(service: &Service) -> VolumeState {
+    match service {
+        Service::Detached => VolumeState::Detached,
+        Service::Attaching => VolumeState::Attaching,
+        Service::Detaching => VolumeState::Detaching,
+        Service::Attached(attached) => state_by(&attached.keeper.report()),
+    }
+}
+
+fn state_by(report: &KeyReport) -> VolumeState {
+    match (report.serves, report.state) {
+        (false, _) => VolumeState::Fenced,
+        (true, LeaseWord::Unverified) => VolumeState::Unverified,
+        (true, _) => VolumeState::Serving,
+    }
 }
 
 /// How a volume is, in a few words.
@@ -126,11 +141,7 @@ fn in_service(status: &mut VolumeStatus, attached: &Attached) {
         .collect();
     let (name, socket) = (&status.name, attached.socket.display());
     status.uri = Some(format!("nbd+unix:///{name}?socket={socket}"));
-    status.state = match (report.serves, report.state) {
-        (false, _) => VolumeState::Fenced,
-        (true, LeaseWord::Unverified) => VolumeState::Unverified,
-        (true, _) => VolumeState::Serving,
-    };
+    status.state = state_by(&report);
     status.trouble = trouble(&status.name, report.state, report.evidence.as_ref());
     status.lease = Some(lease(report, attached.export.held_for()));
 }
@@ -203,11 +214,6 @@ fn client(connected: Connected) -> ClientStatus {
 }
 
 fn lease(report: KeyReport, held_for: Option<Duration>) -> LeaseStatus {
-    let remaining = match report.serves_until {
-        Some(until) => Some(until.since(now()).as_secs()),
-        None if report.serves => None,
-        None => Some(0),
-    };
     LeaseStatus {
         state: word(report.state),
         since: rfc3339(report.since),
@@ -215,7 +221,7 @@ fn lease(report: KeyReport, held_for: Option<Duration>) -> LeaseStatus {
         allowance_left: report.allowance_left.map(|left| left.as_secs()),
         held_for: held_for.map(|left| left.as_secs()),
         fence_ms: report.fenced_after.map(millis),
-        remaining,
+        remaining: report.remaining(now()).map(|left| left.as_secs()),
         evidence: report.evidence,
     }
 }

@@ -1,13 +1,16 @@
 //! What is told to those who watch: metrics and health. From memory alone: neither KMS nor a disk
 //! can keep a watcher waiting.
 
-use std::time::{Duration, Instant};
+use std::sync::LazyLock;
+use std::time::Instant;
 
 use jiff::Timestamp;
 
 use crate::audit::AuditStatus;
 use crate::clock::now;
 use crate::config::AttachWhen;
+use crate::control::VolumeState;
+use crate::daemon::status::state;
 use crate::daemon::{Attached, Daemon, Now, Service};
 use crate::key::lease::LeaseWord;
 use crate::metrics::Page;
@@ -15,11 +18,8 @@ use crate::metrics::counters::VolumeCounters;
 use crate::metrics::table;
 use crate::units::word;
 
-const VOLUME_STATES: [&str; 6] =
-    ["detached", "attaching", "detaching", "serving", "unverified", "fenced"];
-
-const LEASE_STATES: [&str; 7] =
-    ["held", "suspect", "unverified", "revoked", "expired", "restoring", "suspended"];
+static VOLUME_STATES: LazyLock<[String; 6]> = LazyLock::new(|| VolumeState::ALL.map(word));
+static LEASE_STATES: LazyLock<[String; 7]> = LazyLock::new(|| LeaseWord::ALL.map(word));
 
 impl Daemon {
     /// What Prometheus is told.
@@ -97,21 +97,11 @@ fn happened(page: &mut Page, name: &str, counters: &VolumeCounters) {
 fn known(page: &mut Page, name: &str, now: &mut Now) {
     let wanted = now.config.attach == AttachWhen::Auto;
     page.put(&table::VOLUME_WANTED, &[name], f64::from(u8::from(wanted)));
-    let state = match &now.service {
-        Service::Detached => "detached",
-        Service::Attaching => "attaching",
-        Service::Detaching => "detaching",
-        Service::Attached(attached) => {
-            in_service(page, name, attached);
-            let report = attached.keeper.report();
-            match (report.serves, report.state) {
-                (false, _) => "fenced",
-                (true, LeaseWord::Unverified) => "unverified",
-                (true, _) => "serving",
-            }
-        }
-    };
-    page.states(&table::VOLUME_STATE, &[name], &VOLUME_STATES, state);
+    if let Service::Attached(attached) = &now.service {
+        in_service(page, name, attached);
+    }
+    let state = word(state(&now.service));
+    page.states(&table::VOLUME_STATE, &[name], &*VOLUME_STATES, &state);
 }
 
 fn in_service(page: &mut Page, name: &str, attached: &Attached) {
@@ -146,13 +136,8 @@ fn in_service(page: &mut Page, name: &str, attached: &Attached) {
 
 fn lease(page: &mut Page, name: &str, attached: &Attached) {
     let (report, now) = (attached.keeper.report(), now());
-    page.states(&table::KEY_LEASE_STATE, &[name], &LEASE_STATES, &word(report.state));
-    let left = match report.serves_until {
-        Some(until) => Some(until.since(now)),
-        None if report.serves => None,
-        None => Some(Duration::ZERO),
-    };
-    if let Some(left) = left {
+    page.states(&table::KEY_LEASE_STATE, &[name], &*LEASE_STATES, &word(report.state));
+    if let Some(left) = report.remaining(now) {
         page.put(&table::KEY_LEASE_REMAINING, &[name], left.as_secs_f64());
     }
     page.put(&table::KEY_VERIFIED_AGE, &[name], now.since(report.verified).as_secs_f64());

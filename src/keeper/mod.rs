@@ -82,6 +82,18 @@ pub struct KeyReport {
     pub evidence: Option<Evidence>,
 }
 
+impl KeyReport {
+    /// How long the volume is served yet if nothing more is heard: not at all while it is fenced;
+    /// `None` if that has no end.
+    #[must_use]
+    pub fn remaining(&self, now: Moment) -> Option<Duration> {
+        match self.serves_until {
+            Some(until) => Some(until.since(now)),
+            None => (!self.serves).then_some(Duration::ZERO),
+        }
+    }
+}
+
 /// What a keeper can be told.
 enum Command {
     Suspend(oneshot::Sender<()>),

@@ -218,6 +218,19 @@ pub enum LeaseWord {
     Suspended,
 }
 
+impl LeaseWord {
+    /// Every word.
+    pub const ALL: [Self; 7] = [
+        Self::Held,
+        Self::Suspect,
+        Self::Unverified,
+        Self::Revoked,
+        Self::Expired,
+        Self::Restoring,
+        Self::Suspended,
+    ];
+}
+
 impl LeaseState {
     /// In one word.
     #[must_use]

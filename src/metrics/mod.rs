@@ -59,12 +59,12 @@ impl Page {
         &mut self,
         metric: &'static Described,
         labels: &[&str],
-        states: &[&str],
+        states: &[impl AsRef<str>],
         now: &str,
     ) {
-        for state in states {
-            let labels: Vec<_> = labels.iter().copied().chain([*state]).collect();
-            self.put(metric, &labels, f64::from(u8::from(*state == now)));
+        for state in states.iter().map(AsRef::as_ref) {
+            let labels: Vec<_> = labels.iter().copied().chain([state]).collect();
+            self.put(metric, &labels, f64::from(u8::from(state == now)));
         }
     }
 
