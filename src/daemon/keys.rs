@@ -29,6 +29,16 @@ impl Daemon {
         self.suspension(name).exists()
     }
 
+    /// Refuses what wants the key of a volume that an operator keeps fenced.
+    pub(super) fn not_suspended(&self, what: &str, name: &str) -> Answered<()> {
+        if self.is_suspended(name) {
+            let remedy = format!("Whoever may end that: byokctl key resume {name}");
+            let why = "an operator suspended its key";
+            return Err(refused(ExitCode::WrongState, what, why, remedy));
+        }
+        Ok(())
+    }
+
     /// Forgets a suspension, if there is one.
     pub(super) fn unsuspend(&self, name: &str) -> io::Result<()> {
         match std::fs::remove_file(self.suspension(name)) {

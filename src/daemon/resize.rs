@@ -22,11 +22,7 @@ impl Daemon {
         let volume = self.find(&what, name).await?;
         // One header after the other.
         let _one_at_a_time = volume.rewrapping.lock().await;
-        if self.is_suspended(name) {
-            let remedy = format!("Whoever may end that: byokctl key resume {name}");
-            let why = "an operator suspended its key";
-            return Err(refused(ExitCode::WrongState, &what, why, remedy));
-        }
+        self.not_suspended(&what, name)?;
         let before = self.before(&what, name, &volume).await?;
         let now = before.header.token().capacity;
         let sector = before.header.segment().sector_size.bytes_u64();

@@ -42,14 +42,7 @@ impl Daemon {
         let what = format!("rewrap the key of volume {name}");
         let volume = self.find(&what, name).await?;
         let _one_at_a_time = volume.rewrapping.lock().await;
-        if self.is_suspended(name) {
-            return Err(refused(
-                ExitCode::WrongState,
-                &what,
-                "an operator suspended its key",
-                format!("Whoever may end that: byokctl key resume {name}"),
-            ));
-        }
+        self.not_suspended(&what, name)?;
         let before = self.before(&what, name, &volume).await?;
         let from = before.header.token().wrapped.key_arn.clone();
         let to = to.unwrap_or_else(|| from.clone());

@@ -279,14 +279,7 @@ impl Daemon {
             let remedy = "Raise LimitNOFILE for byokd, or attach fewer volumes.";
             refused(ExitCode::Failed, &what, why, remedy)
         })?;
-        if self.is_suspended(name) {
-            return Err(refused(
-                ExitCode::WrongState,
-                &what,
-                "an operator suspended its key",
-                format!("Whoever may end that: byokctl key resume {name}"),
-            ));
-        }
+        self.not_suspended(&what, name)?;
         let config = match load_volume_with_hash(&self.definition(name)) {
             Ok(Some((config, hash))) => {
                 if volume.with(|now| now.definition.replace(hash)) != Some(hash) {
