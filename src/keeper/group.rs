@@ -3,8 +3,8 @@
 //! A few are each probed every interval. When they are many, one probe per interval takes them in
 //! turn: the key's fate is still heard within an interval, that of one volume alone within as many
 //! intervals as there are volumes. What one hears the others are told: that KMS answers, or does
-//! not, is true of all; a denial makes each ask for itself at once. Only volumes that are served take
-//! turns, while there is one: a volume that is denied by itself has nothing to tell of the key.
+//! not, is true of all; a denial makes each ask for itself at once. Only volumes that are served
+//! take turns, while there is one: one that is denied by itself has nothing to tell of the key.
 //!
 //! ```text
 //!   each    v1 |-----|-----|-----|      turns   v1 |-----------------|----
@@ -74,10 +74,10 @@ impl Groups {
         let rate = |interval: Duration| 1.0 / interval.as_secs_f64().max(0.001);
         let of_group = |group: &Arc<Group>| {
             let members = lock(&group.members);
-            if members.len() <= group.each_up_to {
-                return members.iter().map(|m| rate(m.interval)).sum();
+            match group.turns(&members) {
+                None => members.iter().map(|m| rate(m.interval)).sum(),
+                Some(turns) => rate(turns.interval),
             }
-            members.iter().map(|m| m.interval).min().map_or(0.0, rate)
         };
         lock(&self.groups).values().map(of_group).sum()
     }
@@ -88,6 +88,25 @@ struct Group {
     /// When turns are counted from.
     epoch: Instant,
     members: Mutex<Vec<Arc<Member>>>,
+}
+
+impl Group {
+    /// How its volumes take turns; `None` while they are few enough for each to be probed.
+    fn turns<'a>(&self, members: &'a [Arc<Member>]) -> Option<Turns<'a>> {
+        if members.len() <= self.each_up_to {
+            return None;
+        }
+        let interval = members.iter().map(|m| m.interval).min()?;
+        let serving: Vec<_> = members.iter().filter(|m| m.serves.load(Ordering::Relaxed)).collect();
+        let who = if serving.is_empty() { members.iter().collect() } else { serving };
+        Some(Turns { interval, who })
+    }
+}
+
+/// One probe per interval takes these in turn: who is served, or all if nobody is.
+struct Turns<'a> {
+    interval: Duration,
+    who: Vec<&'a Arc<Member>>,
 }
 
 struct Member {
@@ -135,19 +154,15 @@ impl Seat {
     #[must_use]
     pub fn next(&self, last: Instant, spread: f64) -> Instant {
         let members = lock(&self.group.members);
-        let own = self.member.interval;
-        if members.len() <= self.group.each_up_to {
-            return last + own.mul_f64(1.0 + SPREAD * spread);
-        }
-        let interval = members.iter().map(|m| m.interval).min().unwrap_or(own);
-        let turns = in_turns(&members);
-        let Some(place) = turns.iter().position(|m| Arc::ptr_eq(m, &self.member)) else {
+        let Some(Turns { interval, who }) = self.group.turns(&members) else {
+            return last + self.member.interval.mul_f64(1.0 + SPREAD * spread);
+        };
+        let Some(place) = who.iter().position(|m| Arc::ptr_eq(m, &self.member)) else {
             // Told by those who are served when it is worth asking; and by itself once a round.
-            let round = interval.saturating_mul(u32::try_from(members.len()).unwrap_or(u32::MAX));
-            return last + round.mul_f64(1.0 + SPREAD * spread);
+            return last + times(interval, members.len()).mul_f64(1.0 + SPREAD * spread);
         };
         let since = last.saturating_duration_since(self.group.epoch);
-        let at = turn_after(since, interval, place, turns.len());
+        let at = turn_after(since, interval, place, who.len());
         // Two neighbours' turns are at most 1.1 intervals apart.
         self.group.epoch + at + interval.mul_f64(SPREAD / 2.0 * (1.0 + spread))
     }
@@ -156,23 +171,20 @@ impl Seat {
     #[must_use]
     pub fn hears_within(&self) -> HearsWithin {
         let members = lock(&self.group.members);
-        let own = self.member.interval;
-        if members.len() <= self.group.each_up_to {
-            let bound = own.mul_f64(1.0 + SPREAD);
+        let Some(Turns { interval, who }) = self.group.turns(&members) else {
+            let bound = self.member.interval.mul_f64(1.0 + SPREAD);
             return HearsWithin { key: bound, volume: bound };
-        }
-        let interval = members.iter().map(|m| m.interval).min().unwrap_or(own);
+        };
         let spread = interval.mul_f64(SPREAD);
-        let turns = in_turns(&members).len();
-        let round = interval.saturating_mul(u32::try_from(turns).unwrap_or(u32::MAX));
-        HearsWithin { key: interval + spread, volume: round + spread }
+        HearsWithin { key: interval + spread, volume: times(interval, who.len()) + spread }
     }
 
-    /// How many volumes the group has, and how many of them take turns: what is due when depends on it.
+    /// How many volumes the group has, and how many of them take turns: what is due when depends on
+    /// it.
     #[must_use]
     pub fn shape(&self) -> (usize, usize) {
         let members = lock(&self.group.members);
-        (members.len(), in_turns(&members).len())
+        (members.len(), self.group.turns(&members).map_or(0, |turns| turns.who.len()))
     }
 
     /// Says whether this volume is served.
@@ -190,7 +202,7 @@ impl Seat {
     /// served until now: a denial that is known already wakes nobody.
     pub fn tell(&self, verdict: Verdict, news: bool) {
         let members = lock(&self.group.members).clone();
-        let in_turns = members.len() > self.group.each_up_to;
+        let in_turns = self.group.turns(&members).is_some();
         for member in members.iter().filter(|m| !Arc::ptr_eq(m, &self.member)) {
             let mut heard = lock(&member.heard);
             match verdict {
@@ -221,10 +233,8 @@ impl Seat {
     }
 }
 
-/// Those who take turns: who is served, or all if nobody is.
-fn in_turns(members: &[Arc<Member>]) -> Vec<&Arc<Member>> {
-    let serving: Vec<_> = members.iter().filter(|m| m.serves.load(Ordering::Relaxed)).collect();
-    if serving.is_empty() { members.iter().collect() } else { serving }
+fn times(interval: Duration, count: usize) -> Duration {
+    interval.saturating_mul(u32::try_from(count).unwrap_or(u32::MAX))
 }
 
 /// Probes are spread by this share of the interval, both ways.

@@ -41,8 +41,8 @@ pub(super) async fn carry_out(
         let mut command = Command::new(program);
         command.args(arguments).env_clear().envs(facts.iter().cloned()).env("PATH", PATH);
         command.stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
-        // Starting a program waits for the file system that it lies on, which may be the one that hangs: not
-        // on a thread that keeps keys.
+        // Starting a program waits for the file system that it lies on, which may be the one that
+        // hangs: not on a thread that keeps keys.
         let ends = async {
             match spawn_blocking(move || command.spawn()).await {
                 Ok(Ok(mut child)) => child.wait().await,

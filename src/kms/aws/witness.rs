@@ -98,7 +98,8 @@ impl AwsKms {
     }
 
     async fn testimony(&self, witness: &Witness) -> Testimony {
-        // While it is being made ready, which may take longer than a denial may wait, it knows nothing.
+        // While it is being made ready, which may take longer than a denial may wait, it knows
+        // nothing.
         let Ok(mut ready) = tokio::time::timeout(LIMIT, witness.ready.lock()).await else {
             return Testimony::Nothing;
         };
