@@ -1,12 +1,11 @@
 //! The JSON API of a real daemon, held against its own description.
 
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
 use serde_json::{Value, json};
 
-use crate::metrics::{address, ask};
+use crate::metrics::{Guarded, address, ask};
 use crate::support::{Daemon, nbdsh, until};
 
 /// A GET of the API: its status and JSON.
@@ -128,25 +127,8 @@ fn a_dead_disk_keeps_nobody_waiting_who_looks() {
 
 #[test]
 fn the_api_is_read_only_and_asks_for_the_token_but_the_page_does_not() {
-    use std::os::unix::net::UnixStream;
-
-    use crate::metrics::get;
-
-    let place = tempfile::tempdir_in("/dev/shm").unwrap();
-    let (token, socket) = (place.path().join("token"), place.path().join("http.sock"));
-    std::fs::write(&token, "0123456789abcdef\n").unwrap();
-    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let settings = format!(
-        "[http]\nsocket = \"{}\"\ntoken_file = \"{}\"\n[kms]\nregion = \"eu-central-1\"\n",
-        socket.display(),
-        token.display()
-    );
-    let _daemon = Daemon::configured(&settings);
-    until("the socket is there", || UnixStream::connect(&socket).is_ok());
-    let status = |path: &str, headers: &str| {
-        get(UnixStream::connect(&socket).unwrap(), path, &format!("Host: byokd\r\n{headers}")).0
-    };
-    let right = "Authorization: Bearer 0123456789abcdef\r\n";
+    let (guarded, right) = (Guarded::start(), Guarded::TOKEN);
+    let status = |path: &str, headers: &str| guarded.ask(path, headers);
     for path in ["/api/v1/volumes", "/api/v1/volumes/v", "/api/v1/events", "/api/v1/other"] {
         assert_eq!(status(path, ""), 401, "{path}");
     }
@@ -156,7 +138,7 @@ fn the_api_is_read_only_and_asks_for_the_token_but_the_page_does_not() {
     for path in ["/", "/console.js", "/console.css", "/icon.svg", "/api/v1/openapi.json"] {
         assert_eq!(status(path, ""), 200, "{path}");
     }
-    let mut stream = UnixStream::connect(&socket).unwrap();
+    let mut stream = guarded.connect();
     let wrong =
         format!("POST /api/v1/volumes HTTP/1.1\r\nHost: x\r\n{right}Connection: close\r\n\r\n");
     stream.write_all(wrong.as_bytes()).unwrap();

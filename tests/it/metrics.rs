@@ -1,13 +1,16 @@
 //! Metrics and health of a real daemon, over HTTP as Prometheus asks for them.
 
 use std::collections::BTreeSet;
+use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use byokd::metrics::table;
+use tempfile::TempDir;
 
 use crate::support::{Daemon, have, nbdsh, until};
 
@@ -149,6 +152,41 @@ fn a_denial_is_seen_by_prometheus_and_so_is_its_end() {
     assert!(!scrape(&address).contains("volume=\"v\""));
 }
 
+/// A daemon that listens for HTTP on a socket, and answers who has the token.
+pub(crate) struct Guarded {
+    socket: PathBuf,
+    _daemon: Daemon,
+    _place: TempDir,
+}
+
+impl Guarded {
+    /// The header of who has it.
+    pub(crate) const TOKEN: &str = "Authorization: Bearer 0123456789abcdef\r\n";
+
+    pub(crate) fn start() -> Self {
+        let place = tempfile::tempdir_in("/dev/shm").unwrap();
+        let (token, socket) = (place.path().join("token"), place.path().join("http.sock"));
+        std::fs::write(&token, "0123456789abcdef\n").unwrap();
+        std::fs::set_permissions(&token, Permissions::from_mode(0o600)).unwrap();
+        let daemon = Daemon::configured(&format!(
+            "[http]\nsocket = \"{}\"\ntoken_file = \"{}\"\n[kms]\nregion = \"eu-central-1\"\n",
+            socket.display(),
+            token.display()
+        ));
+        until("the socket is there", || UnixStream::connect(&socket).is_ok());
+        Self { socket, _daemon: daemon, _place: place }
+    }
+
+    pub(crate) fn connect(&self) -> UnixStream {
+        UnixStream::connect(&self.socket).unwrap()
+    }
+
+    /// The status of what is answered.
+    pub(crate) fn ask(&self, path: &str, headers: &str) -> u16 {
+        get(self.connect(), path, &format!("Host: byokd\r\n{headers}")).0
+    }
+}
+
 #[test]
 fn every_metric_is_described() {
     let daemon = Daemon::start();
@@ -171,22 +209,9 @@ fn only_who_may_see_metrics_is_shown_them() {
     assert_eq!(get(connect(), "/metrics", "Host: evil.example\r\n").0, 421);
     assert_eq!(ask(&address, "/other").0, 404);
 
-    let place = tempfile::tempdir_in("/dev/shm").unwrap();
-    let (token, socket) = (place.path().join("token"), place.path().join("http.sock"));
-    std::fs::write(&token, "0123456789abcdef\n").unwrap();
-    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let settings = format!(
-        "[http]\nsocket = \"{}\"\ntoken_file = \"{}\"\n[kms]\nregion = \"eu-central-1\"\n",
-        socket.display(),
-        token.display()
-    );
-    let _daemon = Daemon::configured(&settings);
-    until("the socket is there", || UnixStream::connect(&socket).is_ok());
-    let ask = |path: &str, headers: &str| {
-        get(UnixStream::connect(&socket).unwrap(), path, &format!("Host: byokd\r\n{headers}")).0
-    };
-    assert_eq!(ask("/metrics", ""), 401);
-    assert_eq!(ask("/metrics", "Authorization: Bearer 0123456789abcdee\r\n"), 401);
-    assert_eq!(ask("/metrics", "Authorization: Bearer 0123456789abcdef\r\n"), 200);
-    assert_eq!(ask("/livez", ""), 200);
+    let guarded = Guarded::start();
+    assert_eq!(guarded.ask("/metrics", ""), 401);
+    assert_eq!(guarded.ask("/metrics", "Authorization: Bearer 0123456789abcdee\r\n"), 401);
+    assert_eq!(guarded.ask("/metrics", Guarded::TOKEN), 200);
+    assert_eq!(guarded.ask("/livez", ""), 200);
 }
