@@ -47,10 +47,4 @@ def story(stack, report, make_program, seed, quick):
     s.program.load()
     report.event("load goes on")
     report.check("the load runs again", go_on_for(s.program, 3 if quick else 30))
-    s.program.halt()
-    s.everything_is_there("at the end")
-    s.program.stop()
-    s.file_system_is_clean("at the end")
-    rows = acks.read(s.program.acks)
-    report.load(s.program.name, rows)
-    return {s.program.name: rows}
+    return s.conclude()

@@ -3,7 +3,6 @@ and one KMS between them. The program goes on where it stopped; both nodes at on
 
 import shutil
 
-from parts import acks
 from parts.node import Node
 from parts.shell import Failure
 
@@ -35,10 +34,4 @@ def story(stack, report, make_program, seed, quick):
     s.program.load()
     report.event("load goes on")
     report.check("the load runs on node B", go_on_for(s.program, seconds))
-    s.program.halt()
-    s.everything_is_there("at the end")
-    s.program.stop()
-    s.file_system_is_clean("at the end")
-    rows = acks.read(s.program.acks)
-    report.load(s.program.name, rows)
-    return {s.program.name: rows}
+    return s.conclude()

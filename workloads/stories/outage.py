@@ -1,6 +1,5 @@
 """c. KMS is out of reach for minutes under load, in one way after another: the program notices nothing."""
 
-from parts import acks
 from parts.shell import until
 
 from .setting import Setting, go_on_for
@@ -23,10 +22,4 @@ def story(stack, report, make_program, seed, quick):
     report.event("KMS is back")
     until("KMS has allowed the key again", lambda: s.byokd.volume("v")["state"] == "serving")
     report.check("the load runs on", go_on_for(s.program, 3))
-    s.program.halt()
-    s.everything_is_there("at the end")
-    s.program.stop()
-    s.file_system_is_clean("at the end")
-    rows = acks.read(s.program.acks)
-    report.load(s.program.name, rows)
-    return {s.program.name: rows}
+    return s.conclude()

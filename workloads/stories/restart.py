@@ -51,12 +51,7 @@ def story(stack, report, make_program, seed, quick):
             until("the load goes on", lambda: s.program.stopped() or acks.last_time(s.program.acks) > before, 30)
             report.check(f"round {turn}: the load goes on after the {name}", not s.program.stopped())
     report.check("the load runs on", go_on_for(s.program, 3))
-    s.program.halt()
-    s.everything_is_there("at the end")
-    s.program.stop()
-    s.file_system_is_clean("at the end")
-    rows = acks.read(s.program.acks)
-    report.load(s.program.name, rows)
-    longest = acks.summary(rows)["longest"]
+    series = s.conclude()
+    longest = acks.summary(series[s.program.name])["longest"]
     report.check(f"the longest wait for an acknowledgement was {longest / 1000:.1f} s, within {LONGEST_MS / 1000:.0f} s", longest <= LONGEST_MS)
-    return {s.program.name: rows}
+    return series

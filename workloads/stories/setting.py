@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 import time
 
+from parts import acks
 from parts.disk import FileSystem, NbdDisk, is_clean, recover
 from parts.service import Byokd
 from parts.shell import TARGET
@@ -48,6 +49,16 @@ class Setting:
     def everything_is_there(self, when):
         whole, said = self.program.verify(self.data)
         self.report.check(f"{when}: {said}", whole)
+
+    def conclude(self):
+        """Ends the load, looks for everything, and gives the story's series."""
+        self.program.halt()
+        self.everything_is_there("at the end")
+        self.program.stop()
+        self.file_system_is_clean("at the end")
+        rows = acks.read(self.program.acks)
+        self.report.load(self.program.name, rows)
+        return {self.program.name: rows}
 
     def file_system_is_clean(self, when):
         self.files.unmount()
