@@ -2,6 +2,8 @@
 
 import json
 
+from .case import expect
+
 LINK = "/dev/byokd/v"
 
 
@@ -83,3 +85,20 @@ def goes_on(guest):
         read -r _ _ _ _ now _ </sys/block/nbd0/stat
         [ -e /run/then ] || echo $now >/run/then
         [ $now -ge $(($(cat /run/then) + 30)) ] && rm /run/then""")
+
+
+def end_load(guest, running):
+    """Ends what `record_syncs` and `load` began, which goes on until then, and looks at what fio says of it."""
+    goes_on(guest)
+    guest.run("pkill -f [s]ync-load; pkill -INT -x fio")
+    status, said = running.wait()
+    expect('"error" : 0' in said and "verify:" not in said, f"fio ended with {status}: {said[-3000:]}")
+
+
+def another_daemon_serves(guest, how, **limits):
+    """Ends the daemon so, and waits until the one that comes after it serves."""
+    pid = "$(systemctl show -p MainPID --value byokd)"
+    before = guest.run(f"echo {pid}").strip()
+    guest.run(how, **limits)
+    guest.until("the new daemon serves", f"""pid={pid}; [ "$pid" != {before} ] && [ "$pid" != 0 ] &&
+        byokctl status v | grep -q serving""")

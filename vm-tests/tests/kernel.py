@@ -1,7 +1,8 @@
 """Volumes as /dev/nbdX: attached by byokd-kernel, over restarts and crashes, and revoked."""
 
 from harness.case import expect
-from harness.service import LINK, check_syncs, device, goes_on, load, record_syncs, served, volume
+from harness.service import (LINK, another_daemon_serves, check_syncs, device, end_load, goes_on, load, record_syncs,
+                             served, volume)
 
 
 def a_volume_is_attached_used_and_detached(case):
@@ -83,16 +84,10 @@ def restarts_and_crashes_under_load_cost_no_error(case):
     for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd"):
         for _ in range(times):
             goes_on(guest)
-            pause = case.random.random() * 2
-            before = guest.run(f"sleep {pause:.2f}; systemctl show -p MainPID --value byokd").strip()
-            guest.run(how)
-            guest.until("the new daemon serves", f"""[ "$(systemctl show -p MainPID --value byokd)" != {before} ] &&
-                byokctl status v | grep -q serving""")
+            guest.run(f"sleep {case.random.random() * 2:.2f}")
+            another_daemon_serves(guest, how)
             expect(not running.ended() and not syncs.ended(), "the load ended")
-    goes_on(guest)
-    guest.run("pkill -f [s]ync-load; pkill -INT -x fio")
-    status, said = running.wait()
-    expect('"error" : 0' in said and "verify:" not in said, f"fio ended with {status}: {said[-3000:]}")
+    end_load(guest, running)
     guest.run("umount /mnt && udevadm settle && byokctl detach v && byokctl attach v --device auto")
     guest.run(f"fsck.ext4 -fn {LINK} && mount {LINK} /mnt")
     case.say(check_syncs(guest).strip())
@@ -159,15 +154,9 @@ def several_connections_outlive_restarts_and_crashes(case):
     syncs, running = record_syncs(guest), load(guest, 100000)
     for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd") * case.times(1, 5):
         goes_on(guest)
-        before = guest.run("systemctl show -p MainPID --value byokd").strip()
-        guest.run(how)
-        guest.until("the new daemon serves", f"""[ "$(systemctl show -p MainPID --value byokd)" != {before} ] &&
-            byokctl status v | grep -q serving""")
+        another_daemon_serves(guest, how)
         expect(not running.ended() and not syncs.ended(), "the load ended")
-    goes_on(guest)
-    guest.run("pkill -f [s]ync-load; pkill -INT -x fio")
-    status, said = running.wait()
-    expect('"error" : 0' in said and "verify:" not in said, f"fio ended with {status}: {said[-3000:]}")
+    end_load(guest, running)
     guest.run(f"umount /mnt && udevadm settle && fsck.ext4 -fn {LINK} && mount {LINK} /mnt")
     case.say(check_syncs(guest).strip())
     guest.clean_dmesg(allowed=("Connection timed out, retrying",))

@@ -1,7 +1,7 @@
 """The Debian package: installed, upgraded under load with its volume mounted, removed."""
 
 from harness.case import expect
-from harness.service import LINK, check_syncs, goes_on, load, record_syncs, settings
+from harness.service import LINK, another_daemon_serves, check_syncs, end_load, goes_on, load, record_syncs, settings
 
 
 def the_debian_package_installs_upgrades_under_load_and_removes(case):
@@ -16,17 +16,12 @@ def the_debian_package_installs_upgrades_under_load_and_removes(case):
         byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt""")
     syncs, running = record_syncs(guest), load(guest, 100000)
     goes_on(guest)
-    before = guest.run("systemctl show -p MainPID --value byokd").strip()
     # The settings are the administrator's, and stay.
-    guest.run("dpkg -i --force-confold /payload/byokd_2.deb", timeout=300)
+    another_daemon_serves(guest, "dpkg -i --force-confold /payload/byokd_2.deb", timeout=300)
     expect(guest.run("dpkg-query -W -f '${Version}' byokd") == "2", "upgraded")
-    guest.until("the new daemon serves", f"""[ "$(systemctl show -p MainPID --value byokd)" != {before} ] &&
-        byokctl status v | grep -q serving""")
     goes_on(guest)
     expect(not running.ended() and not syncs.ended(), "the load ended")
-    guest.run("pkill -f [s]ync-load; pkill -INT -x fio")
-    _, said = running.wait()
-    expect('"error" : 0' in said and "verify:" not in said, said[-3000:])
+    end_load(guest, running)
     case.say(check_syncs(guest).strip())
     status, said = guest.attempt("dpkg -r byokd", timeout=300)
     expect(status != 0 and "byokctl detach" in said, f"removed with a volume attached: {said}")

@@ -4,6 +4,7 @@ memory, and all that was acknowledged is there when the key is back."""
 import hashlib
 import time
 
+from benches.parts.scan import round_keys
 from harness.case import expect, volume_key
 from harness.service import LINK, check_syncs, record_syncs, served
 
@@ -70,7 +71,7 @@ open("/mnt/canary", "wb").write(canary * 16384)' && sync && cat /mnt/canary | wc
     # Not the key in base64: here, KMS is asked without TLS, so that it lies in the kernel's network buffers.
     master = volume_key(disk, kms)
     needles = {"key": [master[at:at + 16] for at in range(0, 64, 16)],
-               "round keys": round_keys(master[:32]) + round_keys(master[32:]), "canary": [canary]}
+               "round keys": some_round_keys(master[:32]) + some_round_keys(master[32:]), "canary": [canary]}
     # The search finds what is there.
     expect_in_memory(guest, needles, set(needles))
     return guest, kms, key, needles
@@ -97,6 +98,11 @@ def comes_back(guest, kms, key, repair):
     expect("blocked for more than" not in guest.dmesg(), "a task hung")
 
 
+def some_round_keys(key):
+    """Some of AES-256's 15 round keys; the first two are the key."""
+    return [round_keys(key)[number] for number in (2, 8, 14)]
+
+
 def expect_in_memory(guest, needles, wanted):
     """These of the needles are in the guest's memory, and no others."""
     dump = guest.memory_dump()
@@ -115,40 +121,5 @@ def expect_in_memory(guest, needles, wanted):
     dump.unlink()
 
 
-def round_keys(key):
-    """Some of AES-256's 15 round keys (the first two are the key), by FIPS 197, section 5.2."""
-    words = [key[at:at + 4] for at in range(0, 32, 4)]
-    constant = 1
-    while len(words) < 60:
-        word = words[-1]
-        if len(words) % 8 == 0:
-            word = bytes(SBOX[byte] for byte in word[1:] + word[:1])
-            word = bytes([word[0] ^ constant]) + word[1:]
-            constant <<= 1
-        elif len(words) % 8 == 4:
-            word = bytes(SBOX[byte] for byte in word)
-        words.append(bytes(a ^ b for a, b in zip(word, words[-8])))
-    return [b"".join(words[4 * number:4 * number + 4]) for number in (2, 8, 14)]
-
-
-def substitution():
-    """The S-box: the inverse in GF(2^8), then the affine map (FIPS 197, section 5.1.1)."""
-    def times(a, b):
-        product = 0
-        while b:
-            product ^= a if b & 1 else 0
-            a = (a << 1) ^ (0x11b if a & 0x80 else 0)
-            b >>= 1
-        return product
-
-    box = []
-    for byte in range(256):
-        inverse = next((other for other in range(256) if times(byte, other) == 1), 0)
-        turned = [((inverse << by) | (inverse >> (8 - by))) & 0xff for by in range(5)]
-        box.append(turned[0] ^ turned[1] ^ turned[2] ^ turned[3] ^ turned[4] ^ 0x63)
-    return box
-
-
-SBOX = substitution()
 on_ext4_all_is_gone_with_those_who_map_it.time_limit = 900
 on_xfs_who_maps_it_is_named_and_it_is_gone_with_them.time_limit = 900

@@ -1,7 +1,7 @@
 """byokd as systemd runs it: its units, a boot with volumes in fstab, and every way to end but a clean one."""
 
 from harness.case import expect
-from harness.service import LINK, check_syncs, goes_on, load, record_syncs, served
+from harness.service import LINK, another_daemon_serves, check_syncs, end_load, goes_on, load, record_syncs, served
 
 
 def the_units_are_sound_and_the_daemon_is_confined(case):
@@ -102,18 +102,12 @@ def no_end_of_the_daemon_costs_what_is_mounted_an_error(case):
     for how, commands in ends.items():
         case.say(how)
         goes_on(guest)
-        before = guest.run("systemctl show -p MainPID --value byokd").strip()
-        guest.run(commands)
-        guest.until("the new daemon serves", f"""pid={pid}; [ "$pid" != {before} ] && [ "$pid" != 0 ] &&
-            byokctl status v | grep -q serving""")
+        another_daemon_serves(guest, commands)
         expect(not running.ended() and not syncs.ended(), f"the load ended: {how}")
     said = guest.run("journalctl -b --no-pager -u byokd")
     for word in ("watchdog", "oom-kill", "status=6/ABRT"):
         expect(word in said, f"the journal does not say {word}")
-    goes_on(guest)
-    guest.run("pkill -INT -x fio; pkill -f [s]ync-load")
-    _, said = running.wait()
-    expect('"error" : 0' in said and "verify:" not in said, said[-3000:])
+    end_load(guest, running)
     guest.run(f"umount /mnt && udevadm settle && fsck.ext4 -fn {LINK} && mount {LINK} /mnt")
     case.say(check_syncs(guest).strip())
     # The kernel prints whose memory it looked for.
