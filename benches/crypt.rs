@@ -4,19 +4,14 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use byokd::crypt::{Engine, awslc, reference};
-use byokd::key::VolumeKey;
-use byokd::key::secret::{SecretArena, SecretMemoryError};
+use byokd::key::secret::SecretArena;
 use byokd::units::SectorSize;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
-fn key() -> VolumeKey {
-    VolumeKey::init_with(|k| {
-        k[..32].fill(1);
-        k[32..].fill(2);
-        Ok::<_, SecretMemoryError>(())
-    })
-    .expect("locked memory")
-}
+#[path = "parts/key.rs"]
+mod key;
+
+use key::key;
 
 fn crypt(c: &mut Criterion) {
     let arena = Arc::new(SecretArena::new());

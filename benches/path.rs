@@ -10,24 +10,19 @@ use std::sync::Arc;
 use byokd::buffer::{Buffer, Ciphertext, Pool};
 use byokd::crypt::{Engine, awslc};
 use byokd::fence::Fence;
-use byokd::key::VolumeKey;
-use byokd::key::secret::{SecretArena, SecretMemoryError};
+use byokd::key::secret::SecretArena;
 use byokd::nbd::wire::{Chunk, Head, ReplyStyle, Request};
 use byokd::store::{Backing, DirectIo, Durability};
 use byokd::units::{Geometry, SectorSize};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
+#[path = "parts/key.rs"]
+mod key;
+
+use key::key;
+
 const CAPACITY: u64 = 64 << 20;
 const SIZES: [usize; 3] = [4096, 65536, 1 << 20];
-
-fn key() -> VolumeKey {
-    VolumeKey::init_with(|k| {
-        k[..32].fill(1);
-        k[32..].fill(2);
-        Ok::<_, SecretMemoryError>(())
-    })
-    .expect("locked memory")
-}
 
 /// A request as it arrives.
 fn request(command: u8, len: usize, extended: bool) -> Vec<u8> {

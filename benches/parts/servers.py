@@ -143,10 +143,8 @@ def _byokd(place, scratch, size, plain):
                                 env={**os.environ, "BYOKD_STATE_DIR": str(state)}).strip()
         until("byokd's control socket", (state / "byokd.sock").exists)
         key = ctl("dev", "key", "create")
-        backing = place.store("byokd", size + BYOKD_HEADER)
-        if not place.loop:
-            backing.unlink()
-        # Of a device, 0 is all of it.
+        # It makes a file itself; of a device, a size of 0 is all of it.
+        backing = place.store("byokd", size + BYOKD_HEADER) if place.loop else place.directory / "byokd.img"
         ctl("volume", "create", "v", "--backing", backing, "--size", 0 if place.loop else size, "--key", key, "--purpose", "zeebe")
         ctl("attach", "v")
         run("nbdcopy", plain, server.uri)
