@@ -12,16 +12,17 @@
 //!                                               v3 ------------|----------
 //! ```
 //!
-//! A pace bounds how often the whole node asks, whatever happens.
+//! A pace bounds how often the whole node asks, whatever happens (see [`super::pace`]).
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::keeper::pace::{Errand, Pace};
 use crate::key::lease::{ProbePlan, Verdict};
 use crate::key::wrapped::{KeyArn, Role};
 
@@ -33,6 +34,8 @@ pub struct Groups {
     plan: ProbePlan,
     pace: Arc<Pace>,
     groups: Mutex<BTreeMap<GroupId, Arc<Group>>>,
+    /// How many groups there have been.
+    made: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -44,7 +47,7 @@ impl Groups {
     #[must_use]
     pub fn new(plan: ProbePlan) -> Self {
         let pace = Arc::new(Pace::new(plan.most_per_second));
-        Self { plan, pace, groups: Mutex::default() }
+        Self { plan, pace, groups: Mutex::default(), made: AtomicU64::new(0) }
     }
 
     /// A seat for a volume that is probed every `interval` while it is on its own.
@@ -53,6 +56,7 @@ impl Groups {
         groups.retain(|_, group| Arc::strong_count(group) > 1);
         let group = groups.entry((key.clone(), role.cloned())).or_insert_with(|| {
             Arc::new(Group {
+                number: self.made.fetch_add(1, Ordering::Relaxed),
                 each_up_to: self.plan.each_up_to,
                 epoch: Instant::now(),
                 members: Mutex::default(),
@@ -84,6 +88,7 @@ impl Groups {
 }
 
 struct Group {
+    number: u64,
     each_up_to: usize,
     /// When turns are counted from.
     epoch: Instant,
@@ -192,10 +197,9 @@ impl Seat {
         self.member.serves.store(serves, Ordering::Relaxed);
     }
 
-    /// When the node's pace lets one probe go that was wanted now.
-    #[must_use]
-    pub fn paced(&self) -> Instant {
-        self.pace.reserve(Instant::now())
+    /// Waits until the node's pace lets this volume ask.
+    pub fn turn(&self, errand: Errand) -> impl Future<Output = ()> + use<> {
+        self.pace.turn(errand, self.group.number)
     }
 
     /// Tells the others what a probe of this volume heard. `news` says whether this volume was
@@ -249,26 +253,6 @@ fn turn_after(since: Duration, interval: Duration, place: usize, members: usize)
     let round = earliest.saturating_sub(place).div_ceil(members);
     let turn = u32::try_from(round * members + place).unwrap_or(u32::MAX);
     interval.saturating_mul(turn)
-}
-
-/// A bound on how often the node asks, first come, first served.
-#[derive(Debug)]
-struct Pace {
-    gap: Duration,
-    next: Mutex<Option<Instant>>,
-}
-
-impl Pace {
-    fn new(most_per_second: u32) -> Self {
-        Self { gap: Duration::from_secs(1) / most_per_second.max(1), next: Mutex::default() }
-    }
-
-    fn reserve(&self, now: Instant) -> Instant {
-        let mut next = lock(&self.next);
-        let at = next.map_or(now, |next| next.max(now));
-        *next = Some(at + self.gap);
-        at
-    }
 }
 
 #[cfg(test)]
@@ -363,19 +347,6 @@ mod tests {
         }
         seats.iter().for_each(|seat| seat.serves(false));
         assert_eq!(seats[0].shape(), (100, 100), "a key that is gone is asked for as ever");
-    }
-
-    #[test]
-    fn a_node_never_asks_faster_than_its_pace() {
-        let pace = Pace::new(200);
-        let now = Instant::now();
-        let times: Vec<_> = (0..1000).map(|_| pace.reserve(now)).collect();
-        for pair in times.windows(2) {
-            assert_eq!(pair[1] - pair[0], Duration::from_millis(5));
-        }
-        let later = now + Duration::from_secs(60);
-        assert_eq!(pace.reserve(later), later, "nothing is saved up for a burst");
-        assert!(pace.reserve(later) > later);
     }
 
     #[tokio::test]

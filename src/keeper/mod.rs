@@ -6,9 +6,10 @@
 //! hear (see [`group`]).
 
 pub mod group;
+pub mod pace;
 pub mod plan;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -23,6 +24,7 @@ use crate::clock::now;
 use crate::exit::ExitCode;
 use crate::export::Export;
 use crate::keeper::group::{Groups, Heard, HearsWithin, Seat};
+use crate::keeper::pace::Errand;
 use crate::keeper::plan::PlanStep;
 use crate::key::lease::{
     FenceReason, KeyLease, LeasePolicy, LeaseState, LeaseWord, Moment, Step, Verdict,
@@ -176,6 +178,7 @@ impl Keeper {
             probed,
             next,
             forced: false,
+            missed: false,
             planned_for,
             waiting: Vec::new(),
             on_fence,
@@ -261,6 +264,8 @@ struct Keeping<K> {
     next: Instant,
     /// It is not a regular one.
     forced: bool,
+    /// A sibling heard something that is worth asking for, after the probe under way was sent.
+    missed: bool,
     /// How many volumes the group had when that was decided, and how many took turns.
     planned_for: (usize, usize),
     /// Who waits for the next answer to be acted upon.
@@ -380,22 +385,38 @@ impl<K: KeyService> Keeping<K> {
         self.seat.next(self.probed, 2.0 * random() - 1.0)
     }
 
-    /// What volumes under the same key have heard.
-    async fn sibling(&mut self, heard: Heard) {
-        let state = self.lease.state();
+    /// What volumes under the same key have heard, as far as it is true of this one too.
+    async fn told(&mut self, heard: Heard) {
         if let Some(verdict) = heard.verdict {
             self.report.heard = now();
             let step = self.lease.observe_sibling(now(), verdict);
             self.act(step).await;
         }
+    }
+
+    /// What volumes under the same key have heard.
+    async fn sibling(&mut self, heard: Heard) {
+        let worth_asking = self.is_worth_asking(heard);
+        self.told(heard).await;
+        if worth_asking {
+            self.ask_soon();
+        }
+    }
+
+    /// Whether this volume asks for itself, for what a sibling heard.
+    fn is_worth_asking(&self, heard: Heard) -> bool {
+        let state = self.lease.state();
         let back = heard.verdict == Some(Verdict::Allowed)
             && matches!(state, LeaseState::Revoked(FenceReason::Denied) | LeaseState::Expired);
-        if heard.denied && state.serves() || back {
-            // However often a sibling's answers change, this one asks at a bounded rate.
-            let (interval, _) = self.lease.next_probe();
-            self.next = self.next.min(self.probed + interval.min(SIBLING_PAUSE));
-            self.forced = true;
-        }
+        heard.denied && state.serves() || back
+    }
+
+    /// Asks for itself, for what a sibling heard; however often a sibling's answers change, at a
+    /// bounded rate.
+    fn ask_soon(&mut self) {
+        let (interval, _) = self.lease.next_probe();
+        self.next = self.next.min(self.probed + interval.min(SIBLING_PAUSE));
+        self.forced = true;
     }
 
     /// Volumes came or went: the regular probe may be due at another time.
@@ -436,6 +457,9 @@ impl<K: KeyService> Keeping<K> {
         }
         self.act(step).await;
         (self.next, self.forced) = (self.due(), self.lease.state().is_in_doubt());
+        if std::mem::take(&mut self.missed) {
+            self.ask_soon();
+        }
         Ok(None)
     }
 
@@ -444,31 +468,50 @@ impl<K: KeyService> Keeping<K> {
     async fn ask(&mut self) -> Asked {
         let (_, connection) = self.lease.next_probe();
         let (kms, header) = (Arc::clone(&self.kms), Arc::clone(&self.header));
-        let paced = self.seat.paced();
+        let errand = match self.lease.state() {
+            LeaseState::Suspect => Errand::Confirm,
+            LeaseState::Held
+            | LeaseState::Unverified
+            | LeaseState::Revoked(_)
+            | LeaseState::Expired
+            | LeaseState::Restoring(_)
+            | LeaseState::Suspended => Errand::Other,
+        };
+        let turn = self.seat.turn(errand);
+        let began = OnceLock::new();
         let probe = async {
-            sleep_until(paced).await;
+            turn.await;
+            began.get_or_init(Instant::now);
             kms.probe(&header.token().canary, connection).await
         };
         tokio::pin!(probe);
-        self.probed = Instant::now().max(paced);
-        loop {
+        let asked = loop {
             let over = self.over();
             self.part.goes_on(TICK + GRACE);
             tokio::select! {
                 biased;
                 command = self.inbox.recv() => match command {
                     Some(Command::Recheck(done)) => self.waiting.push(done),
-                    Some(command) => return Asked::Interrupted(command),
-                    None => return Asked::Ended,
+                    Some(command) => break Asked::Interrupted(command),
+                    None => break Asked::Ended,
                 },
-                result = &mut probe => return Asked::Answered(result),
+                result = &mut probe => break Asked::Answered(result),
+                heard = self.seat.news() => {
+                    // What was heard before the question is sent needs no other one.
+                    self.missed |= began.get().is_some() && self.is_worth_asking(heard);
+                    self.told(heard).await;
+                }
                 () = sleep_until(over) => {
                     let step = self.lease.tick(now());
                     self.act(step).await;
                     self.publish();
                 }
             }
+        };
+        if let Some(began) = began.get() {
+            self.probed = *began;
         }
+        asked
     }
 
     fn event(&self, kind: Kind) -> Record {

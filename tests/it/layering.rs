@@ -85,7 +85,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         ],
     ),
     ("keeper::plan", &["audit", "audit::record", "export", "key::lease", "units"]),
-    ("keeper::group", &["key::lease", "key::wrapped"]),
+    ("keeper::group", &["keeper::pace", "key::lease", "key::wrapped"]),
+    ("keeper::pace", &[]),
     // A volume's kernel device: joins what the kernel is asked to what answers it.
     (
         "attachment",
