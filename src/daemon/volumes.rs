@@ -367,6 +367,7 @@ impl Daemon {
         is_the_one(what, config, &locked.header())?;
         let role = config.role();
         let kms = self.kms_for(what, role.as_ref()).await?;
+        let asked = now();
         let unwrapped = kms.unwrap_key(&locked.header().token().wrapped).await;
         let (key, proof) = unwrapped.map_err(|e| by_service(what, &e))?;
         let wrapped = locked.header().token().wrapped.clone();
@@ -393,31 +394,41 @@ impl Daemon {
                 .map_err(|e| by_export(&tried, &e))
         });
         let export = opened.await.map_err(|e| by_panic(what, e))??;
-        let attach = event(Kind::Attach).detail("backing", &config.backing.display().to_string());
-        let attach = attach.detail("access", if read_only { "read-only" } else { "read-write" });
-        self.first_record(what, attach).await?;
-        let socket = self.setup.config.nbd_dir.join(format!("{name}.sock"));
-        let table = self.table.only(Arc::clone(&export));
-        let listener = Listener::nbd_unix(&socket, peers, table).map_err(|e| {
-            let why = format!("cannot listen on {}: {e}", socket.display());
-            refused(ExitCode::Failed, what, why, "Check the nbd_dir of byokd.toml.")
-        })?;
-        self.table.insert(Arc::clone(&export));
-        let policy = config.lease.policy(self.setup.policy);
         let steps = config.on_fence.iter();
         let on_fence =
             steps.map(|s| PlanStep { run: s.run.clone(), timeout: s.timeout.0 }).collect();
-        let terms = Terms { policy, on_fence, audit: Arc::clone(&self.audit) };
-        let part = self.progress.part(format!("the keeper of {name}"), ATTACHING);
+        let policy = config.lease.policy(self.setup.policy);
+        let terms = Terms { policy, asked, on_fence, audit: Arc::clone(&self.audit) };
+        // Nothing is waited for between the key and its lease.
         let keeper = Keeper::start(
             Arc::clone(&export),
             kms,
             terms,
             &self.groups,
             role.as_ref(),
-            part,
+            self.progress.part(format!("the keeper of {name}"), ATTACHING),
             Arc::clone(&volume.counters),
         );
+        let attach = event(Kind::Attach).detail("backing", &config.backing.display().to_string());
+        let attach = attach.detail("access", if read_only { "read-only" } else { "read-write" });
+        let socket = self.setup.config.nbd_dir.join(format!("{name}.sock"));
+        let listening = self.first_record(what, attach).await.and_then(|()| {
+            let table = self.table.only(Arc::clone(&export));
+            Listener::nbd_unix(&socket, peers, table).map_err(|e| {
+                let why = format!("cannot listen on {}: {e}", socket.display());
+                refused(ExitCode::Failed, what, why, "Check the nbd_dir of byokd.toml.")
+            })
+        });
+        let listener = match listening {
+            Ok(listener) => listener,
+            Err(error) => {
+                drop(keeper);
+                let fenced = spawn_blocking(move || export.fence(FenceReason::Detached)).await;
+                let _key_destroyed = fenced.map_err(|e| by_panic(what, e))?;
+                return Err(error);
+            }
+        };
+        self.table.insert(Arc::clone(&export));
         info!(volume = name, request_id = proof.request_id, socket = %socket.display(), "attached");
         Ok(Attached { export, keeper, socket, _listener: listener })
     }
@@ -474,10 +485,12 @@ impl Daemon {
             return Ok(false);
         };
         self.table.remove(name);
-        drop((listener, keeper));
+        drop(listener);
         let wrapped = export.volume().header().token().wrapped.clone();
         let event = |kind| Event::new(kind).volume(name).wrapped(&wrapped).reason(reason);
         let stopped = spawn_blocking(move || export.stop(reason, DRAIN)).await;
+        // Not earlier: a key that is denied while requests end is destroyed as at any other time.
+        drop(keeper);
         volume.with(|now| now.service = Service::Detached);
         // The key is destroyed whatever became of the flush.
         self.audit.record(event(Kind::KeyDestroyed));

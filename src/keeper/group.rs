@@ -4,7 +4,8 @@
 //! turn: the key's fate is still heard within an interval, that of one volume alone within as many
 //! intervals as there are volumes. What one hears the others are told: that KMS answers, or does
 //! not, is true of all; a denial makes each ask for itself at once. Only volumes that are served
-//! take turns, while there is one: one that is denied by itself has nothing to tell of the key.
+//! take turns, while there is one: one that is denied by itself has nothing to tell of the key. It
+//! asks for itself when another has heard that the key is allowed.
 //!
 //! ```text
 //!   each    v1 |-----|-----|-----|      turns   v1 |-----------------|----
@@ -23,7 +24,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::keeper::pace::{Errand, Pace};
-use crate::key::lease::{ProbePlan, Verdict};
+use crate::key::lease::{Moment, ProbePlan, Verdict};
 use crate::key::wrapped::{KeyArn, Role};
 
 /// A key, and as whom it is asked for.
@@ -72,7 +73,7 @@ impl Groups {
         Seat { group: Arc::clone(group), pace: Arc::clone(&self.pace), member }
     }
 
-    /// Regular probes of the whole node in a second, as its volumes are now.
+    /// Probes of the whole node in a second, as its volumes are now.
     #[must_use]
     pub fn probes_per_second(&self) -> f64 {
         let rate = |interval: Duration| 1.0 / interval.as_secs_f64().max(0.001);
@@ -80,7 +81,11 @@ impl Groups {
             let members = lock(&group.members);
             match group.turns(&members) {
                 None => members.iter().map(|m| rate(m.interval)).sum(),
-                Some(turns) => rate(turns.interval),
+                // Those who are fenced ask for themselves whenever the key is allowed to another.
+                Some(Turns { interval, who }) => {
+                    let fenced = members.len().saturating_sub(who.len());
+                    rate(interval) * (1.0 + f64::from(u32::try_from(fenced).unwrap_or(u32::MAX)))
+                }
             }
         };
         lock(&self.groups).values().map(of_group).sum()
@@ -127,8 +132,9 @@ struct Member {
 pub struct Heard {
     /// One of them was denied.
     pub denied: bool,
-    /// The last thing heard of KMS and the key, if that was not a denial; only in turns.
-    pub verdict: Option<Verdict>,
+    /// The last thing heard of KMS and the key, if that was not a denial, and when that was asked;
+    /// only in turns.
+    pub verdict: Option<(Verdict, Moment)>,
 }
 
 /// Within what time the first denied answer comes, as long as KMS answers.
@@ -202,9 +208,9 @@ impl Seat {
         self.pace.turn(errand, self.group.number)
     }
 
-    /// Tells the others what a probe of this volume heard. `news` says whether this volume was
+    /// Tells the others what a probe of this volume heard that was sent at `asked`. `news` says whether this volume was
     /// served until now: a denial that is known already wakes nobody.
-    pub fn tell(&self, verdict: Verdict, news: bool) {
+    pub fn tell(&self, verdict: Verdict, asked: Moment, news: bool) {
         let members = lock(&self.group.members).clone();
         let in_turns = self.group.turns(&members).is_some();
         for member in members.iter().filter(|m| !Arc::ptr_eq(m, &self.member)) {
@@ -212,7 +218,7 @@ impl Seat {
             match verdict {
                 Verdict::Denied if news => heard.denied = true,
                 Verdict::Allowed | Verdict::Unavailable | Verdict::Credentials if in_turns => {
-                    heard.verdict = Some(verdict);
+                    heard.verdict = Some((verdict, asked));
                 }
                 Verdict::Allowed
                 | Verdict::Unavailable
@@ -262,6 +268,7 @@ mod tests {
     use super::*;
 
     const INTERVAL: Duration = Duration::from_secs(10);
+    const ASKED: Moment = Moment(INTERVAL);
 
     fn key() -> KeyArn {
         "arn:aws:kms:eu-central-1:111122223333:key/5b6e0bd4-7d2c-4f2f-9d39-1d9d8a0f4a11"
@@ -352,22 +359,22 @@ mod tests {
     #[tokio::test]
     async fn a_denial_that_is_news_wakes_every_sibling_and_a_known_one_nobody() {
         let seats = seats(3);
-        seats[0].tell(Verdict::Denied, true);
+        seats[0].tell(Verdict::Denied, ASKED, true);
         for seat in &seats[1..] {
             assert_eq!(seat.news().await, Heard { denied: true, verdict: None });
         }
-        seats[0].tell(Verdict::Denied, false);
-        seats[0].tell(Verdict::Allowed, true);
+        seats[0].tell(Verdict::Denied, ASKED, false);
+        seats[0].tell(Verdict::Allowed, ASKED, true);
         assert!(seats.iter().all(|seat| *lock(&seat.member.heard) == Heard::default()));
     }
 
     #[tokio::test]
     async fn volumes_that_take_turns_share_what_is_true_of_the_key() {
         let seats = seats(17);
-        seats[3].tell(Verdict::Unavailable, false);
-        seats[3].tell(Verdict::Allowed, false);
+        seats[3].tell(Verdict::Unavailable, ASKED, false);
+        seats[3].tell(Verdict::Allowed, ASKED, false);
         let heard = seats[16].news().await;
-        assert_eq!(heard, Heard { denied: false, verdict: Some(Verdict::Allowed) });
+        assert_eq!(heard, Heard { denied: false, verdict: Some((Verdict::Allowed, ASKED)) });
     }
 
     #[test]
@@ -381,6 +388,8 @@ mod tests {
         let round = INTERVAL.mul_f64(17.1);
         assert_eq!(one_more.hears_within(), HearsWithin { key: bound, volume: round });
         assert!((groups.probes_per_second() - 0.1).abs() < 1e-9, "they take turns");
+        few[0].serves(false);
+        assert!((groups.probes_per_second() - 0.2).abs() < 1e-9, "and who is fenced asks as well");
     }
 
     #[test]
@@ -389,7 +398,7 @@ mod tests {
         let role = Role { arn: "arn:aws:iam::111122223333:role/r".to_owned(), external_id: None };
         let own = groups.join(&key(), None, INTERVAL);
         let by_role = groups.join(&key(), Some(&role), INTERVAL);
-        own.tell(Verdict::Denied, true);
+        own.tell(Verdict::Denied, ASKED, true);
         assert_eq!(*lock(&by_role.member.heard), Heard::default());
         drop((own, by_role));
         let _other = groups.join(&key(), None, INTERVAL);

@@ -64,7 +64,7 @@ pub struct KeyReport {
     pub serves: bool,
     /// Since when.
     pub since: Timestamp,
-    /// When KMS last allowed the key.
+    /// When KMS was asked last of those times that it allowed the key.
     pub last_success: Timestamp,
     /// The same on the clock that leases are kept by.
     pub verified: Moment,
@@ -122,6 +122,8 @@ impl Drop for Keeper {
 pub struct Terms {
     /// When to probe, and what follows.
     pub policy: LeasePolicy,
+    /// When KMS was asked for the key that the volume is served with.
+    pub asked: Moment,
     /// What to do after a fence.
     pub on_fence: Vec<PlanStep>,
     /// Where it is recorded.
@@ -140,8 +142,8 @@ impl Keeper {
         part: Part,
         counters: Arc<VolumeCounters>,
     ) -> Self {
-        let Terms { policy, on_fence, audit } = terms;
-        let lease = KeyLease::new(policy, now());
+        let Terms { policy, asked, on_fence, audit } = terms;
+        let lease = KeyLease::new(policy, asked);
         let header = export.volume().header();
         let key = &header.token().canary.wrapped.key_arn;
         let seat = groups.join(key, role, policy.interval);
@@ -151,7 +153,7 @@ impl Keeper {
             serves: true,
             since: told,
             last_success: told,
-            verified: now(),
+            verified: asked,
             serves_until: lease.serves_until(),
             heard: now(),
             interval: policy.interval,
@@ -180,6 +182,7 @@ impl Keeper {
             forced: false,
             missed: false,
             planned_for,
+            asking: Vec::new(),
             waiting: Vec::new(),
             on_fence,
             plan: JoinSet::new(),
@@ -228,7 +231,8 @@ impl Teller {
         self.ask(Command::Resume).await;
     }
 
-    /// Probes now; the answer has been acted upon when this returns.
+    /// Probes now; the answer has been acted upon when this returns. It is one to a question that
+    /// was sent after this was called.
     pub async fn recheck(&self) {
         self.ask(Command::Recheck).await;
     }
@@ -268,7 +272,9 @@ struct Keeping<K> {
     missed: bool,
     /// How many volumes the group had when that was decided, and how many took turns.
     planned_for: (usize, usize),
-    /// Who waits for the next answer to be acted upon.
+    /// Who waits for the answer to a question that is not sent yet.
+    asking: Vec<oneshot::Sender<()>>,
+    /// Who is told when what happened has been acted upon and published.
     waiting: Vec<oneshot::Sender<()>>,
     /// What to do after a fence.
     on_fence: Vec<PlanStep>,
@@ -296,8 +302,8 @@ enum Event {
 
 /// How a probe ended.
 enum Asked {
-    /// KMS answered, or did not in time.
-    Answered(Result<Proof, KmsError>),
+    /// KMS answered, or did not in time, a question that was sent then.
+    Answered(Result<Proof, KmsError>, Moment),
     /// Somebody who must not wait for it came.
     Interrupted(Command),
     /// The volume is being detached.
@@ -321,19 +327,14 @@ impl<K: KeyService> Keeping<K> {
                 }
                 Event::Told(Some(Command::Resume(heard))) => {
                     self.lease.resume(now());
-                    (self.next, self.forced) = (Instant::now(), true);
-                    self.waiting.push(heard);
+                    self.asking.push(heard);
                 }
-                Event::Told(Some(Command::Recheck(heard))) => {
-                    (self.next, self.forced) = (Instant::now(), true);
-                    self.waiting.push(heard);
-                }
+                Event::Told(Some(Command::Recheck(heard))) => self.asking.push(heard),
                 Event::Told(Some(Command::Rewrapped(seat, heard))) => {
                     self.header = self.export.volume().header();
                     self.planned_for = seat.shape();
                     self.seat = seat;
-                    (self.next, self.forced) = (Instant::now(), true);
-                    self.waiting.push(heard);
+                    self.asking.push(heard);
                 }
                 Event::Heard(heard) => self.sibling(heard).await,
                 Event::Time => {
@@ -342,22 +343,32 @@ impl<K: KeyService> Keeping<K> {
                     self.act(step).await;
                 }
             }
-            if Instant::now() >= self.next {
+            if !self.waiting.is_empty() {
+                // Whoever fences by hand does not wait for KMS.
+                self.answer();
+            }
+            if !self.asking.is_empty() || Instant::now() >= self.next {
                 match self.probe().await {
                     Ok(command) => interrupted = command,
                     Err(Detached) => return,
                 }
             }
-            self.publish();
-            for done in self.waiting.drain(..) {
-                // Who asked may have gone.
-                let _heard = done.send(());
-            }
+            self.answer();
+        }
+    }
+
+    /// Publishes what has been acted upon, and tells those who wait for that.
+    fn answer(&mut self) {
+        self.publish();
+        for done in self.waiting.drain(..) {
+            // Who asked may have gone.
+            let _heard = done.send(());
         }
     }
 
     async fn wait(&mut self) -> Event {
-        let wake = self.next.min(self.over());
+        let next = if self.asking.is_empty() { self.next } else { Instant::now() };
+        let wake = next.min(self.over());
         self.part.goes_on(TICK + GRACE);
         tokio::select! {
             biased;
@@ -387,9 +398,9 @@ impl<K: KeyService> Keeping<K> {
 
     /// What volumes under the same key have heard, as far as it is true of this one too.
     async fn told(&mut self, heard: Heard) {
-        if let Some(verdict) = heard.verdict {
+        if let Some((verdict, asked)) = heard.verdict {
             self.report.heard = now();
-            let step = self.lease.observe_sibling(now(), verdict);
+            let step = self.lease.observe_sibling(now(), verdict, asked);
             self.act(step).await;
         }
     }
@@ -405,10 +416,14 @@ impl<K: KeyService> Keeping<K> {
 
     /// Whether this volume asks for itself, for what a sibling heard.
     fn is_worth_asking(&self, heard: Heard) -> bool {
-        let state = self.lease.state();
-        let back = heard.verdict == Some(Verdict::Allowed)
-            && matches!(state, LeaseState::Revoked(FenceReason::Denied) | LeaseState::Expired);
-        heard.denied && state.serves() || back
+        match self.lease.state() {
+            LeaseState::Held | LeaseState::Suspect | LeaseState::Unverified => heard.denied,
+            // Its own turn may be hours away.
+            LeaseState::Revoked(_) | LeaseState::Expired | LeaseState::Restoring(_) => {
+                matches!(heard.verdict, Some((Verdict::Allowed, _)))
+            }
+            LeaseState::Suspended => false,
+        }
     }
 
     /// Asks for itself, for what a sibling heard; however often a sibling's answers change, at a
@@ -432,8 +447,8 @@ impl<K: KeyService> Keeping<K> {
     async fn probe(&mut self) -> Result<Option<Command>, Detached> {
         let asked = self.ask().await;
         (self.next, self.forced) = (self.due(), false);
-        let result = match asked {
-            Asked::Answered(result) => result,
+        let (result, sent) = match asked {
+            Asked::Answered(result, sent) => (result, sent),
             Asked::Interrupted(command) => return Ok(Some(command)),
             Asked::Ended => return Err(Detached),
         };
@@ -448,8 +463,8 @@ impl<K: KeyService> Keeping<K> {
         self.report.heard = now();
         self.counters.probes.add(&word(verdict));
         let before = self.lease.state();
-        self.seat.tell(verdict, before.serves());
-        let step = self.lease.observe(now(), verdict);
+        self.seat.tell(verdict, sent, before.serves());
+        let step = self.lease.observe(now(), verdict, sent);
         let after = self.lease.state();
         if before.word() != after.word() && step == Step::None {
             let volume = self.export.name();
@@ -463,8 +478,8 @@ impl<K: KeyService> Keeping<K> {
         Ok(None)
     }
 
-    /// Asks KMS, at the node's pace. Only a recheck waits for the answer; any other command ends
-    /// the probe.
+    /// Asks KMS, at the node's pace. Only rechecks wait for the answer: that of this probe if its
+    /// question was not sent when they came. Any other command ends the probe.
     async fn ask(&mut self) -> Asked {
         let (_, connection) = self.lease.next_probe();
         let (kms, header) = (Arc::clone(&self.kms), Arc::clone(&self.header));
@@ -481,21 +496,26 @@ impl<K: KeyService> Keeping<K> {
         let began = OnceLock::new();
         let probe = async {
             turn.await;
-            began.get_or_init(Instant::now);
-            kms.probe(&header.token().canary, connection).await
+            let (_, sent) = *began.get_or_init(|| (Instant::now(), now()));
+            (kms.probe(&header.token().canary, connection).await, sent)
         };
         tokio::pin!(probe);
+        let mut too_late = Vec::new();
         let asked = loop {
             let over = self.over();
             self.part.goes_on(TICK + GRACE);
             tokio::select! {
                 biased;
                 command = self.inbox.recv() => match command {
-                    Some(Command::Recheck(done)) => self.waiting.push(done),
+                    Some(Command::Recheck(done)) if began.get().is_some() => too_late.push(done),
+                    Some(Command::Recheck(done)) => self.asking.push(done),
                     Some(command) => break Asked::Interrupted(command),
                     None => break Asked::Ended,
                 },
-                result = &mut probe => break Asked::Answered(result),
+                (result, sent) = &mut probe => {
+                    self.waiting.append(&mut self.asking);
+                    break Asked::Answered(result, sent);
+                }
                 heard = self.seat.news() => {
                     // What was heard before the question is sent needs no other one.
                     self.missed |= began.get().is_some() && self.is_worth_asking(heard);
@@ -508,7 +528,8 @@ impl<K: KeyService> Keeping<K> {
                 }
             }
         };
-        if let Some(began) = began.get() {
+        self.asking.append(&mut too_late);
+        if let Some((began, _)) = began.get() {
             self.probed = *began;
         }
         asked
@@ -615,7 +636,13 @@ impl<K: KeyService> Keeping<K> {
     }
 
     async fn restore(&mut self) {
+        if self.export.is_stopping() {
+            // Its key would be asked for in vain.
+            self.lease.restore_failed(now());
+            return;
+        }
         self.part.goes_on(RESTORE);
+        let asked = now();
         let key = match self.kms.unwrap_key(&self.header.token().wrapped).await {
             Ok((key, proof)) => {
                 let event = self.event(Kind::Unwrap).request_id(proof.request_id.as_deref());
@@ -637,7 +664,7 @@ impl<K: KeyService> Keeping<K> {
         let export = Arc::clone(&self.export);
         match spawn_blocking(move || export.restore(key)).await {
             Ok(Ok(())) => {
-                self.lease.restored(now());
+                self.lease.restored(now(), asked);
                 self.counters.restores.add("ok");
                 self.plan.abort_all();
                 self.audit.record(self.event(Kind::Restore));

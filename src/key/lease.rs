@@ -284,6 +284,11 @@ pub enum Step {
 /// are rarer than once in a thousand, if every single answer is damaged.
 const MISMATCHES: u32 = 6;
 
+/// How long a probe may take, all that belongs to it included: KMS answers in tens of milliseconds,
+/// and an external key store gets 250 ms from KMS itself, so this is a failure by any measure and
+/// still leaves a probe every few seconds.
+pub const PROBE_LIMIT: Duration = Duration::from_millis(2500);
+
 /// How long after a probe interval a denial is believed that nothing has confirmed or taken back.
 const UNCONFIRMED: Duration = Duration::from_millis(1500);
 
@@ -304,14 +309,14 @@ pub struct KeyLease {
 }
 
 impl KeyLease {
-    /// A lease that begins with a success, that of the unwrapping, at `now`.
+    /// A lease that begins with a success, that of the unwrapping, which was asked for at `asked`.
     #[must_use]
-    pub fn new(policy: LeasePolicy, now: Moment) -> Self {
+    pub fn new(policy: LeasePolicy, asked: Moment) -> Self {
         Self {
             policy,
             state: LeaseState::Held,
-            since: now,
-            last_success: now,
+            since: asked,
+            last_success: asked,
             first_denial: None,
             mismatches: 0,
             closed: None,
@@ -330,7 +335,7 @@ impl KeyLease {
         self.since
     }
 
-    /// When KMS last allowed the key.
+    /// When the question was sent that KMS last answered by allowing the key.
     #[must_use]
     pub fn last_success(&self) -> Moment {
         self.last_success
@@ -376,7 +381,8 @@ impl KeyLease {
             Allowance::For(allowance) if self.state == LeaseState::Unverified => Some(allowance),
             // With an allowance of nothing, the time a probe takes must not count as an outage.
             Allowance::For(allowance) => {
-                Some(allowance.max(self.policy.interval.saturating_mul(2)))
+                let next = self.policy.interval.saturating_mul(2).saturating_add(PROBE_LIMIT);
+                Some(allowance.max(next))
             }
         };
         let expired = expired.map(|time| (after(self.last_success, time), LeaseState::Expired));
@@ -393,12 +399,13 @@ impl KeyLease {
         }
     }
 
-    /// An answer of KMS was heard at `now`.
-    pub fn observe(&mut self, now: Moment, verdict: Verdict) -> Step {
+    /// An answer of KMS was heard at `now`, to a question that was sent at `asked`. A success proves
+    /// nothing of the time after that: the answer may have been long on its way.
+    pub fn observe(&mut self, now: Moment, verdict: Verdict, asked: Moment) -> Step {
+        if verdict == Verdict::Allowed {
+            self.last_success = self.last_success.max(asked);
+        }
         if self.state == LeaseState::Suspended {
-            if verdict == Verdict::Allowed {
-                self.last_success = now;
-            }
             return Step::None;
         }
         if verdict != Verdict::Mismatch {
@@ -425,11 +432,10 @@ impl KeyLease {
     /// Another volume under the same key was probed, instead of this one: volumes of one key take
     /// turns when they are many. That KMS and the key are there, or not, is true of all of them;
     /// a denial may be that volume's alone, and is no answer about this one.
-    pub fn observe_sibling(&mut self, now: Moment, verdict: Verdict) -> Step {
+    pub fn observe_sibling(&mut self, now: Moment, verdict: Verdict, asked: Moment) -> Step {
         match (verdict, self.state) {
-            (Verdict::Allowed, LeaseState::Held) => self.last_success = now,
-            (Verdict::Allowed, LeaseState::Unverified) => {
-                self.last_success = now;
+            (Verdict::Allowed, LeaseState::Held | LeaseState::Unverified) => {
+                self.last_success = self.last_success.max(asked);
                 self.enter(now, LeaseState::Held);
             }
             (Verdict::Unavailable | Verdict::Credentials, LeaseState::Held) => {
@@ -452,11 +458,11 @@ impl KeyLease {
         }
     }
 
-    /// The fence is open again.
-    pub fn restored(&mut self, now: Moment) {
+    /// The fence is open again, with a key that was asked for at `asked`.
+    pub fn restored(&mut self, now: Moment, asked: Moment) {
         self.closed = None;
         self.first_denial = None;
-        self.last_success = now;
+        self.last_success = self.last_success.max(asked);
         self.enter(now, LeaseState::Held);
     }
 
@@ -468,7 +474,6 @@ impl KeyLease {
     }
 
     fn allowed(&mut self, now: Moment) -> Step {
-        self.last_success = now;
         let successes = match self.state {
             LeaseState::Held => return Step::None,
             LeaseState::Suspect | LeaseState::Unverified => {
@@ -597,10 +602,13 @@ mod tests {
     #[test]
     fn a_second_denial_closes_the_fence_and_one_does_not() {
         let mut lease = lease();
-        assert_eq!(lease.observe(at(10), Verdict::Denied), Step::None);
+        assert_eq!(lease.observe(at(10), Verdict::Denied, at(10)), Step::None);
         assert_eq!(lease.next_probe().1, Connection::Fresh);
         assert!(lease.next_probe().0 <= Duration::from_secs(1));
-        assert_eq!(lease.observe(at(11), Verdict::Denied), Step::Fence(FenceReason::Denied));
+        assert_eq!(
+            lease.observe(at(11), Verdict::Denied, at(11)),
+            Step::Fence(FenceReason::Denied)
+        );
         assert_eq!(lease.first_denial(), Some(at(10)));
     }
 
@@ -608,24 +616,24 @@ mod tests {
     fn an_outage_is_not_answered_by_asking_faster() {
         let mut lease = lease();
         let interval = LeasePolicy::default().interval;
-        lease.observe(at(10), Verdict::Mismatch);
-        lease.observe(at(11), Verdict::Unavailable);
+        lease.observe(at(10), Verdict::Mismatch, at(10));
+        lease.observe(at(11), Verdict::Unavailable, at(11));
         assert_eq!(lease.state(), LeaseState::Unverified);
         assert_eq!(lease.next_probe().0, interval);
-        lease.observe(at(20), Verdict::Denied);
-        lease.observe(at(21), Verdict::Denied);
-        lease.observe(at(30), Verdict::Allowed);
+        lease.observe(at(20), Verdict::Denied, at(20));
+        lease.observe(at(21), Verdict::Denied, at(21));
+        lease.observe(at(30), Verdict::Allowed, at(30));
         assert!(lease.next_probe().0 < interval, "a second success would restore it");
-        lease.observe(at(31), Verdict::Unavailable);
+        lease.observe(at(31), Verdict::Unavailable, at(31));
         assert_eq!(lease.next_probe().0, interval);
     }
 
     #[test]
     fn a_denial_that_nothing_confirms_or_takes_back_is_believed_in_time() {
         let mut lease = lease();
-        lease.observe(at(10), Verdict::Denied);
+        lease.observe(at(10), Verdict::Denied, at(10));
         for second in 11..=21 {
-            assert_eq!(lease.observe(at(second), Verdict::Unavailable), Step::None);
+            assert_eq!(lease.observe(at(second), Verdict::Unavailable, at(second)), Step::None);
         }
         assert_eq!(lease.serves_until(), Some(Moment(at(21).0 + Duration::from_millis(500))));
         assert_eq!(lease.tick(at(22)), Step::Fence(FenceReason::Denied));
@@ -634,18 +642,21 @@ mod tests {
     #[test]
     fn a_damaged_answer_is_no_denial_and_does_not_confirm_one() {
         let mut lease = lease();
-        assert_eq!(lease.observe(at(10), Verdict::Mismatch), Step::None);
-        assert_eq!(lease.observe(at(11), Verdict::Mismatch), Step::None);
-        assert_eq!(lease.observe(at(12), Verdict::Denied), Step::None, "the first denial");
-        assert_eq!(lease.observe(at(13), Verdict::Mismatch), Step::None);
-        assert_eq!(lease.observe(at(14), Verdict::Denied), Step::Fence(FenceReason::Denied));
+        assert_eq!(lease.observe(at(10), Verdict::Mismatch, at(10)), Step::None);
+        assert_eq!(lease.observe(at(11), Verdict::Mismatch, at(11)), Step::None);
+        assert_eq!(lease.observe(at(12), Verdict::Denied, at(12)), Step::None, "the first denial");
+        assert_eq!(lease.observe(at(13), Verdict::Mismatch, at(13)), Step::None);
+        assert_eq!(
+            lease.observe(at(14), Verdict::Denied, at(14)),
+            Step::Fence(FenceReason::Denied)
+        );
     }
 
     #[test]
     fn a_denial_that_is_not_confirmed_changes_nothing() {
         let mut lease = lease();
-        lease.observe(at(10), Verdict::Denied);
-        assert_eq!(lease.observe(at(11), Verdict::Allowed), Step::None);
+        lease.observe(at(10), Verdict::Denied, at(10));
+        assert_eq!(lease.observe(at(11), Verdict::Allowed, at(11)), Step::None);
         assert_eq!(lease.state(), LeaseState::Held);
     }
 
@@ -654,41 +665,68 @@ mod tests {
         for verdict in [Verdict::Unavailable, Verdict::Credentials] {
             let mut lease = lease();
             for second in (10..=3600).step_by(10) {
-                assert_eq!(lease.observe(at(second), verdict), Step::None, "{second}");
+                assert_eq!(lease.observe(at(second), verdict, at(second)), Step::None, "{second}");
             }
-            assert_eq!(lease.observe(at(3601), verdict), Step::Fence(FenceReason::Expired));
+            assert_eq!(
+                lease.observe(at(3601), verdict, at(3601)),
+                Step::Fence(FenceReason::Expired)
+            );
         }
     }
 
     #[test]
     fn a_machine_that_slept_longer_than_the_allowance_serves_nothing_before_a_fresh_success() {
         let mut lease = lease();
-        lease.observe(at(10), Verdict::Allowed);
+        lease.observe(at(10), Verdict::Allowed, at(10));
         assert_eq!(lease.tick(at(10 + 3601)), Step::Fence(FenceReason::Expired));
-        assert_eq!(lease.observe(at(3612), Verdict::Allowed), Step::None);
-        assert_eq!(lease.observe(at(3613), Verdict::Allowed), Step::Restore);
+        assert_eq!(lease.observe(at(3612), Verdict::Allowed, at(3612)), Step::None);
+        assert_eq!(lease.observe(at(3613), Verdict::Allowed, at(3613)), Step::Restore);
+    }
+
+    #[test]
+    fn a_success_counts_from_when_its_question_was_sent() {
+        let mut lease = lease();
+        lease.observe(at(12), Verdict::Allowed, at(10));
+        assert_eq!(lease.last_success(), at(10));
+        lease.observe_sibling(at(13), Verdict::Allowed, at(9));
+        assert_eq!(lease.last_success(), at(10), "an older one takes nothing back");
+        lease.observe(at(14), Verdict::Unavailable, at(13));
+        assert_eq!(lease.serves_until(), Some(at(10 + 3600)));
+        lease.tick(at(10 + 3601));
+        lease.observe(at(3613), Verdict::Allowed, at(3612));
+        assert_eq!(lease.observe(at(3614), Verdict::Allowed, at(3613)), Step::Restore);
+        lease.restored(at(3622), at(3614));
+        assert_eq!(lease.last_success(), at(3614), "so does the unwrapping");
+        let short = LeasePolicy {
+            interval: Duration::from_secs(1),
+            allowance: Allowance::For(Duration::ZERO),
+            ..LeasePolicy::default()
+        };
+        let mut lease = KeyLease::new(short, at(0));
+        assert_eq!(lease.tick(at(4)), Step::None, "a slow answer is no outage");
+        assert_eq!(lease.tick(at(5)), Step::Fence(FenceReason::Expired));
     }
 
     #[test]
     fn answers_by_turns_never_open_a_closed_fence() {
         let mut lease = lease();
-        lease.observe(at(1), Verdict::Denied);
-        lease.observe(at(2), Verdict::Denied);
+        lease.observe(at(1), Verdict::Denied, at(1));
+        lease.observe(at(2), Verdict::Denied, at(2));
         for second in 3..100 {
             let verdict = if second % 2 == 0 { Verdict::Denied } else { Verdict::Allowed };
-            assert_ne!(lease.observe(at(second), verdict), Step::Restore);
+            assert_ne!(lease.observe(at(second), verdict, at(second)), Step::Restore);
         }
     }
 
     #[test]
     fn a_closed_fence_is_not_closed_again_nor_the_time_counted_from_an_old_denial() {
         let mut lease = lease();
-        lease.observe(at(1), Verdict::Denied);
-        assert_eq!(lease.observe(at(2), Verdict::Denied), Step::Fence(FenceReason::Denied));
+        lease.observe(at(1), Verdict::Denied, at(1));
+        assert_eq!(lease.observe(at(2), Verdict::Denied, at(2)), Step::Fence(FenceReason::Denied));
         assert_eq!(lease.first_denial(), Some(at(1)));
         for second in (3600..3700).step_by(2) {
-            assert_eq!(lease.observe(at(second), Verdict::Allowed), Step::None);
-            assert_eq!(lease.observe(at(second + 1), Verdict::Denied), Step::None);
+            assert_eq!(lease.observe(at(second), Verdict::Allowed, at(second)), Step::None);
+            assert_eq!(lease.observe(at(second + 1), Verdict::Denied, at(second + 1)), Step::None);
         }
         assert_eq!(lease.suspend(at(4000)), Step::Fence(FenceReason::Suspended));
         assert_eq!(lease.first_denial(), None);
@@ -697,14 +735,18 @@ mod tests {
     #[test]
     fn a_damaged_answer_does_not_end_the_wait_for_a_key_that_comes_back() {
         let mut lease = lease();
-        lease.observe(at(1), Verdict::Denied);
-        lease.observe(at(2), Verdict::Denied);
-        assert_eq!(lease.observe(at(3), Verdict::Allowed), Step::None);
+        lease.observe(at(1), Verdict::Denied, at(1));
+        lease.observe(at(2), Verdict::Denied, at(2));
+        assert_eq!(lease.observe(at(3), Verdict::Allowed, at(3)), Step::None);
         for second in 4..9 {
-            assert_eq!(lease.observe(at(second), Verdict::Mismatch), Step::None);
+            assert_eq!(lease.observe(at(second), Verdict::Mismatch, at(second)), Step::None);
         }
-        assert_eq!(lease.observe(at(9), Verdict::Allowed), Step::None, "the run begins anew");
-        assert_eq!(lease.observe(at(10), Verdict::Allowed), Step::Restore);
+        assert_eq!(
+            lease.observe(at(9), Verdict::Allowed, at(9)),
+            Step::None,
+            "the run begins anew"
+        );
+        assert_eq!(lease.observe(at(10), Verdict::Allowed, at(10)), Step::Restore);
     }
 
     #[test]
@@ -712,11 +754,11 @@ mod tests {
         let mut lease = lease();
         assert_eq!(lease.suspend(at(1)), Step::Fence(FenceReason::Suspended));
         for second in 2..10 {
-            assert_eq!(lease.observe(at(second), Verdict::Allowed), Step::None);
+            assert_eq!(lease.observe(at(second), Verdict::Allowed, at(second)), Step::None);
         }
         lease.resume(at(10));
-        assert_eq!(lease.observe(at(11), Verdict::Allowed), Step::None);
-        assert_eq!(lease.observe(at(12), Verdict::Allowed), Step::Restore);
+        assert_eq!(lease.observe(at(11), Verdict::Allowed, at(11)), Step::None);
+        assert_eq!(lease.observe(at(12), Verdict::Allowed, at(12)), Step::Restore);
     }
 
     fn verdict() -> impl Strategy<Value = Verdict> {
@@ -777,7 +819,7 @@ mod tests {
                         suspended = false;
                     }
                     2 | 3 => {
-                        let step = lease.observe_sibling(at(now), verdict);
+                        let step = lease.observe_sibling(at(now), verdict, at(now));
                         prop_assert!(served || !lease.state().serves(), "a sibling opens nothing");
                         if step != Step::None {
                             let time_alone = lease.clone().tick(at(now)) == Step::None;
@@ -790,9 +832,9 @@ mod tests {
                             Verdict::Allowed => denials = 0,
                             Verdict::Unavailable | Verdict::Credentials | Verdict::Mismatch => {}
                         }
-                        if lease.observe(at(now), verdict) == Step::Restore {
+                        if lease.observe(at(now), verdict, at(now)) == Step::Restore {
                             prop_assert!(!suspended);
-                            lease.restored(at(now));
+                            lease.restored(at(now), at(now));
                         }
                         prop_assert!(denials < 2 || !lease.state().serves());
                     }
@@ -804,19 +846,24 @@ mod tests {
         #[test]
         fn whatever_happens_the_promises_hold(
             policy in policy(),
-            events in proptest::collection::vec((verdict(), pause(), any::<bool>()), 1..200),
+            events in proptest::collection::vec(
+                (verdict(), pause(), any::<bool>(), 0u64..2500),
+                1..200,
+            ),
         ) {
             let mut lease = KeyLease::new(policy, at(0));
             let believed_after = policy.interval + Duration::from_millis(1500);
             let (allowed_for, at_least) = match policy.allowance {
                 Allowance::Never => (Duration::MAX, Duration::MAX),
-                Allowance::For(time) => (time, time.max(policy.interval * 2)),
+                Allowance::For(time) => (time, time.max(policy.interval * 2 + PROBE_LIMIT)),
             };
             // What happened, in the words of the promises.
             let (mut now, mut last_success) = (at(0), at(0));
             let (mut fenced, mut run, mut denials, mut mismatches) = (false, 0, 0, 0);
             let mut denied_at: Option<Moment> = None;
-            for (verdict, pause, ticks) in events {
+            for (verdict, pause, ticks, took) in events {
+                // One probe at a time, so its question was sent after the answer before it.
+                let asked = Moment(now.0 + pause.saturating_sub(Duration::from_millis(took)));
                 now.0 += pause;
                 let unconfirmed = denied_at.is_some_and(|at| now.since(at) > believed_after);
                 if ticks {
@@ -843,7 +890,7 @@ mod tests {
                 mismatches = if verdict == Verdict::Mismatch { mismatches + 1 } else { 0 };
                 match verdict {
                     Verdict::Allowed => {
-                        (run, last_success, denials, denied_at) = (run + 1, now, 0, None);
+                        (run, last_success, denials, denied_at) = (run + 1, asked, 0, None);
                     }
                     Verdict::Denied => {
                         (run, denials) = (0, denials + 1);
@@ -851,7 +898,7 @@ mod tests {
                     }
                     Verdict::Unavailable | Verdict::Credentials | Verdict::Mismatch => run = 0,
                 }
-                match lease.observe(now, verdict) {
+                match lease.observe(now, verdict, asked) {
                     Step::Fence(FenceReason::Denied) => {
                         prop_assert!(verdict == Verdict::Denied || unconfirmed);
                         prop_assert!(denials >= 2 || fenced || unconfirmed, "one denial alone never fences");
@@ -871,7 +918,7 @@ mod tests {
                             fenced && run >= policy.restore_after,
                             "only a run of successes opens a fence"
                         );
-                        lease.restored(now);
+                        lease.restored(now, asked);
                         (fenced, run, denied_at) = (false, 0, None);
                     }
                     Step::None => {}

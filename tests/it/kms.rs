@@ -249,12 +249,14 @@ fn every_fault_has_its_verdict_and_ends_within_the_limit() {
             if turn == 1 && said != (verdict, code.to_owned()) || took > Duration::from_secs(2) {
                 wrong.push(format!("{input}: {said:?} after {took:?}"));
             }
-            lease.observe(Moment(Duration::from_secs(10 * turn)), said.0);
+            let at = Moment(Duration::from_secs(10 * turn));
+            lease.observe(at, said.0, at);
             states.push(word(lease.state().word()));
         }
         if verdict == Verdict::Mismatch {
             for turn in 3..=6 {
-                lease.observe(Moment(Duration::from_secs(20 + turn)), verdict);
+                let at = Moment(Duration::from_secs(20 + turn));
+                lease.observe(at, verdict, at);
             }
             assert_eq!(lease.state().word(), LeaseWord::Revoked);
         }
@@ -308,7 +310,7 @@ fn an_endpoint_that_is_no_kms_is_no_verdict() {
 
 /// A way to KMS that damages what passes: each connection's answer is cut, delayed, has a byte
 /// flipped, is replaced by an earlier one, or passes.
-struct BadWay {
+pub(crate) struct BadWay {
     address: std::net::SocketAddr,
     /// Of a thousand answers, so many are damaged.
     damaged: std::sync::Arc<std::sync::atomic::AtomicU32>,
@@ -356,7 +358,7 @@ impl BadWay {
     }
 
     /// The answer to the one request of a connection.
-    fn ask(to: std::net::SocketAddr, mut client: &TcpStream) -> Vec<u8> {
+    pub(crate) fn ask(to: std::net::SocketAddr, mut client: &TcpStream) -> Vec<u8> {
         let mut server = TcpStream::connect(to).unwrap();
         let mut request = Vec::new();
         let mut part = [0; 4096];
@@ -399,7 +401,7 @@ fn probes_to_fence(
     (1..=most).find(|_| {
         now += lease.next_probe().0;
         let (verdict, _) = customer.probe(client, canary);
-        lease.observe(Moment(now), verdict) != Step::None || !lease.state().serves()
+        lease.observe(Moment(now), verdict, Moment(now)) != Step::None || !lease.state().serves()
     })
 }
 

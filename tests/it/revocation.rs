@@ -1,13 +1,19 @@
 //! Taking the key away and giving it back: for a key, for one volume, by hand, and when it is not
 //! the customer who denies. The customer's side is played by the development KMS.
 
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use byokd::kms::dev::Fault;
+use byokd::kms::dev::{DEV_REGION, Fault, FaultKind};
+use jiff::Timestamp;
 use serde_json::Value;
 
 use crate::customer::Customer;
+use crate::kms::BadWay;
 use crate::support::{Daemon, Running, have, nbdsh, until};
 
 /// From the change at KMS to the fence: the probe interval, and 2 s. The first denied answer comes
@@ -24,7 +30,9 @@ fn never_fenced(daemon: &Daemon, name: &str) {
 }
 
 fn all(daemon: &Daemon, names: &[String], state: &str) -> bool {
-    names.iter().all(|name| daemon.state(name) == state)
+    let status = daemon.ok(&["status"]);
+    let volumes = status["volumes"].as_array().unwrap();
+    names.iter().all(|name| volumes.iter().any(|v| v["name"] == **name && v["state"] == state))
 }
 
 fn volumes(daemon: &Daemon, count: usize, key: &str) -> Vec<String> {
@@ -96,7 +104,7 @@ fn an_operators_suspension_is_at_once_and_outlives_the_daemon() {
     nbdsh(&uri, "h.pwrite(b's' * 4096, 0)\nh.flush()");
     // KMS is slow: nobody waits for it.
     let stall = Duration::from_secs(30);
-    customer.kms.inject(Fault::new(byokd::kms::dev::FaultKind::Timeout).lasting(stall));
+    customer.kms.inject(Fault::new(FaultKind::Timeout).lasting(stall));
     let before = customer.kms.requests().len();
     until("a probe is under way", || customer.kms.requests().len() > before);
     let began = Instant::now();
@@ -139,6 +147,112 @@ fn a_recheck_does_not_wait_for_the_interval() {
     until("they are served", || all(&daemon, &names, "serving"));
     let (code, _) = daemon.ctl(&["key", "recheck", "nobody"]);
     assert_eq!(code, 5);
+}
+
+/// A way to KMS on which answers are held back.
+struct SlowWay {
+    address: SocketAddr,
+    millis: Arc<AtomicU64>,
+}
+
+impl SlowWay {
+    fn new(to: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (address, millis) = (listener.local_addr().unwrap(), Arc::<AtomicU64>::default());
+        let held_back = Arc::clone(&millis);
+        // It ends with the test's process.
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                let (mut client, millis) = (client.unwrap(), Arc::clone(&held_back));
+                std::thread::spawn(move || {
+                    let answer = BadWay::ask(to, &client);
+                    let due =
+                        Instant::now() + Duration::from_millis(millis.load(Ordering::Relaxed));
+                    while Instant::now() < due {
+                        std::thread::park_timeout(due - Instant::now());
+                    }
+                    // The client may have given up.
+                    let _sent = client.write_all(&answer);
+                });
+            }
+        });
+        Self { address, millis }
+    }
+
+    fn hold_back(&self, millis: u64) {
+        self.millis.store(millis, Ordering::Relaxed);
+    }
+
+    /// byokd at the end of it, which probes by itself after the test is over.
+    fn daemon(&self) -> Daemon {
+        Daemon::configured(&format!(
+            "[kms]\nregion = \"{DEV_REGION}\"\nendpoint = \"http://{}\"\n[lease]\nprobe_interval = \"1h\"\n",
+            self.address
+        ))
+    }
+}
+
+fn last_success(volume: &Value) -> Timestamp {
+    volume["lease"]["last_success"].as_str().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_recheck_waits_for_an_answer_to_a_question_that_was_sent_after_it() {
+    let customer = Customer::new();
+    let way = SlowWay::new(customer.kms.address());
+    let daemon = way.daemon();
+    daemon.volume("v", "1M", customer.key.as_str());
+    way.hold_back(1500);
+    let before = customer.kms.requests().len();
+    let recheck = || daemon.ok(&["key", "recheck", "v"])["volumes"][0].take();
+    std::thread::scope(|scope| {
+        let first = scope.spawn(recheck);
+        until("KMS has allowed it", || customer.kms.requests().len() > before);
+        customer.set_enabled(false);
+        let changed = Timestamp::now();
+        let second = recheck();
+        assert_eq!(second["lease"]["evidence"]["code"], "DisabledException", "{second}");
+        let first = first.join().unwrap();
+        assert!(first["lease"]["evidence"].is_null(), "it was allowed: {first}");
+        assert!(last_success(&first) < changed, "allowed before the change: {first}");
+    });
+}
+
+#[test]
+fn a_lease_counts_from_when_the_key_was_asked_for() {
+    let customer = Customer::new();
+    let way = SlowWay::new(customer.kms.address());
+    let daemon = way.daemon();
+    daemon.create("v", "1M", customer.key.as_str());
+    way.hold_back(1500);
+    let before = customer.kms.requests().len();
+    std::thread::scope(|scope| {
+        let attached = scope.spawn(|| daemon.ok(&["attach", "v"]));
+        until("KMS has unwrapped it", || customer.kms.requests().len() > before);
+        let unwrapped = Timestamp::now();
+        attached.join().unwrap();
+        assert!(last_success(&daemon.status("v")) < unwrapped, "{}", daemon.status("v"));
+    });
+}
+
+#[test]
+fn volumes_that_take_turns_come_back_together_however_many_they_are() {
+    let customer = Customer::new();
+    let daemon = customer.daemon_with("probe_each_up_to = 2\n", "probe_interval = \"1s\"\n");
+    // A round of turns takes 24 s.
+    let names = volumes(&daemon, 24, customer.key.as_str());
+    let each =
+        |command: &str| names.iter().for_each(|name| drop(daemon.ok(&["key", command, name])));
+    each("suspend");
+    // Each asks once, in vain.
+    customer.kms.inject(Fault::new(FaultKind::Throttle));
+    each("resume");
+    customer.kms.clear_faults();
+    let began = Instant::now();
+    until("all are served", || all(&daemon, &names, "serving"));
+    // The first is allowed within an interval and a tenth; then each asks twice.
+    let took = began.elapsed();
+    assert!(took < Duration::from_millis(1100 + 2000 + 240), "{took:?}");
 }
 
 #[test]
