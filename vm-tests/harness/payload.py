@@ -12,13 +12,16 @@ from . import image
 BINARIES = ("byokd", "byokctl", "byokd-kernel")
 
 
-def build(say, packages):
+def build(say, release, packages):
     """Builds the programs, two versions of the Debian package if wanted, and the disk. Where the programs are."""
     say("building byokd")
-    done = subprocess.run(["cargo", "build", "--locked", "--quiet", "--bins"], cwd=image.PROJECT)
+    # The same programs as of `cargo build --release`: where that was done before, nothing is compiled again.
+    done = subprocess.run(["cargo", "build", "--locked", "--quiet", "--bins", *(["--release"] if release else [])],
+                          cwd=image.PROJECT)
     if done.returncode != 0:
         raise SystemExit("vm-tests: cargo build failed")
-    files = [programs() / name for name in BINARIES] + [image.GUEST / "agent"]
+    built = programs(release)
+    files = [built / name for name in BINARIES] + [image.GUEST / "agent"]
     files += [path for path in sorted((image.HERE.parent / "payload").glob("*")) if path.is_file()]
     files += [image.PROJECT / "systemd"]
     with open(image.CACHE / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=image.CACHE) as tree:
@@ -26,7 +29,7 @@ def build(say, packages):
         for file in files:
             if file.is_dir():
                 shutil.copytree(file, pathlib.Path(tree) / file.name)
-            elif file.parent == programs():
+            elif file.parent == built:
                 subprocess.run(["strip", "-o", f"{tree}/{file.name}", file], check=True)
             else:
                 shutil.copy(file, tree)
@@ -35,19 +38,19 @@ def build(say, packages):
                              "  do:  cargo install cargo-deb --locked")
         for version in (1, 2) if packages else ():
             say(f"making package {version}")
-            image.run(image.PROJECT / "packaging/deb", "--quiet", "--no-build", "--profile", "dev", "--strip", "--no-dbgsym",
+            image.run(image.PROJECT / "packaging/deb", "--quiet", "--no-build", "--profile", "release" if release else "dev", "--strip", "--no-dbgsym",
                       "--fast", "--deb-version", version, "--output", f"{tree}/byokd_{version}.deb", cwd=image.PROJECT)
         new = disk().with_suffix(".new")
         with open(new, "wb") as empty:
             empty.truncate(256 << 20)
         image.run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", tree, new)
         new.rename(disk())
-    return programs()
+    return built
 
 
-def programs():
+def programs(release):
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or image.PROJECT / "target").absolute()
-    return target / "debug"
+    return target / ("release" if release else "debug")
 
 
 def disk():
