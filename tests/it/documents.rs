@@ -2,6 +2,7 @@
 //! option, JSON member and verdict stands in its table.
 
 mod manual;
+mod settings_page;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -30,7 +31,7 @@ fn documents() -> Vec<PathBuf> {
         let names = entries.map(|entry| Path::new(dir).join(entry.unwrap().file_name()));
         names.filter(|path| path.extension().is_some_and(|e| e == "md")).collect::<Vec<_>>()
     };
-    ["", "docs", "fuzz", "tests/fixtures/luks2", "workloads"]
+    ["", "docs", "docs/runbooks", "fuzz", "tests/fixtures/luks2", "vm-tests", "workloads"]
         .into_iter()
         .flat_map(markdown)
         .collect()

@@ -1,5 +1,5 @@
-//! Manual pages and shell completions: written from the command lines themselves, kept in the tree,
-//! and current.
+//! Manual pages and shell completions: written from the command lines themselves and the document of
+//! the settings, kept in the tree, and current.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,7 +12,7 @@ use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::{read, root, section};
+use super::{read, root, section, settings_page};
 use crate::support::{have, run};
 
 /// Makes the tests write what they would compare.
@@ -24,6 +24,7 @@ fn the_pages_are_current() {
     add_pages(&Args::command(), "1", &mut pages);
     add_pages(&daemon::args::Args::command(), "8", &mut pages);
     add_pages(&kernel::args::Args::command(), "8", &mut pages);
+    pages.insert(settings_page::FILE.to_owned(), settings_page::page() + SEE_ALSO);
     assert!(pages.len() > 25, "the tree is walked");
     assert_current("docs/man", &pages);
     if !have(&["groff"]) {
@@ -32,7 +33,7 @@ fn the_pages_are_current() {
     for (name, page) in &pages {
         let file = root().join("docs/man").join(name);
         let said = Process::new("groff")
-            .args(["-man", "-Tutf8", "-ww", "-z"])
+            .args(["-man", "-Kutf8", "-Tutf8", "-ww", "-z"])
             .arg(&file)
             .output()
             .unwrap();
@@ -129,8 +130,10 @@ fn more(command: &str) -> String {
                  .SH SIGNALS\n.TP\nSIGHUP\nReads settings and definitions anew, as byokctl reload does.\n\
                  .TP\nSIGTERM\nDrains, flushes, destroys all keys, and ends.\n";
     }
-    text + ".SH \"SEE ALSO\"\nbyokctl(1), byokd(8), byokd-kernel(8)\n"
+    text + SEE_ALSO
 }
+
+const SEE_ALSO: &str = ".SH \"SEE ALSO\"\nbyokctl(1), byokd.toml(5), byokd(8), byokd-kernel(8)\n";
 
 /// The files of a directory are these and no others.
 fn assert_current(dir: &str, wanted: &BTreeMap<String, String>) {
@@ -146,7 +149,7 @@ fn assert_current(dir: &str, wanted: &BTreeMap<String, String>) {
     let how = format!("{WRITE}=1 cargo test --test it documents::manual writes {dir} anew");
     assert_eq!(names(&there), names(wanted), "{how}");
     for (name, text) in wanted {
-        assert!(there[name] == *text, "{dir}/{name} is not what the command line is now; {how}");
+        assert!(there[name] == *text, "{dir}/{name} is not what its source says now; {how}");
     }
 }
 
