@@ -1,6 +1,7 @@
 //! The documents say what is so: links lead somewhere, examples are taken, and every setting,
 //! option, JSON member and verdict stands in its table.
 
+mod book;
 mod manual;
 mod settings_page;
 
