@@ -13,6 +13,7 @@
 //! |---|---|
 //! | [`units`] | offsets, sectors, geometry: every range and overflow check |
 //! | [`exit`] | the exit codes of both programs |
+//! | [`log`] | what the programs say of themselves, to the journal or as text |
 //! | [`harden`] | a process that gives its memory to nobody |
 //! | [`clock`] | the clock that leases are kept by |
 //! | [`buffer`] | aligned buffers: plaintext and ciphertext as two types |
@@ -60,6 +61,7 @@ pub mod kernel;
 pub mod key;
 pub mod kms;
 pub mod listener;
+pub mod log;
 pub mod luks2;
 pub mod metrics;
 pub mod nbd;

@@ -6,16 +6,12 @@ use std::process::ExitCode as Code;
 use byokd::exit::ExitCode;
 use byokd::kernel::args::Args;
 use byokd::kernel::server::Helper;
+use byokd::log;
 use clap::Parser;
 
 fn main() -> Code {
     let args = Args::parse();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_env_filter(args.log)
-        .with_target(false)
-        .with_ansi(false)
-        .init();
+    log::start(args.log, "byokd-kernel");
     let helper = match passed_socket() {
         Some(socket) => Helper::on(socket, args.user.as_deref()),
         None => Helper::at(&args.listen, args.user.as_deref()),

@@ -1,7 +1,6 @@
 //! The daemon: arguments, then [`byokd::daemon`], then an exit code.
 
 use std::alloc::System;
-use std::io::IsTerminal;
 use std::process::ExitCode as Code;
 
 use byokd::config;
@@ -9,13 +8,9 @@ use byokd::daemon::args::Args;
 use byokd::daemon::{self, Setup};
 use byokd::exit::ExitCode;
 use byokd::harden::harden;
+use byokd::log;
 use byokd::systemd::Systemd;
 use clap::Parser;
-use tracing::Level;
-use tracing_subscriber::Layer;
-use tracing_subscriber::filter::{FilterExt, filter_fn};
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 use zeroizing_alloc::ZeroAlloc;
 
 /// Whatever is freed is wiped: the libraries below hold answers of KMS in memory of their own.
@@ -24,16 +19,7 @@ static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 fn main() -> Code {
     let args = Args::parse();
-    // At trace, the libraries below would write whole answers of KMS, volume keys included.
-    let no_secrets = filter_fn(|event| {
-        *event.level() != Level::TRACE || event.target().split("::").next() == Some("byokd")
-    });
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false);
-    let filter = FilterExt::and(args.log, no_secrets);
-    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
+    log::start(args.log, "byokd");
     let systemd = Systemd::from_env();
     if let Err(error) = harden() {
         return fail(

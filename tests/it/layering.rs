@@ -12,6 +12,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     // Shared words.
     ("units", &[]),
     ("exit", &[]),
+    ("log", &["log::*"]),
+    ("log::limit", &[]),
     ("harden", &[]),
     ("progress", &[]),
     ("systemd", &["progress"]),
@@ -198,9 +200,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("cli::dev_keys", &["cli::args", "cli::output", "control", "exit", "key::wrapped", "kms::dev"]),
     ("cli::nbd_client", &["nbd::handshake", "nbd::wire"]),
-    ("bin::byokd-kernel", &["exit", "kernel::args", "kernel::server"]),
+    ("bin::byokd-kernel", &["exit", "kernel::args", "kernel::server", "log"]),
     ("bin::byokctl", &["cli::*", "control", "exit", "harden"]),
-    ("bin::byokd", &["config", "daemon", "daemon::args", "exit", "harden", "systemd"]),
+    ("bin::byokd", &["config", "daemon", "daemon::args", "exit", "harden", "log", "systemd"]),
 ];
 
 /// What decides takes values and time and gives values: bytes, sockets, files and clocks are

@@ -18,6 +18,7 @@ mod console;
 mod documents;
 mod filesystem;
 mod hostile;
+mod journal;
 mod kms;
 mod layering;
 mod luks2;

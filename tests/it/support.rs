@@ -28,7 +28,14 @@ enum Mode {
     Dev,
     /// With `byokd.toml` in its directory.
     Configured,
+    /// As [`Mode::Dev`], at every level, where standard error leads to a journal whose socket is in
+    /// its directory.
+    Journaled,
 }
+
+/// Puts directory `$0` where journald has its socket, and says what systemd says.
+const JOURNALED: &str = "mount -t tmpfs none /run; mkdir /run/systemd; ln -s \"$0\" /run/systemd/journal; \
+    export JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2); exec \"$@\"";
 
 impl Drop for Daemon {
     fn drop(&mut self) {
@@ -57,6 +64,11 @@ impl Daemon {
     /// With more in its environment.
     pub(crate) fn start_with(dir: TempDir, env: Vec<(String, String)>) -> Self {
         Self::run(dir, Mode::Dev, env)
+    }
+
+    /// With a journal: `dir` has a `socket`.
+    pub(crate) fn journaled(dir: TempDir) -> Self {
+        Self::run(dir, Mode::Journaled, Vec::new())
     }
 
     /// As in production, in memory, with these settings besides where things go.
@@ -236,9 +248,20 @@ fn spawn(dir: &Path, mode: Mode, env: &[(String, String)]) -> Child {
         .append(true)
         .open(dir.join("log"))
         .expect("a log file");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_byokd"));
+    let byokd = env!("CARGO_BIN_EXE_byokd");
+    let mut command = match mode {
+        Mode::Dev | Mode::Configured => Command::new(byokd),
+        Mode::Journaled => {
+            let mut command = Command::new("unshare");
+            command.args(["--mount", "sh", "-euc", JOURNALED]).arg(dir).arg(byokd);
+            command.env("BYOKD_LOG", "trace");
+            command
+        }
+    };
     match mode {
-        Mode::Dev => command.args(["--dev", "--probe-interval", "1s", "--state-dir"]).arg(dir),
+        Mode::Dev | Mode::Journaled => {
+            command.args(["--dev", "--probe-interval", "1s", "--state-dir"]).arg(dir)
+        }
         Mode::Configured => command
             .arg("--config")
             .arg(dir.join("byokd.toml"))

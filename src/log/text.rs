@@ -1,0 +1,90 @@
+//! Lines of text, with the count of those that were left out.
+
+use std::fmt;
+
+use tracing::{Event, Subscriber};
+use tracing_subscriber::fmt::format::{Format, Full, Writer};
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::log::limit::Limit;
+
+/// The usual format, for lines that pass the limit.
+pub(super) struct Limited {
+    line: Format<Full>,
+    limit: Limit,
+}
+
+impl Default for Limited {
+    fn default() -> Self {
+        Self { line: Format::default().with_target(false), limit: Limit::default() }
+    }
+}
+
+impl<S, N> FormatEvent<S, N> for Limited
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let passage = self.limit.pass(event);
+        for left_out in passage.left_out {
+            SystemTime.format_time(&mut writer)?;
+            writeln!(writer, " {:>5} {left_out}", left_out.level)?;
+        }
+        if passage.written { self.line.format_event(context, writer, event) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    use tracing::{debug, warn};
+    use tracing_subscriber::fmt;
+    use tracing_subscriber::layer::SubscriberExt;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_storm_of_one_volume_takes_no_line_from_another() {
+        let (written, lines) = (Lines::default(), Limited::default());
+        let into = written.clone();
+        let layer = fmt::layer().with_ansi(false).with_writer(move || into.clone());
+        let all = tracing_subscriber::registry().with(layer.event_format(lines));
+        tracing::subscriber::with_default(all, || {
+            for offset in 0..1000 {
+                let volume = if offset == 999 { "other" } else { "v" };
+                warn!(volume, offset, "the backing store failed; trying again");
+                if offset < 30 {
+                    debug!("whoever asks for this sees all");
+                }
+            }
+        });
+        let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
+        let count = |what: &str| text.lines().filter(|line| line.contains(what)).count();
+        assert_eq!(count("trying again volume=\"v\""), 20, "{text}");
+        assert_eq!(count("trying again volume=\"other\" offset=999"), 1, "{text}");
+        assert_eq!(count("DEBUG whoever asks"), 30, "{text}");
+        assert_eq!(text.lines().count(), 51, "{text}");
+    }
+}

@@ -1,0 +1,94 @@
+//! The journal that systemd would keep: a socket of the test's own in its place, at its path, in a
+//! mount namespace of the daemon's.
+
+use std::collections::BTreeMap;
+use std::os::unix::net::UnixDatagram;
+use std::process::Command;
+use std::sync::mpsc::{Receiver, channel};
+
+use crate::mounts::can_mount;
+use crate::support::{Daemon, run, until, unwrap_token};
+
+type Entry = BTreeMap<String, Vec<u8>>;
+
+/// Hears entries in a thread of its own, so that the daemon never waits for the test.
+fn listen(journald: UnixDatagram) -> Receiver<Entry> {
+    let (hears, heard) = channel();
+    std::thread::spawn(move || {
+        let mut datagram = vec![0; 1 << 20];
+        while let Ok(length) = journald.recv(&mut datagram) {
+            if hears.send(fields(&datagram[..length])).is_err() {
+                return;
+            }
+        }
+    });
+    heard
+}
+
+/// Each field: its name, a line feed, its length in eight bytes, its value, a line feed.
+fn fields(mut entry: &[u8]) -> Entry {
+    let mut fields = BTreeMap::new();
+    while !entry.is_empty() {
+        let end = entry.iter().position(|byte| *byte == b'\n').unwrap();
+        let name = String::from_utf8(entry[..end].to_vec()).unwrap();
+        let known = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
+        assert!(name.len() <= 64 && name.chars().all(known), "journald drops a field {name}");
+        let length = u64::from_le_bytes(entry[end + 1..end + 9].try_into().unwrap());
+        let value = &entry[end + 9..][..usize::try_from(length).unwrap()];
+        fields.insert(name, value.to_vec());
+        entry = entry[end + 9 + value.len()..].strip_prefix(b"\n").unwrap();
+    }
+    fields
+}
+
+fn text<'a>(entry: &'a Entry, field: &str) -> &'a str {
+    entry.get(field).map_or("", |value| str::from_utf8(value).unwrap())
+}
+
+#[test]
+fn a_denial_is_in_the_journal_with_its_volume_key_and_request() {
+    if !can_mount(&["unshare", "cryptsetup"]) {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let journald = UnixDatagram::bind(dir.path().join("socket")).unwrap();
+    let entries = listen(journald);
+    let daemon = Daemon::journaled(dir);
+    let key = daemon.key();
+    daemon.create("v", "8M", &key);
+    let mut token = Command::new("cryptsetup");
+    let token = run(token.args(["token", "export", "--token-id", "0"]).arg(daemon.backing("v")));
+    let secret = unwrap_token(&daemon, &token);
+    daemon.ok(&["attach", "v"]);
+    daemon.ok(&["dev", "key", "disable", &key]);
+    until("the volume is fenced", || daemon.state("v") == "fenced");
+
+    let denied = |entry: &&Entry| text(entry, "MESSAGE").starts_with("KMS did not allow a probe");
+    let mut heard = Vec::new();
+    until("the denial is told", || {
+        heard.extend(entries.try_iter());
+        heard.iter().any(|entry| denied(&entry))
+    });
+    let denial = heard.iter().find(denied).unwrap();
+    for (field, value) in [
+        ("BYOKD_VOLUME", "v"),
+        ("BYOKD_KEY", &key),
+        ("BYOKD_CODE", "DisabledException"),
+        ("PRIORITY", "4"),
+        ("SYSLOG_IDENTIFIER", "byokd"),
+    ] {
+        assert_eq!(text(denial, field), value, "{denial:?}");
+    }
+    let request = text(denial, "BYOKD_REQUEST_ID");
+    assert!(!request.is_empty(), "{denial:?}");
+    // Who only reads the text reads it as well.
+    for part in ["volume=\"v\"", "code=\"DisabledException\"", request] {
+        assert!(text(denial, "MESSAGE").contains(part), "{denial:?}");
+    }
+    let all = heard.iter().flat_map(|entry| entry.values().flatten().copied()).collect::<Vec<_>>();
+    let hex: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+    for shape in [secret.clone(), hex.into_bytes(), format!("{secret:?}").into_bytes()] {
+        assert!(memchr::memmem::find(&all, &shape).is_none(), "the volume key was said");
+    }
+    assert_eq!(daemon.log(), "", "nothing is said twice");
+}
