@@ -92,6 +92,7 @@ fn happened(page: &mut Page, name: &str, counters: &VolumeCounters) {
     }
     page.put(&table::KEY_OUTAGE, &[name], counters.outage().as_secs_f64());
     page.durations(&table::KEY_DENIAL_TO_FENCE, &[name], &counters.denial_to_fence.read());
+    page.count(&table::KEY_LATE_FENCES, &[name], counters.late_fences());
 }
 
 fn known(page: &mut Page, name: &str, now: &mut Now) {

@@ -69,7 +69,10 @@ impl Groups {
             heard: Mutex::default(),
             news: Notify::new(),
         });
-        lock(&group.members).push(Arc::clone(&member));
+        let mut members = lock(&group.members);
+        self.pace.came(members.is_empty());
+        members.push(Arc::clone(&member));
+        drop(members);
         Seat { group: Arc::clone(group), pace: Arc::clone(&self.pace), member }
     }
 
@@ -155,7 +158,9 @@ pub struct Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        lock(&self.group.members).retain(|m| !Arc::ptr_eq(m, &self.member));
+        let mut members = lock(&self.group.members);
+        members.retain(|m| !Arc::ptr_eq(m, &self.member));
+        self.pace.went(members.is_empty());
     }
 }
 
@@ -178,16 +183,23 @@ impl Seat {
         self.group.epoch + at + interval.mul_f64(SPREAD / 2.0 * (1.0 + spread))
     }
 
-    /// Within what time a denial is first heard.
+    /// Within what time a denial is first heard, as long as the node's volumes want no more than its
+    /// pace allows.
     #[must_use]
     pub fn hears_within(&self) -> HearsWithin {
         let members = lock(&self.group.members);
-        let Some(Turns { interval, who }) = self.group.turns(&members) else {
-            let bound = self.member.interval.mul_f64(1.0 + SPREAD);
-            return HearsWithin { key: bound, volume: bound };
+        let (interval, round, behind) = match self.group.turns(&members) {
+            None => (self.member.interval, self.member.interval, members.len().saturating_sub(1)),
+            // Those who are fenced ask beside whoever's turn it is.
+            Some(Turns { interval, who }) => {
+                (interval, times(interval, who.len()), members.len().saturating_sub(who.len()))
+            }
         };
         let spread = interval.mul_f64(SPREAD);
-        HearsWithin { key: interval + spread, volume: times(interval, who.len()) + spread }
+        HearsWithin {
+            key: interval + spread + self.pace.longest_wait(0),
+            volume: round + spread + self.pace.longest_wait(behind),
+        }
     }
 
     /// How many volumes the group has, and how many of them take turns: what is due when depends on
@@ -380,13 +392,20 @@ mod tests {
     #[test]
     fn the_cost_and_the_bound_of_each_mode_are_told() {
         let groups = Groups::new(ProbePlan::default());
-        let few: Vec<_> = (0..16).map(|_| groups.join(&key(), None, INTERVAL)).collect();
         let bound = INTERVAL.mul_f64(1.1);
-        assert_eq!(few[3].hears_within(), HearsWithin { key: bound, volume: bound });
+        let one = groups.join(&key(), None, INTERVAL);
+        assert_eq!(one.hears_within(), HearsWithin { key: bound, volume: bound });
+        let mut few: Vec<_> = (1..16).map(|_| groups.join(&key(), None, INTERVAL)).collect();
+        few.push(one);
+        // At 200 a second, two turns for the key, or for each of its volumes, and one that is going.
+        let pace = |turns: u32| Duration::from_millis(5) * (turns + 1);
+        let told = HearsWithin { key: bound + pace(2), volume: bound + pace(32) };
+        assert_eq!(few[3].hears_within(), told);
         assert!((groups.probes_per_second() - 1.6).abs() < 1e-9);
         let one_more = groups.join(&key(), None, INTERVAL);
         let round = INTERVAL.mul_f64(17.1);
-        assert_eq!(one_more.hears_within(), HearsWithin { key: bound, volume: round });
+        let told = HearsWithin { key: bound + pace(2), volume: round + pace(2) };
+        assert_eq!(one_more.hears_within(), told);
         assert!((groups.probes_per_second() - 0.1).abs() < 1e-9, "they take turns");
         few[0].serves(false);
         assert!((groups.probes_per_second() - 0.2).abs() < 1e-9, "and who is fenced asks as well");

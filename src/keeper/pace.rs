@@ -28,6 +28,9 @@ pub(super) struct Pace(Arc<Mutex<Waiting>>);
 
 struct Waiting {
     line: Line<oneshot::Sender<()>>,
+    /// Keys with volumes, and all volumes.
+    keys: usize,
+    volumes: usize,
     /// Somebody lets those who wait go.
     attended: bool,
 }
@@ -39,7 +42,33 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Pace {
     pub(super) fn new(most_per_second: u32) -> Self {
         let line = Line::new(Duration::from_secs(1) / most_per_second.max(1));
-        Self(Arc::new(Mutex::new(Waiting { line, attended: false })))
+        Self(Arc::new(Mutex::new(Waiting { line, keys: 0, volumes: 0, attended: false })))
+    }
+
+    /// There is one more volume, and with it one more key or not.
+    pub(super) fn came(&self, new_key: bool) {
+        let mut here = lock(&self.0);
+        here.volumes += 1;
+        here.keys += usize::from(new_key);
+    }
+
+    /// A volume has gone, and its key with it or not.
+    pub(super) fn went(&self, last_of_key: bool) {
+        let mut here = lock(&self.0);
+        here.volumes = here.volumes.saturating_sub(1);
+        here.keys = here.keys.saturating_sub(usize::from(last_of_key));
+    }
+
+    /// How long a volume waits at most that is behind so many of its key, if all of a node want to
+    /// ask at once: keys take turns, in two lines, and each volume stands in one of them once.
+    pub(super) fn longest_wait(&self, behind: usize) -> Duration {
+        let here = lock(&self.0);
+        if here.volumes <= 1 {
+            return Duration::ZERO;
+        }
+        let of_keys = here.keys.saturating_mul(behind.saturating_add(1));
+        let turns = of_keys.min(here.volumes).saturating_mul(2).saturating_add(1);
+        here.line.gap.saturating_mul(u32::try_from(turns).unwrap_or(u32::MAX))
     }
 
     /// Waits until a volume of the key with this number may ask. Dropped, it gives its place up.

@@ -290,7 +290,11 @@ const MISMATCHES: u32 = 6;
 pub const PROBE_LIMIT: Duration = Duration::from_millis(2500);
 
 /// How long after a probe interval a denial is believed that nothing has confirmed or taken back.
-const UNCONFIRMED: Duration = Duration::from_millis(1500);
+pub const UNCONFIRMED: Duration = Duration::from_millis(1500);
+
+/// What is promised: a probe interval and this after the first denied answer the key is destroyed.
+pub const FENCE_MARGIN: Duration = Duration::from_secs(2);
+const _: () = assert!(UNCONFIRMED.as_millis() < FENCE_MARGIN.as_millis());
 
 /// The lease on one volume's key.
 #[derive(Clone, Debug)]
@@ -339,6 +343,12 @@ impl KeyLease {
     #[must_use]
     pub fn last_success(&self) -> Moment {
         self.last_success
+    }
+
+    /// Within what time of the first denied answer the key is destroyed: the promise.
+    #[must_use]
+    pub fn fenced_within(&self) -> Duration {
+        self.policy.interval.saturating_add(FENCE_MARGIN)
     }
 
     /// When the first denial of the current run was heard.
@@ -852,7 +862,7 @@ mod tests {
             ),
         ) {
             let mut lease = KeyLease::new(policy, at(0));
-            let believed_after = policy.interval + Duration::from_millis(1500);
+            let believed_after = policy.interval + UNCONFIRMED;
             let (allowed_for, at_least) = match policy.allowance {
                 Allowance::Never => (Duration::MAX, Duration::MAX),
                 Allowance::For(time) => (time, time.max(policy.interval * 2 + PROBE_LIMIT)),

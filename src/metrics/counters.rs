@@ -104,6 +104,7 @@ pub struct VolumeCounters {
     pub probes: ByName<5>,
     /// From the first denied answer to the key's destruction.
     pub denial_to_fence: Distribution,
+    late_fences: AtomicU64,
     outage_nanos: AtomicU64,
 }
 
@@ -123,12 +124,24 @@ impl Default for VolumeCounters {
             restores: ByName::new(["ok", "failed"]),
             probes: ByName::new(OUTCOMES),
             denial_to_fence: Distribution::new(FENCE_BOUNDS),
+            late_fences: AtomicU64::new(0),
             outage_nanos: AtomicU64::new(0),
         }
     }
 }
 
 impl VolumeCounters {
+    /// A fence after a denial, and whether that was later than promised.
+    pub fn add_late_fence(&self, late: bool) {
+        self.late_fences.fetch_add(u64::from(late), Ordering::Relaxed);
+    }
+
+    /// Those that were.
+    #[must_use]
+    pub fn late_fences(&self) -> u64 {
+        self.late_fences.load(Ordering::Relaxed)
+    }
+
     /// Time during which KMS gave no verdict.
     pub fn add_outage(&self, took: Duration) {
         self.outage_nanos.fetch_add(nanos(took), Ordering::Relaxed);

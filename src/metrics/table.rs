@@ -111,9 +111,11 @@ metrics! {
     KEY_PROBE_INTERVAL = Gauge "byokd_key_probe_interval_seconds" ["volume"]
         "Time between two probes of the volume's key, give or take a tenth."
     KEY_HEARS_WITHIN = Gauge "byokd_key_denial_heard_within_seconds" ["volume", "taken"]
-        "Time within which a denial is first heard, by what is taken away: the key, or only this volume."
+        "Time within which a denial is first heard, the node's pace included, by what is taken away: the key, or only this volume."
     KEY_DENIAL_TO_FENCE = Histogram "byokd_key_denial_to_fence_seconds" ["volume"]
         "Time from the first denied answer of KMS to the key's destruction."
+    KEY_LATE_FENCES = Counter "byokd_key_late_fences_total" ["volume"]
+        "Times the key was destroyed later than promised: the probe interval and 2 s after the first denied answer of KMS."
     KMS_REQUESTS = Counter "byokd_kms_requests_total" ["operation", "outcome"]
         "Requests to KMS, by operation and what the answer meant."
     KMS_DURATION = Histogram "byokd_kms_request_duration_seconds" ["operation"]

@@ -4,10 +4,12 @@ use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::metrics::{address, scrape, value};
 use crate::mounts::{LoopDevice, Mount, NbdFile, can_mount};
 use crate::support::{Daemon, Running, have, nbdsh, output, python_nbd, run, until};
 
@@ -346,6 +348,45 @@ fn a_store_that_hangs_holds_neither_the_key_nor_a_client_back() {
     until("the volume is served again", || daemon.state("v") == "serving");
     nbdsh(&uri, "assert h.pread(65536, 0) == b'k' * 65536\nh.flush()");
     daemon.ok(&["detach", "v"]);
+}
+
+#[test]
+fn a_key_that_is_denied_during_a_detach_is_destroyed_in_time_though_the_store_hangs() {
+    if !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let disk = HangingDisk::new();
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    disk.attach(&daemon, "v", &key);
+    disk.signal("-STOP");
+    let client = Command::new("/usr/bin/python3")
+        .args(["-u", "-m", "nbd", "-u", &daemon.uri("v"), "-c"])
+        .arg("h.aio_pread(nbd.Buffer(65536), 0)\nwhile True: h.poll(-1)")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let _client = Running(client);
+    let address = address(&daemon);
+    // Whoever asks for the status of what is detached reads its header, from a store that hangs.
+    let metric = |sample: &str| value(&scrape(&address), sample);
+    until("a request hangs in the store", || metric("byokd_io_in_flight{volume=\"v\"}") > 0.0);
+    std::thread::scope(|scope| {
+        let detach = scope.spawn(|| daemon.ctl(&["detach", "v"]));
+        let state = "byokd_volume_state{volume=\"v\",state=\"detaching\"}";
+        until("it waits for the request", || metric(state) > 0.0);
+        daemon.ok(&["dev", "key", "disable", &key]);
+        let denied = Instant::now();
+        until("the key is destroyed", || daemon.log().contains("fenced: the key is destroyed"));
+        // The probe interval, a tenth, and 2 s; the request is waited for for 10 s.
+        assert!(denied.elapsed() < Duration::from_millis(3300), "{:?}", denied.elapsed());
+        assert!(!detach.is_finished(), "it was still waiting");
+        disk.signal("-CONT");
+        detach.join().unwrap();
+    });
+    assert_eq!(daemon.state("v"), "detached");
 }
 
 #[test]

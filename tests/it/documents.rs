@@ -7,10 +7,13 @@ mod settings_page;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use byokd::cli::args::Args;
 use byokd::config;
-use byokd::key::lease::DisconnectedStore;
+use byokd::key::lease::{
+    DisconnectedStore, FENCE_MARGIN, KeyLease, LeasePolicy, Moment, PROBE_LIMIT, UNCONFIRMED,
+};
 use byokd::kms::verdict::{Answer, judge};
 use clap::CommandFactory;
 use serde_json::Value;
@@ -262,4 +265,31 @@ fn every_code_has_the_verdict_that_the_table_says() {
         read += 1;
     }
     assert!(read > 20, "the table is read");
+}
+
+#[test]
+fn the_bounds_of_a_fence_are_those_that_the_lease_keeps() {
+    let seconds = |time: Duration| format!("{} s", time.as_secs_f64());
+    let margin = seconds(FENCE_MARGIN);
+    let promise = format!("probe interval and {margin}");
+    for (document, words) in [
+        ("docs/REVOCATION.md", format!("the {promise}**")),
+        ("docs/REVOCATION.md", format!("| within the interval + {margin} |")),
+        ("docs/REVOCATION.md", format!("an interval and {} after it", seconds(UNCONFIRMED))),
+        ("docs/PROMISES.md", promise.clone()),
+        ("docs/kms.md", format!("| i + {margin} | i + {margin} |")),
+        ("docs/kms.md", format!("{} for an attempt and for a probe", seconds(PROBE_LIMIT))),
+        ("docs/metrics.md", promise.clone()),
+        ("docs/runbooks/FenceSlow.md", promise.clone()),
+        ("monitoring/alerts.yml", promise.clone()),
+        ("monitoring/slo.yml", promise),
+    ] {
+        // However its lines are broken.
+        let text = std::fs::read_to_string(root().join(document)).unwrap();
+        let text = text.split_whitespace().filter(|word| *word != "#").collect::<Vec<_>>();
+        assert!(text.join(" ").contains(&words), "{document} does not say `{words}`");
+    }
+    let policy = LeasePolicy::default();
+    let asked = Moment(Duration::from_secs(1));
+    assert_eq!(KeyLease::new(policy, asked).fenced_within(), policy.interval + FENCE_MARGIN);
 }
