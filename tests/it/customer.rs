@@ -46,15 +46,21 @@ impl Customer {
 
     /// byokd's own client, with limits that let a stall end soon.
     pub(crate) fn client_at(&self, endpoint: &str) -> AwsKms {
-        let settings = AwsSettings {
+        let settings =
+            AwsSettings { endpoint: Some(endpoint.to_owned()), ..self.client_settings() };
+        self.runtime.block_on(AwsKms::connect(settings)).unwrap()
+    }
+
+    /// The settings of such a client of this KMS.
+    pub(crate) fn client_settings(&self) -> AwsSettings {
+        AwsSettings {
             region: Some(DEV_REGION.to_owned()),
-            endpoint: Some(endpoint.to_owned()),
+            endpoint: Some(self.kms.endpoint().to_owned()),
             attempt_timeout: Duration::from_millis(500),
             operation_timeout: Duration::from_secs(2),
             static_credentials: Some(("dev".to_owned(), "dev".to_owned())),
             ..AwsSettings::default()
-        };
-        self.runtime.block_on(AwsKms::connect(settings)).unwrap()
+        }
     }
 
     pub(crate) fn canary(&self, client: &AwsKms) -> Canary {

@@ -22,6 +22,7 @@ mod journal;
 mod kms;
 mod layering;
 mod luks2;
+mod matrix;
 mod memory;
 mod metrics;
 mod monitoring;

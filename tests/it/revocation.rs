@@ -165,7 +165,7 @@ impl SlowWay {
             for client in listener.incoming() {
                 let (mut client, millis) = (client.unwrap(), Arc::clone(&held_back));
                 std::thread::spawn(move || {
-                    let answer = BadWay::ask(to, &client);
+                    let (_, answer) = BadWay::ask(to, &client);
                     let due =
                         Instant::now() + Duration::from_millis(millis.load(Ordering::Relaxed));
                     while Instant::now() < due {

@@ -70,8 +70,10 @@ impl AwsKms {
 
         let wrapped =
             WrappedKey { key_arn: arn.clone(), blob: data_key.blob, context: context.clone() };
-        let (plaintext, proof) =
-            self.decrypt(&self.probing, &wrapped).await.map_err(said("decrypt"))?;
+        let (plaintext, proof) = self
+            .decrypt(&self.probing, &wrapped, self.probe_deadline())
+            .await
+            .map_err(said("decrypt"))?;
         if *plaintext != *data_key.plaintext {
             let error = self.unproven(Operation::Decrypt, arn, Unproven::OtherPlaintext, proof);
             return Err(said("decrypt")(error));
@@ -81,7 +83,7 @@ impl AwsKms {
         let mut other = context.pairs().clone();
         other.insert("byokd:check".to_owned(), "another context".to_owned());
         let moved = WrappedKey { context: EncryptionContext::from_map(other), ..wrapped };
-        match self.decrypt(&self.probing, &moved).await {
+        match self.decrypt(&self.probing, &moved, self.probe_deadline()).await {
             Err(error) if matches!(error.verdict, Verdict::Mismatch | Verdict::Denied) => {
                 steps.push(passed(
                     "context",

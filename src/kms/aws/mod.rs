@@ -1,7 +1,9 @@
 //! AWS KMS as a [`KeyService`].
 //!
 //! What stays true here:
-//! - Every call ends within its time limit: the SDK itself sets none but for connecting.
+//! - Every call ends within its time limit: the SDK itself sets none but for connecting. What it
+//!   leads to is part of it: a second signature, a look at the key's state, the witness. An answer
+//!   that is there is not thrown away because what it led to took too long.
 //! - An answer counts only if it names the key that was asked for and holds what was expected; an
 //!   HTTP 200 proves nothing.
 //! - The encryption context and the key's ARN go with every call.
@@ -30,7 +32,7 @@ mod words;
 use std::collections::VecDeque;
 use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use aws_config::SdkConfig;
 use aws_config::retry::RetryConfig;
@@ -40,11 +42,14 @@ use aws_sdk_kms::operation::RequestId;
 use aws_sdk_kms::operation::generate_data_key::GenerateDataKeyOutput;
 use aws_sdk_kms::primitives::Blob;
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
+use tokio::time::{Instant, timeout_at};
 use zeroize::Zeroizing;
 
 use super::http::{self, Reuse};
 use super::verdict::{self, Answer, Unproven};
-use super::{KeyDescription, KeyService, KmsError, NewKey, Operation, Proof, ServiceError};
+use super::{
+    Call, KeyDescription, KeyService, KmsError, NewKey, Observer, Operation, Proof, ServiceError,
+};
 use crate::key::lease::{Connection, DisconnectedStore, Verdict};
 use crate::key::secret::SecretMemoryError;
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
@@ -72,6 +77,11 @@ pub struct AwsKms {
     store: DisconnectedStore,
     witness: Option<Witness>,
     calls: Arc<KmsCalls>,
+    observer: Option<Observer>,
+    /// The limit for a probe.
+    probe_limit: Duration,
+    /// The limit for a call that is retried.
+    call_limit: Duration,
     /// Request ids of the latest answers, oldest first.
     seen: Mutex<VecDeque<String>>,
 }
@@ -136,6 +146,9 @@ impl AwsKms {
             store: settings.disconnected_store,
             witness: settings.witness.clone().map(Witness::new),
             calls: Arc::clone(&settings.calls),
+            observer: settings.observer.clone(),
+            probe_limit: attempt,
+            call_limit: operation,
             seen: Mutex::default(),
         })
     }
@@ -160,6 +173,39 @@ impl AwsKms {
         ended
     }
 
+    /// When a call that begins now has to have ended, if it may be retried.
+    fn call_deadline(&self) -> Instant {
+        Instant::now() + self.call_limit
+    }
+
+    /// When a probe that begins now has to have ended, with all that belongs to it.
+    fn probe_deadline(&self) -> Instant {
+        Instant::now() + self.probe_limit
+    }
+
+    /// A request that an earlier answer led to; `None` if it has no answer by the `deadline`. It is
+    /// told to the observer then too: the customer's CloudTrail may have it.
+    async fn follow_up<T>(
+        &self,
+        operation: Operation,
+        arn: &KeyArn,
+        context: Option<&EncryptionContext>,
+        deadline: Instant,
+        request: impl Future<Output = T>,
+    ) -> Option<T> {
+        let ended = timeout_at(deadline, Box::pin(request)).await.ok();
+        if let (None, Some(observer)) = (&ended, &self.observer) {
+            observer(Call {
+                operation,
+                key: arn.clone(),
+                context: context.cloned(),
+                request_id: None,
+                error: Some("NoAnswer".to_owned()),
+            });
+        }
+        ended
+    }
+
     /// A data key of `len` bytes.
     async fn generate(
         &self,
@@ -177,6 +223,7 @@ impl AwsKms {
         context: &EncryptionContext,
         len: i32,
     ) -> Result<DataKey, KmsError> {
+        let deadline = self.call_deadline();
         let answer = self
             .keys
             .generate_data_key()
@@ -187,12 +234,17 @@ impl AwsKms {
             .await;
         let mut output = match answer {
             Ok(output) => output,
-            Err(error) => return Err(self.failed(Operation::GenerateDataKey, arn, error).await),
+            Err(error) => {
+                return Err(self.failed(Operation::GenerateDataKey, arn, error, deadline).await);
+            }
         };
         let request_id = output.request_id().map(ToOwned::to_owned);
         let plaintext = take_plaintext(&mut output);
         let unproven =
             |what| self.unproven(Operation::GenerateDataKey, arn, what, request_id.clone());
+        if self.is_replayed(request_id.as_deref()) {
+            return Err(unproven(Unproven::Replayed));
+        }
         let blob = match output.ciphertext_blob.take() {
             Some(blob) if !blob.as_ref().is_empty() => blob.into_inner(),
             Some(_) | None => return Err(unproven(Unproven::Empty)),
@@ -212,19 +264,22 @@ impl AwsKms {
     }
 
     /// The plaintext of `wrapped`, non-empty and from the key asked for; the caller knows what it
-    /// must be.
+    /// must be. The client's limit ends at the `deadline`.
     async fn decrypt(
         &self,
         client: &Client,
         wrapped: &WrappedKey,
+        deadline: Instant,
     ) -> Result<(Zeroizing<Vec<u8>>, Option<String>), KmsError> {
-        self.counted(Operation::Decrypt, Box::pin(self.decrypt_uncounted(client, wrapped))).await
+        let call = self.decrypt_uncounted(client, wrapped, deadline);
+        self.counted(Operation::Decrypt, Box::pin(call)).await
     }
 
     async fn decrypt_uncounted(
         &self,
         client: &Client,
         wrapped: &WrappedKey,
+        deadline: Instant,
     ) -> Result<(Zeroizing<Vec<u8>>, Option<String>), KmsError> {
         let arn = &wrapped.key_arn;
         let send = || {
@@ -237,11 +292,16 @@ impl AwsKms {
         };
         let mut answer = send().await;
         if answer.as_ref().is_err_and(|e| e.code().is_some_and(verdict::is_signature_error)) {
-            answer = send().await;
+            let context = Some(&wrapped.context);
+            let again = self.follow_up(Operation::Decrypt, arn, context, deadline, send()).await;
+            // Without one, the first answer is what there is: our signature was refused.
+            answer = again.unwrap_or(answer);
         }
         let mut output = match answer {
             Ok(output) => output,
-            Err(error) => return Err(self.failed(Operation::Decrypt, arn, error).await),
+            Err(error) => {
+                return Err(self.failed(Operation::Decrypt, arn, error, deadline).await);
+            }
         };
         let request_id = output.request_id().map(ToOwned::to_owned);
         let plaintext = output.plaintext.take().map(Blob::into_inner).map(Zeroizing::new);
@@ -265,6 +325,7 @@ impl AwsKms {
         &self,
         canary: &Canary,
         connection: Connection,
+        deadline: Instant,
     ) -> Result<Proof, KmsError> {
         let arn = &canary.wrapped.key_arn;
         self.check_region(Operation::Decrypt, arn)?;
@@ -272,7 +333,7 @@ impl AwsKms {
             Connection::Pooled => &self.probing,
             Connection::Fresh => &self.confirming,
         };
-        let (plaintext, request_id) = self.decrypt(client, &canary.wrapped).await?;
+        let (plaintext, request_id) = self.decrypt(client, &canary.wrapped, deadline).await?;
         if sha256(&plaintext) != canary.sha256 {
             let what = Unproven::OtherPlaintext;
             return Err(self.unproven(Operation::Decrypt, arn, what, request_id));
@@ -328,16 +389,23 @@ impl AwsKms {
         operation: Operation,
         arn: &KeyArn,
         error: SdkError<E, HttpResponse>,
+        deadline: Instant,
     ) -> KmsError
     where
         E: ProvideErrorMetadata + Error + Send + Sync + 'static,
     {
         let words = Words::of(&error);
         drop(error);
-        self.judged(operation, arn, words).await
+        self.judged(operation, arn, words, deadline).await
     }
 
-    async fn judged(&self, operation: Operation, arn: &KeyArn, words: Words) -> KmsError {
+    async fn judged(
+        &self,
+        operation: Operation,
+        arn: &KeyArn,
+        words: Words,
+        deadline: Instant,
+    ) -> KmsError {
         let unproven = |what, words: Words| self.unproven(operation, arn, what, words.request_id());
         if self.is_replayed(words.request_id().as_deref()) {
             return unproven(Unproven::Replayed, words);
@@ -348,20 +416,35 @@ impl AwsKms {
         }
         let mut key_state = None;
         if words.kind == Kind::Code && words.code == "KMSInvalidStateException" {
-            // One attempt within a probe's limit: this is part of a probe.
-            let answer = self.probing.describe_key().key_id(arn.as_str()).send().await;
-            key_state = answer
-                .ok()
-                .and_then(|output| output.key_metadata)
-                .and_then(|key| key.key_state.map(|state| state.as_str().to_owned()));
+            key_state = self.state_of(arn, deadline).await;
         }
         words.judged(operation, arn, key_state.as_deref(), self.store)
     }
 
+    /// What `DescribeKey` says by the `deadline` of the key's state. If it says nothing that can be
+    /// relied on, the message of the exception has to do: that decides only where it names a
+    /// decision of the customer's.
+    async fn state_of(&self, arn: &KeyArn, deadline: Instant) -> Option<String> {
+        let request = self.confirming.describe_key().key_id(arn.as_str()).send();
+        let answer =
+            self.follow_up(Operation::DescribeKey, arn, None, deadline, request).await?.ok()?;
+        if self.is_replayed(answer.request_id()) {
+            return None;
+        }
+        let key = answer.key_metadata.filter(|key| key.arn() == Some(arn.as_str()))?;
+        key.key_state.map(|state| state.as_str().to_owned())
+    }
+
     /// The error of a rewrap, judged for whichever of the two keys it names.
-    async fn rewrap_failed(&self, from: &KeyArn, to: &KeyArn, words: Words) -> KmsError {
+    async fn rewrap_failed(
+        &self,
+        from: &KeyArn,
+        to: &KeyArn,
+        words: Words,
+        deadline: Instant,
+    ) -> KmsError {
         let about = if words.names_another_key(from) { to } else { from };
-        let error = self.judged(Operation::ReEncrypt, about, words).await;
+        let error = self.judged(Operation::ReEncrypt, about, words, deadline).await;
         if !error.code.starts_with("AccessDenied") {
             return error;
         }
@@ -372,12 +455,18 @@ impl AwsKms {
 
     async fn describe_uncounted(&self, arn: &KeyArn) -> Result<KeyDescription, KmsError> {
         self.check_region(Operation::DescribeKey, arn)?;
+        let deadline = self.call_deadline();
         let output = match self.describing.describe_key().key_id(arn.as_str()).send().await {
             Ok(output) => output,
-            Err(error) => return Err(self.failed(Operation::DescribeKey, arn, error).await),
+            Err(error) => {
+                return Err(self.failed(Operation::DescribeKey, arn, error, deadline).await);
+            }
         };
         let request_id = output.request_id().map(ToOwned::to_owned);
         let unproven = |what| self.unproven(Operation::DescribeKey, arn, what, request_id.clone());
+        if self.is_replayed(request_id.as_deref()) {
+            return Err(unproven(Unproven::Replayed));
+        }
         let Some(key) = output.key_metadata else {
             return Err(unproven(Unproven::Empty));
         };
@@ -407,6 +496,7 @@ impl AwsKms {
         self.check_region(Operation::ReEncrypt, from)?;
         self.check_rules(to).await?;
         let context = pairs(&wrapped.context);
+        let deadline = self.call_deadline();
         let answer = self
             .describing
             .re_encrypt()
@@ -419,10 +509,15 @@ impl AwsKms {
             .await;
         let output = match answer {
             Ok(output) => output,
-            Err(error) => return Err(self.rewrap_failed(from, to, Words::of(&error)).await),
+            Err(error) => {
+                return Err(self.rewrap_failed(from, to, Words::of(&error), deadline).await);
+            }
         };
         let request_id = output.request_id().map(ToOwned::to_owned);
         let unproven = |what| self.unproven(Operation::ReEncrypt, to, what, request_id.clone());
+        if self.is_replayed(request_id.as_deref()) {
+            return Err(unproven(Unproven::Replayed));
+        }
         match (output.source_key_id(), output.key_id()) {
             (Some(source), Some(key)) if source == from.as_str() && key == to.as_str() => {}
             (Some(_), Some(_)) => return Err(unproven(Unproven::OtherKey)),
@@ -462,9 +557,10 @@ impl KeyService for AwsKms {
 
     async fn unwrap_key(&self, wrapped: &WrappedKey) -> Result<(VolumeKey, Proof), ServiceError> {
         self.check_region(Operation::Decrypt, &wrapped.key_arn)?;
-        let (plaintext, request_id) = match self.decrypt(&self.keys, wrapped).await {
+        let (asked, deadline) = (Instant::now(), self.call_deadline());
+        let (plaintext, request_id) = match self.decrypt(&self.keys, wrapped, deadline).await {
             Ok(unwrapped) => unwrapped,
-            Err(error) => return Err(self.ask_witness(error).await.into()),
+            Err(error) => return Err(self.ask_witness(error, asked, deadline).await.into()),
         };
         let key = volume_key(&plaintext).ok_or_else(|| {
             let what = Unproven::OtherPlaintext;
@@ -492,9 +588,10 @@ impl KeyService for AwsKms {
     }
 
     async fn probe(&self, canary: &Canary, connection: Connection) -> Result<Proof, KmsError> {
-        match self.probe_plainly(canary, connection).await {
+        let (asked, deadline) = (Instant::now(), self.probe_deadline());
+        match self.probe_plainly(canary, connection, deadline).await {
             Ok(proof) => Ok(proof),
-            Err(error) => Err(self.ask_witness(error).await),
+            Err(error) => Err(self.ask_witness(error, asked, deadline).await),
         }
     }
 

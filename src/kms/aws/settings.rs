@@ -13,7 +13,7 @@ use aws_credential_types::Credentials;
 use aws_credential_types::provider::SharedCredentialsProvider;
 use thiserror::Error;
 
-use crate::key::lease::DisconnectedStore;
+use crate::key::lease::{DisconnectedStore, PROBE_LIMIT};
 use crate::key::wrapped::KeyArn;
 use crate::kms::Observer;
 use crate::kms::http::{self, Reuse};
@@ -63,9 +63,8 @@ pub struct RoleToAssume {
 }
 
 impl Default for AwsSettings {
-    /// Times: one second is ten times a slow connect within a region. KMS answers in tens of
-    /// milliseconds, and an external key store gets 250 ms from KMS itself, so 2.5 s is a failure
-    /// by any measure and still leaves a probe every few seconds. Three attempts fit into 8 s.
+    /// Times: one second is ten times a slow connect within a region. An attempt has as long as a
+    /// probe, which is one. Three attempts fit into 8 s.
     fn default() -> Self {
         Self {
             region: None,
@@ -74,7 +73,7 @@ impl Default for AwsSettings {
             profile: None,
             role: None,
             connect_timeout: Duration::from_secs(1),
-            attempt_timeout: Duration::from_millis(2500),
+            attempt_timeout: PROBE_LIMIT,
             operation_timeout: Duration::from_secs(8),
             disconnected_store: DisconnectedStore::default(),
             witness: None,

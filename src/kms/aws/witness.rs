@@ -2,25 +2,24 @@
 //! denied as well, with the same credentials in the same region, the fault is ours (a broken role,
 //! a service control policy, a VPC endpoint policy) and no verdict on the customer's key.
 //!
-//! It counts only while it has shown before that it can be used. What it said holds for a few
-//! seconds, so that a denial and its confirmation ask it once.
+//! It counts only while it has shown before that it can be used. What it said counts for questions
+//! that were sent before it was asked, and for no later ones: those who are denied together ask it
+//! once, but a denial and its confirmation each do.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::Mutex;
+use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::AwsKms;
 use crate::key::lease::{Connection, Verdict};
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, Purpose};
-use crate::kms::{KeyService, KmsError};
+use crate::kms::{KeyService, KmsError, Operation};
 
 /// The answer of the witness delays a fence: it gets less time than a probe.
 const LIMIT: Duration = Duration::from_millis(750);
-
-/// For how long an answer holds.
-const FRESH: Duration = Duration::from_secs(3);
 
 /// The error code that says nothing about whose fault it is.
 const AMBIGUOUS: &str = "AccessDeniedException";
@@ -34,6 +33,7 @@ pub(super) struct Witness {
 /// A witness that has shown that it can be used.
 struct Ready {
     canary: Canary,
+    /// When it was asked last, and what it said.
     said: Option<(Instant, Testimony)>,
 }
 
@@ -74,13 +74,19 @@ impl AwsKms {
         }
     }
 
-    /// A denial that the witness shares becomes a fault of our own.
-    pub(super) async fn ask_witness(&self, error: KmsError) -> KmsError {
+    /// A denial that the witness shares, of a question that was sent at `asked`, becomes a fault of
+    /// our own. The witness has until the `deadline` at most.
+    pub(super) async fn ask_witness(
+        &self,
+        error: KmsError,
+        asked: Instant,
+        deadline: Instant,
+    ) -> KmsError {
         let Some(witness) = &self.witness else { return error };
         if error.verdict != Verdict::Denied || error.code != AMBIGUOUS || error.key == witness.arn {
             return error;
         }
-        match self.testimony(witness).await {
+        match self.testimony(witness, asked, deadline.min(Instant::now() + LIMIT)).await {
             Testimony::Nothing => error,
             Testimony::Ours => {
                 warn!(key = %error.key, witness = %witness.arn, "denied, and so is the witness key: our own role, a service control policy or a VPC endpoint policy refuses");
@@ -97,26 +103,29 @@ impl AwsKms {
         }
     }
 
-    async fn testimony(&self, witness: &Witness) -> Testimony {
+    async fn testimony(&self, witness: &Witness, asked: Instant, deadline: Instant) -> Testimony {
         // While it is being made ready, which may take longer than a denial may wait, it knows
         // nothing.
-        let Ok(mut ready) = tokio::time::timeout(LIMIT, witness.ready.lock()).await else {
+        let Ok(mut ready) = timeout_at(deadline, witness.ready.lock()).await else {
             return Testimony::Nothing;
         };
         let Some(Ready { canary, said }) = ready.as_mut() else { return Testimony::Nothing };
         if let Some((at, testimony)) = *said
-            && at.elapsed() < FRESH
+            && at >= asked
         {
             return testimony;
         }
-        let probe = self.probe_plainly(canary, Connection::Fresh);
-        let testimony = match tokio::time::timeout(LIMIT, probe).await {
-            Ok(Err(error)) if error.verdict == Verdict::Denied && error.code == AMBIGUOUS => {
-                Testimony::Ours
-            }
-            Ok(_) | Err(_) => Testimony::Nothing,
-        };
-        *said = Some((Instant::now(), testimony));
+        let now = Instant::now();
+        let probe = self.probe_plainly(canary, Connection::Fresh, deadline);
+        let (arn, context) = (&witness.arn, Some(&canary.wrapped.context));
+        let testimony =
+            match self.follow_up(Operation::Decrypt, arn, context, deadline, probe).await {
+                Some(Err(error)) if error.verdict == Verdict::Denied && error.code == AMBIGUOUS => {
+                    Testimony::Ours
+                }
+                Some(_) | None => Testimony::Nothing,
+            };
+        *said = Some((now, testimony));
         testimony
     }
 }
