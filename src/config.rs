@@ -161,14 +161,38 @@ impl AuditConfig {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HttpConfig {
-    /// A loopback address.
+    /// An address; without a certificate and a token a loopback address.
     pub listen: Option<SocketAddr>,
+    /// A certificate chain in PEM, to serve that address with TLS.
+    pub certificate: Option<PathBuf>,
+    /// Its key in PEM.
+    pub certificate_key: Option<PathBuf>,
     /// A unix socket.
     pub socket: Option<PathBuf>,
     /// Group that may use that socket.
     pub group: Option<String>,
     /// A file that holds a token; who has it may read metrics and the API, and nobody else.
     pub token_file: Option<PathBuf>,
+}
+
+impl HttpConfig {
+    fn check(&self, wrong: &mut impl FnMut(&str)) {
+        if self.certificate.is_some() != self.certificate_key.is_some() {
+            wrong("http.certificate and http.certificate_key go together: name both files");
+        }
+        if self.certificate.is_some() && self.listen.is_none() {
+            wrong("http.certificate without http.listen: the socket has no TLS");
+        }
+        if self.listen.is_none_or(|address| address.ip().is_loopback()) {
+            return;
+        }
+        if self.certificate.is_none() {
+            wrong("http.listen is not a loopback address: set http.certificate, for TLS");
+        }
+        if self.token_file.is_none() {
+            wrong("http.listen is not a loopback address: set http.token_file, or everybody reads");
+        }
+    }
 }
 
 /// `[kms]`: how AWS KMS is reached. Credentials come from the SDK's ordinary chain.
@@ -673,9 +697,7 @@ pub fn load_with_hash(path: &Path) -> Result<(Config, Hash), ConfigErrors> {
     if config.tcp_listen.is_some_and(|address| !address.ip().is_loopback()) {
         wrong("tcp_listen is not a loopback address; NBD without TLS stays on this machine");
     }
-    if config.http.listen.is_some_and(|address| !address.ip().is_loopback()) {
-        wrong("http.listen is not a loopback address: put a proxy with TLS before it");
-    }
+    config.http.check(&mut wrong);
     if config.max_connections == 0 {
         wrong("max_connections is 0: nobody could connect");
     }
@@ -854,6 +876,25 @@ mod tests {
         assert_eq!(error.0.len(), 3, "{error}");
         let (_dir, path) = file("[lease]\nfail_closed_after = \"soon\"\n");
         assert!(load(&path).unwrap_err().to_string().contains("not a duration"));
+    }
+
+    #[test]
+    fn more_than_this_machine_is_served_only_with_tls_and_a_token() {
+        let read = |more: &str| {
+            let (_dir, path) = file(&format!("[http]\n{more}"));
+            load(&path).map(|_| ()).map_err(|errors| errors.0.len())
+        };
+        let tls = "certificate = \"/c\"\ncertificate_key = \"/k\"\n";
+        let token = "token_file = \"/t\"\n";
+        let everywhere = "listen = \"0.0.0.0:1\"\n";
+        assert_eq!(read("listen = \"[::1]:1\""), Ok(()));
+        assert_eq!(read(&format!("listen = \"127.0.0.1:1\"\n{tls}")), Ok(()));
+        assert_eq!(read(everywhere), Err(2));
+        assert_eq!(read(&format!("{everywhere}{tls}")), Err(1));
+        assert_eq!(read(&format!("{everywhere}{token}")), Err(1));
+        assert_eq!(read(&format!("{everywhere}{tls}{token}")), Ok(()));
+        assert_eq!(read(tls), Err(1));
+        assert_eq!(read("listen = \"127.0.0.1:1\"\ncertificate = \"/c\""), Err(1));
     }
 
     #[test]

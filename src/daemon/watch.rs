@@ -24,11 +24,12 @@ static LEASE_STATES: LazyLock<[String; 7]> = LazyLock::new(|| LeaseWord::ALL.map
 impl Daemon {
     /// What Prometheus is told.
     #[must_use]
-    pub fn metrics(&self) -> String {
+    pub fn metrics(&self, certificate_expires: u64) -> String {
         let mut page = Page::default();
         page.put(&table::BUILD_INFO, &[env!("CARGO_PKG_VERSION")], 1.0);
         let hash = self.setup.file.as_ref().map_or(0, |(_, hash)| hash.number());
         page.count(&table::CONFIG_HASH, &[], hash);
+        page.count(&table::CERTIFICATE_EXPIRY, &[], certificate_expires);
         page.put(&table::READY, &[], f64::from(u8::from(self.not_ready().is_empty())));
         for (operation, outcomes, times) in self.setup.kms.calls.each() {
             for (outcome, count) in outcomes.read() {

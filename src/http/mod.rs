@@ -1,5 +1,6 @@
-//! Metrics, health, the JSON API and the console over HTTP/1.1, to look at and nothing else: on a loopback address, a unix
-//! socket, or both, with a token where the settings say so.
+//! Metrics, health, the JSON API and the console over HTTP/1.1, to look at and nothing else: on an
+//! address, with TLS if it is not for this machine alone, a unix socket, or both, with a token where
+//! the settings say so.
 //!
 //! Who can reach a loopback address can be any user of this machine, and a page in somebody's
 //! browser: `admission` says who may see what. Whatever a client does, it takes bounded memory,
@@ -8,7 +9,9 @@
 mod admission;
 mod api;
 mod console;
+mod tls;
 
+use std::future::{Future, ready};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -34,6 +37,7 @@ use tracing::{debug, info, warn};
 use crate::config::HttpConfig;
 use crate::daemon::Daemon;
 use crate::http::admission::{Admission, Refusal, TokenError};
+use crate::http::tls::{Tls, TlsError};
 use crate::listener::{BoundSocket, Peers, bind};
 use crate::metrics;
 
@@ -42,6 +46,9 @@ const CONNECTIONS: usize = 64;
 
 /// How long a client may take to send a request's head, and to ask for more.
 const HEAD_LIMIT: Duration = Duration::from_secs(90);
+
+/// How long a TLS handshake may take; as long as a client may keep others waiting elsewhere.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long a connection lasts: a client that takes no answer keeps its place no longer.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(3600);
@@ -60,6 +67,9 @@ pub enum HttpError {
         /// Why.
         source: TokenError,
     },
+    /// The certificate or its key.
+    #[error("cannot serve TLS: {0}")]
+    Tls(#[from] TlsError),
     /// The address or socket.
     #[error("cannot serve HTTP on {at}: {source}")]
     Listen {
@@ -87,25 +97,34 @@ impl Http {
     /// Serves what `settings` ask for; nothing if they ask for nothing.
     ///
     /// # Errors
-    /// The token cannot be read, or the address or socket cannot be had.
+    /// The token or the certificate cannot be read, or the address or socket cannot be had.
     pub async fn start(settings: &HttpConfig, daemon: &Arc<Daemon>) -> Result<Self, HttpError> {
         let mut http = Self { tasks: Vec::new(), address: None, _socket: None };
         let admission = Admission::of(settings.token_file.as_deref()).map_err(|source| {
             let path = settings.token_file.clone().unwrap_or_default();
             HttpError::Token { path, source }
         })?;
+        let tls = match (&settings.certificate, &settings.certificate_key) {
+            (Some(certificate), Some(key)) => Some(Arc::new(Tls::of(certificate, key)?)),
+            // The settings have both or neither.
+            (Some(_) | None, _) => None,
+        };
         let site = Arc::new(Site {
             daemon: Arc::clone(daemon),
             admission,
+            tls,
             room: Arc::new(Semaphore::new(CONNECTIONS)),
         });
         if let Some(address) = settings.listen {
             let failed = |source| HttpError::Listen { at: address.to_string(), source };
             let listener = TcpListener::bind(address).await.map_err(failed)?;
             let bound = listener.local_addr().map_err(failed)?;
-            info!(%bound, "serving metrics and health");
+            info!(%bound, tls = site.tls.is_some(), "serving metrics and health");
             http.address = Some(bound);
             http.tasks.push(tokio::spawn(accept_tcp(listener, Arc::clone(&site))));
+            if let Some(tls) = &site.tls {
+                http.tasks.push(tokio::spawn(Arc::clone(tls).keep_current()));
+            }
         }
         if let Some(path) = &settings.socket {
             let (listener, peers, socket) = listen_unix(path, settings.group.as_deref())
@@ -133,13 +152,18 @@ fn listen_unix(path: &Path, group: Option<&str>) -> io::Result<(UnixListener, Pe
 struct Site {
     daemon: Arc<Daemon>,
     admission: Admission,
+    /// For connections by TCP, if they have TLS.
+    tls: Option<Arc<Tls>>,
     room: Arc<Semaphore>,
 }
 
 async fn accept_tcp(listener: TcpListener, site: Arc<Site>) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => converse(stream, &site).await,
+            Ok((stream, _)) => match &site.tls {
+                Some(tls) => converse(tls.acceptor().accept(stream), &site).await,
+                None => converse(ready(Ok(stream)), &site).await,
+            },
             Err(error) => pause(&error).await,
         }
     }
@@ -149,7 +173,7 @@ async fn accept_unix(listener: UnixListener, peers: Peers, site: Arc<Site>) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) if stream.peer_cred().is_ok_and(|peer| peers.may(&peer)) => {
-                converse(stream, &site).await;
+                converse(ready(Ok(stream)), &site).await;
             }
             Ok(_) => warn!("HTTP connection refused: its user is not in the socket's group"),
             Err(error) => pause(&error).await,
@@ -163,11 +187,22 @@ async fn pause(error: &io::Error) {
     tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
-/// Serves one connection in a task of its own, once there is room.
-async fn converse(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, site: &Arc<Site>) {
+/// Serves one connection, which may have to be secured first, in a task of its own, once there is
+/// room.
+async fn converse<S>(
+    secured: impl Future<Output = io::Result<S>> + Send + 'static,
+    site: &Arc<Site>,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let Ok(room) = Arc::clone(&site.room).acquire_owned().await else { return };
     let site = Arc::clone(site);
     tokio::spawn(async move {
+        let stream = match timeout(HANDSHAKE_LIMIT, secured).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return debug!(%error, "no TLS with a client"),
+            Err(_) => return debug!("a client did not end its TLS handshake in time"),
+        };
         let service = service_fn(move |request| {
             let site = Arc::clone(&site);
             async move { Ok::<_, std::convert::Infallible>(site.answer(&request).await) }
@@ -225,7 +260,10 @@ impl Site {
             return typed(status, text, "application/json");
         }
         match path {
-            "/metrics" => typed(StatusCode::OK, self.daemon.metrics(), metrics::CONTENT_TYPE),
+            "/metrics" => {
+                let expires = self.tls.as_ref().map_or(0, |tls| tls.expires());
+                typed(StatusCode::OK, self.daemon.metrics(expires), metrics::CONTENT_TYPE)
+            }
             "/livez" => health_of(&self.daemon.not_alive()),
             "/readyz" => health_of(&self.daemon.not_ready()),
             _ => {

@@ -72,6 +72,8 @@ metrics! {
         "The program that runs; always 1."
     CONFIG_HASH = Gauge "byokd_config_hash" []
         "The first 12 hex digits of the SHA-256 of byokd.toml as it was read at the start, as a number; 0 without one."
+    CERTIFICATE_EXPIRY = Gauge "byokd_http_certificate_expiry_timestamp_seconds" []
+        "When the certificate ends that /metrics is served with; 0 without TLS."
     READY = Gauge "byokd_ready" []
         "Whether /readyz says that the daemon is ready."
     VOLUME_INFO = Gauge "byokd_volume_info" ["volume", "purpose", "key_arn"]

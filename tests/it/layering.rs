@@ -114,6 +114,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("http::api", &["audit::record", "control", "daemon", "units"]),
     ("http::console", &[]),
     ("http::admission", &[]),
+    ("http::tls", &[]),
     (
         "control",
         &[
@@ -250,6 +251,8 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("hyper_util", &["http", "kms::dev"]),
     ("prometheus", &["metrics"]),
     ("neli", &["kernel::netlink"]),
+    ("tokio_rustls", &["http::tls"]),
+    ("x509_cert", &["http::tls"]),
     ("rustix", &["kernel::passing"]),
     ("toml", &["config", "daemon", "control::server"]),
     // The data's way waits for nothing but its own sockets and its own ring.

@@ -37,5 +37,6 @@ mod revocation;
 mod rewrap;
 mod seeds;
 mod systemd;
+mod tls;
 mod units;
 mod volumes;

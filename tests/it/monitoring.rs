@@ -332,11 +332,15 @@ fn each_alert_fires_on_what_a_daemon_said_and_no_other_does() {
     let stuck = altered(&before, &["byokd_audit_failing", "byokd_ready"], "1");
     let stuck = altered(&stuck, &["byokd_ready"], "0");
     let stuck = altered(&stuck, &["byokd_backing_stalled_operations{volume=\"tight\"}"], "1");
+    // Of three days after promtool's beginning.
+    let certificate = ["byokd_http_certificate_expiry_timestamp_seconds"];
+    let stuck = altered(&stuck, &certificate, "259200");
     let stuck = altered(&stuck, &["byokd_key_probe_age_seconds{volume=\"v\"}"], "60");
     let firing: &[Firing] = &[
         ("AuditTrailFailing", ""),
         ("BackingStalled", "tight"),
         ("ByokdNotReady", ""),
+        ("CertificateExpiring", ""),
         ("ProbeStalled", "v"),
     ];
     tests.add("stuck", &[(&before, 8), (&stuck, 32)], firing, &[]);
