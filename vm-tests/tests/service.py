@@ -1,5 +1,7 @@
 """byokd as systemd runs it: its units, a boot with volumes in fstab, and every way to end but a clean one."""
 
+import json
+
 from harness.case import expect
 from harness.service import LINK, another_daemon_serves, check_syncs, end_load, goes_on, load, record_syncs, served
 
@@ -71,6 +73,10 @@ def a_reload_takes_what_is_right_and_names_what_is_wrong(case):
     expect(status != 0, "a wrong definition was taken")
     said = guest.run("journalctl -b --no-pager -u byokd")
     expect("v.toml" in said and "trimm" in said, f"the journal does not say what is wrong: {said[-2000:]}")
+    # Real journald takes each line with its fields.
+    entries = [json.loads(line) for line in guest.run("journalctl -b --no-pager -o json -u byokd BYOKD_VOLUME=v").splitlines()]
+    attached = [entry for entry in entries if entry["MESSAGE"].startswith('attached volume="v"')]
+    expect(len(attached) == 1 and attached[0]["PRIORITY"] == "6" and attached[0]["BYOKD_REQUEST_ID"], f"no such entry: {entries}")
     guest.run("""cp /run/good /etc/byokd/volumes.d/v.toml
         sed 's/^uuid = .*//; s/v.img/w.img/' /run/good >/etc/byokd/volumes.d/w.toml
         echo 'connections = 1' >>/etc/byokd/volumes.d/v.toml; systemctl reload byokd""")
