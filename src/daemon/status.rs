@@ -128,7 +128,7 @@ fn in_service(status: &mut VolumeStatus, attached: &Attached) {
     let report = attached.keeper.report();
     let unlocked = attached.export.volume();
     describe_header(status, &unlocked.header());
-    status.header_note = unlocked.recovery().map(str::to_owned);
+    status.header_note = unlocked.recovery();
     status.read_only = attached.export.options().read_only;
     status.clients = attached.export.connected().into_iter().map(client).collect();
     status.connections = status.clients.len();

@@ -361,9 +361,19 @@ impl Daemon {
         })?;
         let read_only = read_only || config.read_only;
         let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let direct = match config.direct {
+            Auto::Auto => DirectIo::Auto,
+            Auto::Off => DirectIo::Off,
+        };
         let backing = config.backing.clone();
-        let opened = spawn_blocking(move || LockedVolume::open(&backing, access)).await;
-        let locked = opened.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
+        let opened = spawn_blocking(move || {
+            let locked = LockedVolume::open(&backing, access)?;
+            // A store that hangs does so now, not when the key is here.
+            locked.try_store(direct)?;
+            Ok(locked)
+        });
+        let opened = opened.await.map_err(|e| by_panic(what, e))?;
+        let locked = opened.map_err(|e| by_volume(what, &e))?;
         is_the_one(what, config, &locked.header())?;
         let role = config.role();
         let kms = self.kms_for(what, role.as_ref()).await?;
@@ -379,10 +389,7 @@ impl Daemon {
             read_only,
             trim: config.trim,
             max_connections: self.setup.config.max_connections,
-            direct: match config.direct {
-                Auto::Auto => DirectIo::Auto,
-                Auto::Off => DirectIo::Off,
-            },
+            direct,
             hold: config.hold(),
         };
         let tried = what.to_owned();
@@ -399,7 +406,7 @@ impl Daemon {
             steps.map(|s| PlanStep { run: s.run.clone(), timeout: s.timeout.0 }).collect();
         let policy = config.lease.policy(self.setup.policy);
         let terms = Terms { policy, asked, on_fence, audit: Arc::clone(&self.audit) };
-        // Nothing is waited for between the key and its lease.
+        // Whatever is waited for from here on, the key has a lease.
         let keeper = Keeper::start(
             Arc::clone(&export),
             kms,
@@ -412,14 +419,18 @@ impl Daemon {
         let attach = event(Kind::Attach).detail("backing", &config.backing.display().to_string());
         let attach = attach.detail("access", if read_only { "read-only" } else { "read-write" });
         let socket = self.setup.config.nbd_dir.join(format!("{name}.sock"));
-        let listening = self.first_record(what, attach).await.and_then(|()| {
+        let ready = async {
+            let mended = Arc::clone(&export);
+            let repaired = spawn_blocking(move || mended.volume().repair()).await;
+            repaired.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
+            self.first_record(what, attach).await?;
             let table = self.table.only(Arc::clone(&export));
             Listener::nbd_unix(&socket, peers, table).map_err(|e| {
                 let why = format!("cannot listen on {}: {e}", socket.display());
                 refused(ExitCode::Failed, what, why, "Check the nbd_dir of byokd.toml.")
             })
-        });
-        let listener = match listening {
+        };
+        let listener = match ready.await {
             Ok(listener) => listener,
             Err(error) => {
                 drop(keeper);

@@ -30,6 +30,7 @@ use nix::libc;
 
 use crate::key::VolumeKey;
 use crate::luks2::{AREA, Header, Recovery};
+use crate::store::{Backing, DirectIo};
 use crate::units::Geometry;
 use backing::{FOREIGN_SIGNATURES, check_writable, lock, read_up_to, signature, size_of};
 
@@ -58,7 +59,15 @@ pub struct LockedVolume {
     header: Mutex<Arc<Header>>,
     /// Held while a header is written.
     writing: Mutex<()>,
-    recovery: Option<String>,
+    /// What was wrong with the header when it was opened, and what became of that.
+    recovery: Mutex<Option<Damage>>,
+}
+
+/// A damaged copy of a header, and whether it is one yet.
+#[derive(Clone, Debug)]
+struct Damage {
+    note: String,
+    mended: Option<&'static str>,
 }
 
 impl std::fmt::Debug for LockedVolume {
@@ -85,7 +94,7 @@ impl LockedVolume {
         }
         let (header, recovery) = read_header(&file, path)?;
         check_size(&file, path, &header)?;
-        let recovery = match recovery {
+        let damage = match recovery {
             Recovery::NotNeeded => None,
             Recovery::Needed(note) => {
                 let start =
@@ -94,7 +103,7 @@ impl LockedVolume {
                 if let Some(found) = signature(&start, &FOREIGN_SIGNATURES) {
                     return Err(VolumeError::Overwritten { path: path.to_owned(), found });
                 }
-                Some(note)
+                Some(Damage { note, mended: None })
             }
         };
         Ok(Self {
@@ -103,8 +112,24 @@ impl LockedVolume {
             access,
             header: Mutex::new(Arc::new(header)),
             writing: Mutex::default(),
-            recovery,
+            recovery: Mutex::new(damage),
         })
+    }
+
+    /// Opens the store for I/O and reads where the data begins, as serving it does. A store that
+    /// hangs does so here, before anybody has asked for the key.
+    ///
+    /// # Errors
+    /// The store cannot be used for I/O.
+    pub fn try_store(&self, direct: DirectIo) -> Result<(), VolumeError> {
+        let header = self.header();
+        let (capacity, segment) = (header.token().capacity, header.segment());
+        let geometry = Geometry::new(capacity, segment.sector_size);
+        let Ok(start) = geometry.sectors(0, capacity.min(4096)) else { return Ok(()) };
+        let read_only = self.access == Access::ReadOnly;
+        Backing::open(&self.file, segment.offset, start, read_only, direct)
+            .map(drop)
+            .map_err(|e| VolumeError::io("open for I/O", &self.path, e))
     }
 
     /// The header.
@@ -115,38 +140,40 @@ impl LockedVolume {
 
     /// What was wrong with the header, if anything.
     #[must_use]
-    pub fn recovery(&self) -> Option<&str> {
-        self.recovery.as_deref()
+    pub fn recovery(&self) -> Option<String> {
+        lock_mutex(&self.recovery).as_ref().map(|damage| match damage.mended {
+            Some(how) => format!("{}; {how}", damage.note),
+            None => damage.note.clone(),
+        })
     }
 
-    /// Unlocks it: checks `key` against the digest and the header's MAC. Then a damaged copy of
-    /// the header is repaired from the good one, if it is open for writing: not earlier, for a copy
-    /// that only passes its checksum may be forged, and must not take the place of a good one.
+    /// Unlocks it: checks `key` against the digest and the header's MAC. No store is waited for.
     ///
     /// # Errors
-    /// The key is not this volume's, the header was changed, or its repair failed; the volume comes
-    /// back locked.
-    pub fn unlock(mut self, key: &VolumeKey) -> Result<UnlockedVolume, (Box<Self>, VolumeError)> {
+    /// The key is not this volume's, or the header was changed; the volume comes back locked.
+    pub fn unlock(self, key: &VolumeKey) -> Result<UnlockedVolume, (Box<Self>, VolumeError)> {
         let verified = self
             .header()
             .verify(key)
             .map_err(|source| VolumeError::WrongKey { path: self.path.clone(), source });
-        match verified.and_then(|()| self.repair()) {
+        match verified {
             Ok(()) => Ok(UnlockedVolume(self)),
             Err(error) => Err((Box::new(self), error)),
         }
     }
 
-    fn repair(&mut self) -> Result<(), VolumeError> {
-        let Some(note) = &self.recovery else { return Ok(()) };
-        let done = if self.access == Access::ReadOnly {
+    fn repair(&self) -> Result<(), VolumeError> {
+        let _one_at_a_time = lock_mutex(&self.writing);
+        let damaged = lock_mutex(&self.recovery).clone();
+        let Some(Damage { note, mended: None }) = damaged else { return Ok(()) };
+        let how = if self.access == Access::ReadOnly {
             "not repaired, because it is open read-only"
         } else {
             write_header(&self.file, &self.header(), &self.path)?;
             tracing::warn!(path = %self.path.display(), note, "header repaired from its good copy");
             "repaired from the good copy"
         };
-        self.recovery = Some(format!("{note}; {done}"));
+        *lock_mutex(&self.recovery) = Some(Damage { note, mended: Some(how) });
         Ok(())
     }
 }
@@ -164,8 +191,18 @@ impl UnlockedVolume {
 
     /// What was wrong with the header, if anything.
     #[must_use]
-    pub fn recovery(&self) -> Option<&str> {
+    pub fn recovery(&self) -> Option<String> {
         self.0.recovery()
+    }
+
+    /// Repairs a damaged copy of the header from the good one, if the volume is open for writing:
+    /// not before it is unlocked, for a copy that only passes its checksum may be forged, and must
+    /// not take the place of a good one.
+    ///
+    /// # Errors
+    /// The header cannot be written.
+    pub fn repair(&self) -> Result<(), VolumeError> {
+        self.0.repair()
     }
 
     /// Checks a key that was unwrapped anew.
@@ -373,6 +410,8 @@ pub(crate) mod tests {
             let volume = LockedVolume::open(&path, Access::ReadWrite).unwrap();
             let volume = volume.unlock(&key(1)).unwrap();
             assert!(volume.recovery().is_some(), "damage at {at} is reported");
+            volume.repair().unwrap();
+            assert!(volume.recovery().unwrap().ends_with("repaired from the good copy"));
             drop(volume);
             let volume = LockedVolume::open(&path, Access::ReadWrite).unwrap();
             assert_eq!(volume.recovery(), None, "damage at {at} is repaired");

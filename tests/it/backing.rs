@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::customer::Customer;
 use crate::metrics::{address, scrape, value};
 use crate::mounts::{LoopDevice, Mount, NbdFile, can_mount};
 use crate::support::{Daemon, Running, have, nbdsh, output, python_nbd, run, until};
@@ -387,6 +388,65 @@ fn a_key_that_is_denied_during_a_detach_is_destroyed_in_time_though_the_store_ha
         detach.join().unwrap();
     });
     assert_eq!(daemon.state("v"), "detached");
+}
+
+/// A disk in `$dir/image` that hangs where data lies as long as there is a file `$dir/hang`.
+const HANGS_AT_DATA: &str = r#"
+dir=$(dirname "$0")
+case "$1" in
+    get_size) stat -c %s "$dir/image" ;;
+    can_write) exit 0 ;;
+    pread)
+        if [ "$4" -ge 16777216 ] && [ -e "$dir/hang" ]; then
+            : >"$dir/hangs"
+            while [ -e "$dir/hang" ]; do sleep 0.05; done
+        fi
+        dd "if=$dir/image" iflag=skip_bytes,count_bytes "skip=$4" "count=$3" status=none ;;
+    pwrite) dd "of=$dir/image" oflag=seek_bytes "seek=$4" conv=notrunc status=none ;;
+    *) exit 2 ;;
+esac
+"#;
+
+#[test]
+fn a_store_that_hangs_at_attach_does_so_before_kms_is_asked_for_the_key() {
+    if !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let customer = Customer::new();
+    let daemon = customer.daemon();
+    daemon.create("v", "8M", customer.key.as_str());
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::rename(daemon.backing("v"), dir.path().join("image"))
+        .or_else(|_| std::fs::copy(daemon.backing("v"), dir.path().join("image")).map(drop))
+        .unwrap();
+    let (script, socket) = (dir.path().join("disk.sh"), dir.path().join("socket"));
+    std::fs::write(&script, HANGS_AT_DATA).unwrap();
+    std::fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).unwrap();
+    let mut nbdkit = Command::new("nbdkit");
+    nbdkit.args(["--foreground", "--unix"]).arg(&socket).arg("sh").arg(&script);
+    let _nbdkit = Running(nbdkit.stdin(Stdio::null()).spawn().unwrap());
+    until("nbdkit listens", || socket.exists());
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let file = NbdFile::new(&uri, &dir.path().join("fuse"));
+    let definition = daemon.dir.path().join("volumes.d/v.toml");
+    std::fs::write(definition, format!("backing = \"{}\"\n", file.path().display())).unwrap();
+    let hang = tempfile::Builder::new().prefix("hang").rand_bytes(0).tempfile_in(dir.path());
+    let hang = hang.unwrap();
+    let asked = || customer.kms.requests().len();
+    let before = asked();
+    std::thread::scope(|scope| {
+        // It goes with the scope, so that nothing hangs for ever.
+        let hang = hang;
+        let attach = scope.spawn(|| daemon.ctl(&["attach", "v"]));
+        until("the store hangs", || dir.path().join("hangs").exists());
+        let meanwhile = asked();
+        hang.close().unwrap();
+        let (code, answer) = attach.join().unwrap();
+        assert_eq!(code, 0, "{answer}");
+        assert_eq!(meanwhile, before, "KMS was asked for a key that a store that hangs would keep");
+    });
+    assert!(asked() > before);
+    daemon.ok(&["detach", "v"]);
 }
 
 #[test]
