@@ -10,7 +10,7 @@
 //!   whole sectors   count in the lane; no partial writer about?  -> go
 //!                   else leave the lane, claim the range in the table (or be told Busy)
 //!   part of sectors announce; wait until every lane is empty; claim the range; read, modify,
-//!                   write; release; take the announcement back
+//!                   write; release and take the announcement back
 //! ```
 //!
 //! A writer that is told [`Busy`] holds nothing while it waits: it first finishes what it has in
@@ -55,9 +55,16 @@ pub struct Lane {
 /// Permission to write a range; given back with [`Lane::end`].
 #[derive(Debug)]
 #[must_use = "a range never ended blocks partial writes for ever"]
-pub struct Claim {
-    /// `None` when it is only counted in the lane.
-    range: Option<(u64, u64)>,
+pub struct Claim(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    /// Whole sectors, counted in the lane.
+    Counted,
+    /// Whole sectors, in the table.
+    Whole((u64, u64)),
+    /// Part of sectors: in the table, and announced.
+    Partial((u64, u64)),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -87,16 +94,37 @@ impl WriteOrder {
     }
 
     /// Claims `range`, waiting until it is free or `give_up` says so.
-    fn claim(&self, range: (u64, u64), give_up: &impl Fn() -> bool) -> Result<Claim, Busy> {
-        let mut claimed = lock(&self.claimed);
-        while claimed.iter().any(|c| overlaps(*c, range)) {
+    fn claim(&self, range: (u64, u64), give_up: &mut dyn FnMut() -> bool) -> Result<(), Busy> {
+        loop {
+            let mut claimed = lock(&self.claimed);
+            if !claimed.iter().any(|c| overlaps(*c, range)) {
+                claimed.push(range);
+                return Ok(());
+            }
+            drop(self.wait(claimed));
+            // Without the lock: it may take a moment.
             if give_up() {
                 return Err(Busy);
             }
-            claimed = self.wait(claimed);
+        }
+    }
+
+    fn claim_now(&self, range: (u64, u64)) -> Result<(), Busy> {
+        let mut claimed = lock(&self.claimed);
+        if claimed.iter().any(|c| overlaps(*c, range)) {
+            return Err(Busy);
         }
         claimed.push(range);
-        Ok(Claim { range: Some(range) })
+        Ok(())
+    }
+
+    fn release(&self, range: (u64, u64)) {
+        let mut claimed = lock(&self.claimed);
+        if let Some(index) = claimed.iter().position(|c| *c == range) {
+            claimed.swap_remove(index);
+        }
+        drop(claimed);
+        self.released.notify_all();
     }
 }
 
@@ -110,86 +138,84 @@ impl Lane {
     pub fn begin(&self, at: SectorRange) -> Result<Claim, Busy> {
         self.counter.0.fetch_add(1, Ordering::SeqCst);
         if self.order.partial_writers.load(Ordering::SeqCst) == 0 {
-            return Ok(Claim { range: None });
+            return Ok(Claim(Kind::Counted));
         }
         self.counter.0.fetch_sub(1, Ordering::SeqCst);
-        self.order.claim((at.offset(), at.end()), &|| true)
+        let range = (at.offset(), at.end());
+        self.order.claim_now(range).map(|()| Claim(Kind::Whole(range)))
     }
 
     /// Starts a write of whole sectors when nobody else writes there any more. The caller has
-    /// nothing in flight.
+    /// nothing in flight. `give_up` is asked every few milliseconds.
     ///
     /// # Errors
     /// `give_up` said so.
     pub fn begin_waiting(
         &self,
         at: SectorRange,
-        give_up: &impl Fn() -> bool,
+        give_up: &mut dyn FnMut() -> bool,
     ) -> Result<Claim, Busy> {
         match self.begin(at) {
             Ok(claim) => Ok(claim),
-            Err(Busy) => self.order.claim((at.offset(), at.end()), give_up),
+            Err(Busy) => {
+                let range = (at.offset(), at.end());
+                self.order.claim(range, give_up).map(|()| Claim(Kind::Whole(range)))
+            }
         }
+    }
+
+    /// Starts a read-modify-write of the sectors of `at` when nobody else writes them any more. The
+    /// caller has nothing in flight. `give_up` is asked every few milliseconds.
+    ///
+    /// # Errors
+    /// `give_up` said so.
+    pub fn begin_partial(
+        &self,
+        at: SectorRange,
+        give_up: &mut dyn FnMut() -> bool,
+    ) -> Result<Claim, Busy> {
+        let range = (at.offset(), at.end());
+        self.order.partial_writers.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let claimed = self.wait_for_lanes(give_up).and_then(|()| self.order.claim(range, give_up));
+        if claimed.is_err() {
+            self.order.partial_writers.fetch_sub(1, Ordering::SeqCst);
+        }
+        claimed.map(|()| Claim(Kind::Partial(range)))
     }
 
     /// Ends a write.
     #[inline]
     #[expect(clippy::needless_pass_by_value, reason = "a claim ends once")]
     pub fn end(&self, claim: Claim) {
-        match claim.range {
-            None => {
+        match claim.0 {
+            Kind::Counted => {
                 self.counter.0.fetch_sub(1, Ordering::SeqCst);
             }
-            Some(range) => {
-                let mut claimed = lock(&self.order.claimed);
-                if let Some(index) = claimed.iter().position(|c| *c == range) {
-                    claimed.swap_remove(index);
-                }
-                drop(claimed);
-                self.order.released.notify_all();
+            Kind::Whole(range) => self.order.release(range),
+            Kind::Partial(range) => {
+                self.order.release(range);
+                self.order.partial_writers.fetch_sub(1, Ordering::SeqCst);
             }
         }
     }
 
-    /// Runs `write`, a read-modify-write of the sectors of `at`, while nobody else writes them. The
-    /// caller has nothing in flight.
-    ///
-    /// # Errors
-    /// `give_up` said so while waiting for others; `write` was not run.
-    pub fn partial<T>(
-        &self,
-        at: SectorRange,
-        give_up: &impl Fn() -> bool,
-        write: impl FnOnce() -> T,
-    ) -> Result<T, Busy> {
-        self.order.partial_writers.fetch_add(1, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        let result = self.wait_for_lanes(give_up).and_then(|()| {
-            let claim = self.order.claim((at.offset(), at.end()), give_up)?;
-            let result = write();
-            self.end(claim);
-            Ok(result)
-        });
-        self.order.partial_writers.fetch_sub(1, Ordering::SeqCst);
-        result
-    }
-
     /// Waits until every write that was counted before the announcement has ended. Writers that
     /// come after it claim their ranges instead, so the counts only fall.
-    fn wait_for_lanes(&self, give_up: &impl Fn() -> bool) -> Result<(), Busy> {
+    fn wait_for_lanes(&self, give_up: &mut dyn FnMut() -> bool) -> Result<(), Busy> {
         let lanes: Vec<_> = lock(&self.order.lanes).iter().filter_map(Weak::upgrade).collect();
         for lane in lanes {
             let mut spins = 0;
             while lane.0.load(Ordering::SeqCst) > 0 {
-                if give_up() {
-                    return Err(Busy);
-                }
                 spins += 1;
                 if spins < 64 {
                     std::thread::yield_now();
-                } else {
-                    drop(self.order.wait(lock(&self.order.claimed)));
+                    continue;
                 }
+                if give_up() {
+                    return Err(Busy);
+                }
+                drop(self.order.wait(lock(&self.order.claimed)));
             }
         }
         Ok(())
@@ -212,21 +238,21 @@ mod tests {
         let order = Arc::new(WriteOrder::default());
         let (a, b) = (order.lane(), order.lane());
         let claim = a.begin(sector(0)).unwrap();
-        assert_eq!(b.partial(sector(0), &|| true, || ()), Err(Busy));
+        assert_eq!(b.begin_partial(sector(0), &mut || true).map(|_| ()), Err(Busy));
         a.end(claim);
-        assert_eq!(b.partial(sector(0), &|| true, || 7), Ok(7));
+        b.end(b.begin_partial(sector(0), &mut || true).unwrap());
+        a.end(a.begin(sector(0)).expect("nobody is about any more"));
     }
 
     #[test]
     fn whole_writes_stay_out_of_a_partial_writes_range_and_only_that() {
         let order = Arc::new(WriteOrder::default());
         let (a, b) = (order.lane(), order.lane());
-        a.partial(sector(3), &|| false, || {
-            assert_eq!(b.begin(sector(3)).map(|_| ()), Err(Busy));
-            let claim = b.begin(sector(4)).expect("another sector is free");
-            b.end(claim);
-        })
-        .unwrap();
+        let partial = a.begin_partial(sector(3), &mut || false).unwrap();
+        assert_eq!(b.begin(sector(3)).map(|_| ()), Err(Busy));
+        let claim = b.begin(sector(4)).expect("another sector is free");
+        b.end(claim);
+        a.end(partial);
         b.end(b.begin(sector(3)).unwrap());
     }
 
@@ -241,12 +267,11 @@ mod tests {
                 let lane = order.lane();
                 scope.spawn(move || {
                     for _ in 0..2000 {
-                        lane.partial(sector(0), &|| false, || {
-                            let read = half.load(Ordering::Relaxed);
-                            std::thread::yield_now();
-                            half.store(read + 1, Ordering::Relaxed);
-                        })
-                        .unwrap();
+                        let claim = lane.begin_partial(sector(0), &mut || false).unwrap();
+                        let read = half.load(Ordering::Relaxed);
+                        std::thread::yield_now();
+                        half.store(read + 1, Ordering::Relaxed);
+                        lane.end(claim);
                     }
                 });
             }
@@ -254,7 +279,7 @@ mod tests {
             let halves = &halves;
             scope.spawn(move || {
                 for _ in 0..2000 {
-                    let claim = lane.begin_waiting(sector(0), &|| false).unwrap();
+                    let claim = lane.begin_waiting(sector(0), &mut || false).unwrap();
                     for half in halves {
                         half.fetch_add(1, Ordering::Relaxed);
                     }

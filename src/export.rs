@@ -17,7 +17,7 @@ use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{Shutdown, getsockopt, shutdown};
 use std::os::fd::AsRawFd;
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::clock;
 use crate::crypt::CryptError;
@@ -136,6 +136,17 @@ pub(crate) struct Client {
     io: IoCounters,
 }
 
+/// What becomes of a request now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stance {
+    /// It is done.
+    Serving,
+    /// It waits for the fence to open.
+    Held,
+    /// It fails.
+    Refusing,
+}
+
 /// Who is at the other end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PeerKind {
@@ -224,7 +235,12 @@ impl Export {
                 connections = cut,
                 "cut off connections that take no answers"
             );
-            self.wait_clients(CUT_OFF, |client| client.is_clean(closings));
+            if !self.wait_clients(CUT_OFF, |client| client.is_clean(closings)) {
+                error!(
+                    volume = self.name(),
+                    "the key is destroyed, but a connection still holds what it had decrypted"
+                );
+            }
         }
         receipt
     }
@@ -240,37 +256,74 @@ impl Export {
         self.held_until.store(until, Ordering::Release);
     }
 
+    /// What becomes of requests now, and how often the fence had been closed then. All of it is true
+    /// of one moment: a request that waits is never refused because the fence opens meanwhile.
+    pub(crate) fn look(&self) -> (Stance, u64) {
+        loop {
+            let standing = self.fence.standing();
+            let stance = if self.is_stopping() {
+                Stance::Refusing
+            } else if standing.is_closed() {
+                if self.hold_ends_in().is_some() { Stance::Held } else { Stance::Refusing }
+            } else if self.fence.check().is_ok() {
+                Stance::Serving
+            } else if self.holds() {
+                // Its time is over, and whoever closes it has not got round to that.
+                Stance::Held
+            } else {
+                Stance::Refusing
+            };
+            if self.fence.standing() == standing {
+                return (stance, standing.closings());
+            }
+        }
+    }
+
+    /// What becomes of requests now.
+    pub(crate) fn stance(&self) -> Stance {
+        self.look().0
+    }
+
+    /// Whether requests are made to wait when the key is gone.
+    pub(crate) fn holds(&self) -> bool {
+        self.options.hold.is_some()
+    }
+
+    /// How long the wait still lasts that began when the fence was closed last.
+    fn hold_ends_in(&self) -> Option<Duration> {
+        let until = Duration::from_millis(self.held_until.load(Ordering::Acquire));
+        until.checked_sub(clock::now().0).filter(|left| !left.is_zero())
+    }
+
     /// Whether requests wait for the fence to open.
     pub fn is_held(&self) -> bool {
-        if self.options.hold.is_none() || self.is_stopping() {
-            return false;
-        }
-        if self.fence.is_closed() {
-            millis(clock::now().0) < self.held_until.load(Ordering::Acquire)
-        } else {
-            // Its time is over, and whoever closes it has not got round to that.
-            self.fence.check().is_err()
-        }
+        self.stance() == Stance::Held
     }
 
     /// How long requests still wait for the fence to open, if they do.
     pub fn held_for(&self) -> Option<Duration> {
-        let until = Duration::from_millis(self.held_until.load(Ordering::Acquire));
-        self.is_held().then(|| until.saturating_sub(clock::now().0))
+        self.is_held().then(|| self.hold_ends_in().unwrap_or_default())
     }
 
     /// Makes requests fail whose wait is over. To be called now and then.
     pub fn end_hold(&self) {
         let until = self.held_until.load(Ordering::Acquire);
-        if until != 0 && !self.is_held() {
-            self.held_until.store(0, Ordering::Release);
+        let over = self.fence.is_closed() && self.hold_ends_in().is_none();
+        // Whoever set another one meanwhile wakes the connections as well.
+        if until != 0
+            && over
+            && self
+                .held_until
+                .compare_exchange(until, 0, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
+        {
             self.each_client(Client::wake);
         }
     }
 
     /// Whether whoever waits for something to happen here does so in vain.
     pub(crate) fn gives_up(&self) -> bool {
-        !self.is_serving() && !self.is_held()
+        self.stance() == Stance::Refusing
     }
 
     /// Counts a request that failed by a fence or by the backing store.
@@ -330,28 +383,31 @@ impl Export {
     /// The key does not fit the volume, or the backing store still holds writes from before the
     /// fence, which could overtake new ones; the fence stays closed.
     pub fn restore(&self, key: VolumeKey) -> Result<(), ExportError> {
+        self.volume.verify(&key)?;
+        // Without the lock: whoever closes the fence meanwhile does not wait for a store.
+        self.wait_for_orphans()?;
         let _one_at_a_time = lock(&self.transition);
         if self.is_stopping() {
             return Err(ExportError::Stopping);
         }
-        self.volume.verify(&key)?;
-        self.wait_for_orphans()?;
         self.fence.open_again(key)?;
-        self.held_until.store(0, Ordering::Release);
         self.each_client(Client::wake);
         Ok(())
     }
 
     /// Ends service: new requests are answered `ESHUTDOWN`, those in flight are finished, all
     /// connections end, the key is destroyed, and what was written is flushed. What does not end
-    /// `within` the time is cut off.
+    /// `within` the time is cut off. Meanwhile [`Export::fence`] takes effect as ever.
     ///
     /// # Errors
     /// The flush failed or did not end in time: what was not flushed by its client may be lost.
     pub fn stop(&self, reason: FenceReason, within: Duration) -> io::Result<KeyDestroyed> {
-        let _one_at_a_time = lock(&self.transition);
         let started = Instant::now();
-        self.stopping.store(true, Ordering::Release);
+        {
+            // Nothing restores it from here on.
+            let _one_at_a_time = lock(&self.transition);
+            self.stopping.store(true, Ordering::Release);
+        }
         self.each_client(|client| {
             client.shut(Shutdown::Read);
             client.wake();
@@ -362,7 +418,10 @@ impl Export {
                 client.wake();
             });
         }
-        let receipt = self.fence.close(reason);
+        let receipt = {
+            let _one_at_a_time = lock(&self.transition);
+            self.fence.close(reason)
+        };
         self.wait_clients(CUT_OFF, |_| false);
         if self.options.read_only {
             return Ok(receipt);

@@ -18,7 +18,7 @@
 //! The lock in a gate is its connection's own. Nobody else takes it but the one who closes, so on
 //! the data path it is an uncontended exchange on a private cache line.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use thiserror::Error;
@@ -61,17 +61,56 @@ struct Custody {
     spare: Vec<Xts>,
 }
 
-const OPEN: u8 = u8::MAX;
+/// How the fence stands at one moment: a count of its closings and openings, and why it is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Standing {
+    /// Odd while it is closed.
+    turns: u64,
+    reason: FenceReason,
+}
+
+impl Standing {
+    const OPEN: Self = Self { turns: 0, reason: FenceReason::Stopping };
+
+    fn of(word: u64) -> Self {
+        let reason = usize::try_from(word & REASON).ok().and_then(|i| FenceReason::ALL.get(i));
+        Self { turns: word >> REASON_BITS, reason: reason.copied().unwrap_or(FenceReason::Stopping) }
+    }
+
+    fn word(self) -> u64 {
+        let index = FenceReason::ALL.iter().position(|r| *r == self.reason).unwrap_or_default();
+        self.turns << REASON_BITS | index as u64
+    }
+
+    fn closed(self, reason: FenceReason) -> Self {
+        Self { turns: self.turns | 1, reason }
+    }
+
+    fn opened(self) -> Self {
+        Self { turns: self.turns.next_multiple_of(2), ..self }
+    }
+
+    /// Whether it has been closed, not whether its time is over.
+    pub(crate) fn is_closed(self) -> bool {
+        self.turns % 2 == 1
+    }
+
+    /// How often it has been closed.
+    pub(crate) fn closings(self) -> u64 {
+        self.turns.div_ceil(2)
+    }
+}
+
+const REASON_BITS: u32 = 8;
+const REASON: u64 = (1 << REASON_BITS) - 1;
 
 /// The lease has no end of its own.
 const FOR_EVER: u64 = u64::MAX;
 
 /// A volume's key behind a gate per connection.
 pub struct Fence {
-    /// [`OPEN`], or the index of the reason in [`FenceReason::ALL`].
-    state: AtomicU8,
-    /// Counts closings, so that a connection notices one it slept through.
-    closings: AtomicU64,
+    /// A [`Standing`] in one word, so that one look sees all of it; it changes under `custody`'s lock.
+    standing: AtomicU64,
     /// Milliseconds since boot, or [`FOR_EVER`].
     until: AtomicU64,
     custody: Mutex<Option<Custody>>,
@@ -96,8 +135,7 @@ impl Fence {
     /// connection.
     pub fn open(key: VolumeKey) -> Result<Arc<Self>, CryptError> {
         Ok(Arc::new(Self {
-            state: AtomicU8::new(OPEN),
-            closings: AtomicU64::new(0),
+            standing: AtomicU64::new(Standing::OPEN.word()),
             until: AtomicU64::new(FOR_EVER),
             custody: Mutex::new(Some(Custody::new(key)?)),
             gates: Mutex::default(),
@@ -134,35 +172,34 @@ impl Fence {
     /// # Errors
     /// The fence is closed.
     pub fn check(&self) -> Result<(), Fenced> {
-        match self.state.load(Ordering::Acquire) {
-            OPEN => self.check_time(),
-            closed => Err(Fenced(
-                FenceReason::ALL.get(usize::from(closed)).copied().unwrap_or(FenceReason::Stopping),
-            )),
-        }
+        let standing = self.standing();
+        if standing.is_closed() { Err(Fenced(standing.reason)) } else { self.check_time() }
+    }
+
+    /// How it stands.
+    pub(crate) fn standing(&self) -> Standing {
+        Standing::of(self.standing.load(Ordering::Acquire))
     }
 
     /// Whether it has been closed, not whether its time is over.
     pub fn is_closed(&self) -> bool {
-        self.state.load(Ordering::Acquire) != OPEN
+        self.standing().is_closed()
     }
 
-    /// How often it has been closed.
+    /// How often it has been closed, so that a connection notices one it slept through.
     pub fn closings(&self) -> u64 {
-        self.closings.load(Ordering::Acquire)
+        self.standing().closings()
     }
 
     /// Closes the fence and destroys the key: every later [`Gate::enter`] is refused, and when this
     /// returns no copy of the key or its round keys is left. Waits for at most one cipher call per
     /// gate. Closing a closed fence changes its reason only.
     pub fn close(&self, reason: FenceReason) -> KeyDestroyed {
-        let index = FenceReason::ALL.iter().position(|r| *r == reason).unwrap_or_default();
-        let index = u8::try_from(index).unwrap_or_default();
-        if self.state.swap(index, Ordering::AcqRel) == OPEN {
-            self.closings.fetch_add(1, Ordering::AcqRel);
-        }
+        let mut custody = lock(&self.custody);
+        self.standing.store(self.standing().closed(reason).word(), Ordering::Release);
         // From here no gate can be keyed; one that is just being keyed still holds its slot's lock.
-        drop(lock(&self.custody).take());
+        drop(custody.take());
+        drop(custody);
         let gates: Vec<_> = lock(&self.gates).iter().filter_map(Weak::upgrade).collect();
         for slot in gates {
             drop(lock(&slot.0).take());
@@ -176,9 +213,10 @@ impl Fence {
     /// # Errors
     /// The key cannot be used, or there is no secret memory; the fence stays closed.
     pub fn open_again(&self, key: VolumeKey) -> Result<(), CryptError> {
-        let custody = Custody::new(key)?;
-        *lock(&self.custody) = Some(custody);
-        self.state.store(OPEN, Ordering::Release);
+        let new = Custody::new(key)?;
+        let mut custody = lock(&self.custody);
+        *custody = Some(new);
+        self.standing.store(self.standing().opened().word(), Ordering::Release);
         Ok(())
     }
 }

@@ -207,17 +207,6 @@ impl Backing {
         }
     }
 
-    /// Tells the system that `at` will be read soon. Advice: failure means nothing.
-    pub fn will_need(&self, at: SectorRange) {
-        if let (false, Ok(offset), Ok(len)) =
-            (self.direct, i64::try_from(self.position(at)), i64::try_from(at.len()))
-        {
-            let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED;
-            // Advice that was not taken costs time, not data.
-            let _advised = nix::fcntl::posix_fadvise(&self.file, offset, len, advice);
-        }
-    }
-
     /// Which parts of `at` have blocks: at most `most` runs from its start.
     ///
     /// # Errors

@@ -35,8 +35,10 @@ pub enum Op {
     Write(Ciphertext, Durability),
     /// Put everything written so far on stable storage; the range says nothing.
     Flush,
-    /// Give their blocks back.
-    Discard,
+    /// Give their blocks back; whoever wants that on stable storage flushes afterwards.
+    Discard(Durability),
+    /// They will be read soon. Advice: failure means nothing.
+    WillNeed,
 }
 
 /// One operation has ended.
@@ -63,7 +65,7 @@ struct Slot {
     op: Op,
     fd: RawFd,
     position: u64,
-    len: u32,
+    len: u64,
     done: u32,
     retries: u8,
 }
@@ -137,7 +139,7 @@ impl Ring {
         if !self.has_room() {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
-        let len = u32::try_from(at.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let len = at.len();
         let slot = Slot {
             token,
             op,
@@ -161,27 +163,40 @@ impl Ring {
             return Err(io::ErrorKind::NotFound.into());
         };
         let fd = Fd(slot.fd);
-        let rest = slot.len - slot.done;
+        let rest = slot.len - u64::from(slot.done);
+        // Buffers are much smaller than what 32 bits count.
+        let short = |len: u64| u32::try_from(len).unwrap_or(u32::MAX);
+        let end = usize::try_from(slot.len).unwrap_or(usize::MAX);
         let position = slot.position + u64::from(slot.done);
         let skip = slot.done as usize;
         let entry = match &mut slot.op {
             Op::Read(buffer) => {
-                let part = &mut buffer.bytes_mut()[skip..slot.len as usize];
-                opcode::Read::new(fd, part.as_mut_ptr(), rest).offset(position).build()
+                let part = &mut buffer.bytes_mut()[skip..end];
+                opcode::Read::new(fd, part.as_mut_ptr(), short(part.len() as u64)).offset(position).build()
             }
             Op::Write(buffer, durability) => {
                 let flags = match durability {
                     Durability::Cached => 0,
                     Durability::Durable => libc::RWF_DSYNC,
                 };
-                let part = &buffer.bytes()[skip..slot.len as usize];
-                opcode::Write::new(fd, part.as_ptr(), rest).offset(position).rw_flags(flags).build()
+                let part = &buffer.bytes()[skip..end];
+                opcode::Write::new(fd, part.as_ptr(), short(part.len() as u64))
+                    .offset(position)
+                    .rw_flags(flags)
+                    .build()
             }
             Op::Flush => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
-            Op::Discard => opcode::Fallocate::new(fd, u64::from(rest))
+            Op::Discard(_) => opcode::Fallocate::new(fd, rest)
                 .offset(position)
                 .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
                 .build(),
+            Op::WillNeed => {
+                // The kernel counts in 32 bits here, and 0 is all the rest of the file.
+                let len = i32::try_from(rest).unwrap_or_default();
+                opcode::Fadvise::new(fd, len.into(), libc::POSIX_FADV_WILLNEED)
+                    .offset(position)
+                    .build()
+            }
         };
         self.enqueue(&entry.user_data(index as u64))
     }
@@ -286,10 +301,10 @@ impl Ring {
         let Some(slot) = self.slots.get_mut(index).and_then(Option::as_mut) else { return };
         let transfers = matches!(slot.op, Op::Read(_) | Op::Write(..));
         let result = match u32::try_from(event.result()) {
-            Ok(0) if transfers && slot.done < slot.len => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(0) if transfers && u64::from(slot.done) < slot.len => Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(n) if transfers => {
                 slot.done += n;
-                if slot.done < slot.len {
+                if u64::from(slot.done) < slot.len {
                     again.push(index);
                     return;
                 }
@@ -303,8 +318,9 @@ impl Ring {
                     again.push(index);
                     return;
                 }
-                let advice = matches!(slot.op, Op::Discard)
-                    && matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS);
+                let cannot = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS);
+                let advice = matches!(slot.op, Op::Discard(_)) && cannot
+                    || matches!(slot.op, Op::WillNeed);
                 if advice { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
             }
         };
@@ -313,7 +329,7 @@ impl Ring {
             self.in_flight -= 1;
             let buffer = match slot.op {
                 Op::Read(buffer) | Op::Write(buffer, _) => Some(buffer),
-                Op::Flush | Op::Discard => None,
+                Op::Flush | Op::Discard(_) | Op::WillNeed => None,
             };
             ended.push(Completion { token: slot.token, result, buffer });
         }

@@ -84,13 +84,23 @@ impl Drop for NbdFile {
 /// A file as a block device.
 pub(crate) struct LoopDevice {
     path: String,
+    behind: Option<String>,
+}
+
+/// The file that a loop device shows, if it shows any.
+fn behind(device: &str) -> Option<String> {
+    let name = device.trim_start_matches("/dev/");
+    std::fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).ok()
 }
 
 impl LoopDevice {
     pub(crate) fn new(file: &Path, options: &[&str]) -> Self {
         let mut command = Command::new("losetup");
         command.args(["--find", "--show"]).args(options).arg(file);
-        Self { path: run(&mut command).trim().to_owned() }
+        let path = run(&mut command).trim().to_owned();
+        let behind = behind(&path);
+        assert!(behind.is_some(), "{path} shows no file");
+        Self { path, behind }
     }
 
     pub(crate) fn path(&self) -> &str {
@@ -101,10 +111,10 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         undo("losetup", &["-d", &self.path]);
-        // It goes when the last user lets go of it, which unmounting does a moment later.
-        let backing = format!("/sys/block/{}/loop", self.path.trim_start_matches("/dev/"));
+        // It goes when the last user lets go of it, which unmounting does a moment later. Somebody
+        // else may have the device then.
         if !std::thread::panicking() {
-            until("the loop device is let go of", || !Path::new(&backing).exists());
+            until("the loop device is let go of", || behind(&self.path) != self.behind);
         }
     }
 }

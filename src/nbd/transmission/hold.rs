@@ -9,27 +9,32 @@
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::buffer::{Ciphertext, Plaintext};
+use crate::export::Stance;
 use crate::fence::EnterError;
 use crate::nbd::transmission::reads::unseal;
 use crate::nbd::transmission::requests::operation;
 use crate::nbd::transmission::{Outcome, Transmission};
-use crate::nbd::wire::{Errno, Request};
+use crate::nbd::wire::{Command, Errno, Request};
 use crate::units::SectorRange;
 
 /// How long to sleep at most before looking whether the wait is over.
 const LOOK_AGAIN_MILLIS: u16 = 500;
 
 impl Transmission {
-    /// The fence is closed: waits for it to open, if requests are to wait; `true` when it is open.
+    /// Waits for a closed fence to open, if requests are to wait; `true` when it is open.
     pub(super) fn hold(&mut self) -> Outcome<bool> {
-        while self.export.is_held() {
+        loop {
+            match self.export.stance() {
+                Stance::Serving => return Ok(true),
+                Stance::Refusing => return Ok(false),
+                Stance::Held => {}
+            }
             self.let_go()?;
             let mut waker = [PollFd::new(self.client.waker(), PollFlags::POLLIN)];
             // Interrupted or not: what counts is looked at again.
             let _polled = poll(&mut waker, PollTimeout::from(LOOK_AGAIN_MILLIS));
             self.client.awake();
         }
-        Ok(self.export.gatekeeper().check().is_ok())
     }
 
     /// Whether to knock at the gate again, after waiting for that if this volume's requests wait.
@@ -48,6 +53,7 @@ impl Transmission {
         self.drop_data(read);
         self.send()?;
         self.pool.wipe();
+        self.inbox.wipe();
         self.note_closing();
         Ok(())
     }
@@ -69,7 +75,8 @@ impl Transmission {
 
     /// Counts an error that a client is told, if it is not the client's own.
     pub(super) fn count(&self, request: &Request, errno: Errno) {
-        let fenced = errno == Errno::Perm && self.export.gatekeeper().check().is_err();
+        let writes = !matches!(request.command, Command::Read | Command::Flush);
+        let fenced = errno == Errno::Perm && !(writes && self.export.options().read_only);
         if fenced || matches!(errno, Errno::Io | Errno::NoMem) {
             self.client.io().failed(operation(request));
             self.export.count_failed(&self.client);

@@ -12,6 +12,7 @@
 mod handover;
 mod hold;
 mod inbox;
+mod lone;
 mod parts;
 mod reads;
 mod replies;
@@ -23,11 +24,14 @@ mod writes;
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 use tracing::warn;
+use zeroize::Zeroize;
 
 use crate::buffer::{Plaintext, Pool};
 use crate::device::{Claim, Lane};
@@ -36,6 +40,7 @@ use crate::fence::Gate;
 use crate::metrics::io::IoOperation;
 use crate::nbd::stream::NbdStream;
 use crate::nbd::transmission::inbox::Inbox;
+use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::slab::Slab;
 use crate::nbd::transmission::spin::Spin;
 use crate::nbd::wire::{BadMagic, Command, Errno, Head, ReplyStyle, Request};
@@ -142,9 +147,10 @@ struct Data {
     held: usize,
 }
 
-/// One part of a task that the ring has.
+/// One part of a task that the store has.
 struct Part {
-    task: usize,
+    /// `None`: whoever has it done waits for it.
+    task: Option<usize>,
     at: SectorRange,
     /// For a read: the bytes asked for, within the sectors read.
     wanted: Range<usize>,
@@ -152,8 +158,12 @@ struct Part {
     held: usize,
     /// Its task was given up, and the export counts it.
     orphan: bool,
+    /// To people.
+    doing: &'static str,
     /// For a write.
     durability: Durability,
+    /// It counts when a flush has followed.
+    then_flush: bool,
     /// How often the store has failed at it.
     failures: u32,
 }
@@ -181,6 +191,12 @@ pub struct Transmission {
     ended: Vec<Completion>,
     tasks: Slab<Task>,
     parts: Slab<Part>,
+    /// Parts that go to the store at their time.
+    later: Vec<Later>,
+    /// What was done alone and has ended.
+    lone: Option<Completion>,
+    /// A caller has plaintext that only it can wipe.
+    in_hand: bool,
     held: usize,
     from_budget: usize,
     closings: u64,
@@ -231,6 +247,9 @@ impl Transmission {
             ended: Vec::new(),
             tasks: Slab::default(),
             parts: Slab::default(),
+            later: Vec::new(),
+            lone: None,
+            in_hand: false,
             held: 0,
             from_budget: 0,
             closings,
@@ -323,6 +342,10 @@ impl Transmission {
         self.tasks.iter_mut().for_each(|task| task.answered = true);
         self.client.set_idle(true);
         self.at_end = true;
+        for Later { part, op, .. } in std::mem::take(&mut self.later) {
+            // Nobody is answered any more.
+            let _abandoned = self.abandon(part, op);
+        }
         while self.tasks_in_flight() {
             if let Err(error) = self.wait_for_ring() {
                 // The orphans stay counted: better no restore than a stale write after it.
@@ -396,34 +419,62 @@ impl Transmission {
     }
 
     /// Receives exactly `to`, from what has arrived and then from the socket; meanwhile what is in
-    /// flight goes on.
+    /// flight goes on. If the fence closes before all is there, `to` is wiped: it will be refused.
     fn receive_exact(&mut self, to: &mut [u8]) -> Outcome {
         let mut got = self.inbox.take(to);
+        let mut void = false;
         while got < to.len() {
-            match self.stream.try_read(&mut to[got..]) {
-                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-                Ok(n) => got += n,
+            let received = match self.stream.try_read(&mut to[got..]) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.send()?;
-                    if self.tasks_in_flight() {
-                        self.watch = WATCH_CREDIT;
-                        self.wait_for_ring()?;
-                    } else {
-                        match self.stream.read(&mut to[got..]) {
-                            Ok(0) => {
-                                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-                            }
-                            Ok(n) => got += n,
-                            // Only the idle limit: a slow sender is not an error.
-                            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                            Err(error) => return Err(error.into()),
-                        }
+                    let closings = self.closings;
+                    self.take_in_hand();
+                    let more = self.wait_for_more(&mut to[got..]);
+                    void |= self.closings != closings && !self.export.holds();
+                    if void {
+                        to[..got].zeroize();
                     }
+                    self.lay_down();
+                    more?
                 }
-                Err(error) => return Err(error.into()),
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                other => other?,
+            };
+            got += received;
+            if void {
+                to[..got].zeroize();
             }
         }
         Ok(())
+    }
+
+    /// Waits for more from the client; says how much of it is in `to` by now.
+    fn wait_for_more(&mut self, to: &mut [u8]) -> Outcome<usize> {
+        self.send()?;
+        if self.tasks_in_flight() {
+            self.watch = WATCH_CREDIT;
+            self.wait_for_ring()?;
+            return Ok(0);
+        }
+        if self.export.holds() {
+            // A client that is slow to send is not cut off when its requests are to be held.
+            let mut fds = [
+                PollFd::new(self.stream.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.client.waker(), PollFlags::POLLIN),
+            ];
+            // Interrupted or not: what counts is looked at again.
+            let _polled = poll(&mut fds, PollTimeout::NONE);
+            if fds[1].any().unwrap_or(true) {
+                self.client.awake();
+                self.notice_fence()?;
+            }
+            return Ok(0);
+        }
+        match self.stream.read(to) {
+            Ok(0) => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            // Only the idle limit: a slow sender is not an error.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            other => Ok(other?),
+        }
     }
 
     fn discard_payload(&mut self, mut left: u64) -> Outcome {

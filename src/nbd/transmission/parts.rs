@@ -2,15 +2,17 @@
 
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::time::Instant;
 
 use crate::buffer::{Ciphertext, MAX_BUFFER};
 use crate::device::Claim;
+use crate::export::Stance;
 use crate::nbd::transmission::requests::operation;
+use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::{Data, Outcome, Part, Reply, Task, Transmission, WATCH_CREDIT};
 use crate::nbd::wire::{Chunk, Command, Errno, Head};
 use crate::store::uring::{Completion, Op, Ring};
-use crate::store::{Durability, Speed};
+use crate::store::{Backing, Durability, Speed};
 use crate::units::SectorRange;
 
 impl Transmission {
@@ -24,30 +26,26 @@ impl Transmission {
         op: Op,
     ) -> Outcome {
         self.tasks.expect(task).parts += 1;
-        let held = match &op {
-            Op::Read(data) | Op::Write(data, _) => data.bytes().len(),
-            Op::Flush | Op::Discard => 0,
-        };
-        let durability = match &op {
-            Op::Write(_, durability) => *durability,
-            Op::Read(_) | Op::Flush | Op::Discard => Durability::Cached,
-        };
-        let part = Part { task, at, wanted, claim, held, orphan: false, durability, failures: 0 };
+        let part = Part::new(Some(task), at, wanted, claim, &op);
         self.submit(part, op)
     }
 
-    fn submit(&mut self, part: Part, op: Op) -> Outcome {
-        let at = part.at;
+    pub(super) fn submit(&mut self, part: Part, op: Op) -> Outcome {
         if self.export.backing().speed() == Speed::Immediate {
-            return self.start_now(part, op);
+            let ended = do_now(self.export.backing(), part.at, op);
+            return self.finish(part, ended);
         }
         if self.ring.is_none() {
             self.ring = Some(Ring::new()?);
         }
         while self.ring.as_ref().is_some_and(|ring| !ring.has_room()) {
+            if self.given_up {
+                return self.abandon(part, op);
+            }
             self.send()?;
             self.wait_for_ring()?;
         }
+        let at = part.at;
         let token = self.parts.insert(part);
         match self.ring.as_mut() {
             Some(ring) => Ok(ring.push(self.export.backing(), op, at, token as u64)?),
@@ -55,30 +53,29 @@ impl Transmission {
         }
     }
 
-    pub(super) fn start_now(&mut self, part: Part, op: Op) -> Outcome {
-        let export = Arc::clone(&self.export);
-        let (result, buffer) = match op {
-            Op::Read(data) => match export.backing().read(part.at, data.into_buffer()) {
-                Ok(data) => (Ok(()), Some(data)),
-                Err((error, buffer)) => (Err(error), Some(Ciphertext::new(buffer))),
-            },
-            Op::Write(data, durability) => {
-                (export.backing().write(part.at, &data, durability), Some(data))
-            }
-            Op::Flush => (export.backing().flush(), None),
-            Op::Discard => (export.backing().discard(part.at), None),
-        };
-        self.finish(part, Completion { token: 0, result, buffer })
+    /// A part that the store does not have is not done any more.
+    pub(super) fn abandon(&mut self, part: Part, op: Op) -> Outcome {
+        if let Some(claim) = part.claim {
+            self.lane.end(claim);
+        }
+        if let Op::Read(data) | Op::Write(data, _) = op {
+            self.give_back(data.into_buffer(), part.held);
+        }
+        let errno = self.why_given_up();
+        part.task.map_or(Ok(()), |task| self.part_ended(task, Err(errno)))
     }
 
     /// One part's I/O has ended.
     pub(super) fn finish(&mut self, mut part: Part, ended: Completion) -> Outcome {
-        let (ended, again) = self.look_at_failure(&mut part, ended);
-        if let Some(op) = again {
-            return self.submit(part, op);
-        }
-        let Part { task, at, wanted, claim, held, orphan, .. } = part;
-        let writes = claim.is_some();
+        let Some(task) = part.task else {
+            self.lone_ended(&part, ended);
+            return Ok(());
+        };
+        let answered = self.tasks.expect(task).answered;
+        let Some(ended) = self.unless_tried_again(&mut part, ended, answered) else {
+            return Ok(());
+        };
+        let Part { at, wanted, claim, held, orphan, doing, .. } = part;
         if let Some(claim) = claim {
             self.lane.end(claim);
         }
@@ -86,7 +83,6 @@ impl Transmission {
             self.export.orphan_ended();
         }
         let reads = !wanted.is_empty();
-        let answered = self.tasks.expect(task).answered;
         let result = match (ended.result, ended.buffer) {
             (Ok(()), Some(data)) if reads && !answered => match self.unsealed(data, at)? {
                 Ok(plain) => return self.data_ready(task, at, Data { plain, wanted, held }),
@@ -99,31 +95,18 @@ impl Transmission {
                 if let Some(data) = buffer {
                     self.give_back(data.into_buffer(), held);
                 }
-                let doing = match (reads, writes) {
-                    (true, _) => "read",
-                    (_, true) => "write",
-                    _ => "flush",
-                };
                 result.map_err(|error| self.store_failed(doing, at, &error))
             }
         };
-        self.part_ended(task, result)
-    }
-
-    /// What to try again, if that is worth it.
-    fn look_at_failure(&mut self, part: &mut Part, ended: Completion) -> (Completion, Option<Op>) {
-        let Completion { token, result: Err(error), buffer: Some(data) } = ended else {
-            return (ended, None);
-        };
-        let given_up = part.orphan || self.tasks.expect(part.task).answered;
-        let again = !given_up && self.try_again(&error, part.failures);
-        if !again {
-            return (Completion { token, result: Err(error), buffer: Some(data) }, None);
+        if part.then_flush && result.is_ok() && !answered {
+            let part = Part::new(Some(task), at, 0..0, None, &Op::Flush);
+            if self.export.backing().speed() == Speed::Immediate {
+                return self.submit(part, Op::Flush);
+            }
+            self.later.push(Later { due: Instant::now(), part, op: Op::Flush });
+            return Ok(());
         }
-        part.failures += 1;
-        let op =
-            if part.claim.is_some() { Op::Write(data, part.durability) } else { Op::Read(data) };
-        (Completion { token, result: Err(error), buffer: None }, Some(op))
+        self.part_ended(task, result)
     }
 
     pub(super) fn data_ready(&mut self, index: usize, at: SectorRange, data: Data) -> Outcome {
@@ -207,23 +190,33 @@ impl Transmission {
     }
 
     pub(super) fn tasks_in_flight(&self) -> bool {
-        self.parts.len() > 0
+        self.parts.len() > 0 || !self.later.is_empty()
     }
 
     /// Waits for the ring: for a completion, the fence, or more from the client where that is worth
     /// watching for.
     pub(super) fn wait_for_ring(&mut self) -> Outcome {
+        self.wait_until(None)
+    }
+
+    /// The same, and no longer than `until`.
+    pub(super) fn wait_until(&mut self, until: Option<Instant>) -> Outcome {
         if self.given_up {
             // It may be long until the store is done, and nobody else wipes meanwhile.
             self.pool.wipe();
             self.inbox.wipe();
         }
+        if self.ring.is_none() {
+            self.ring = Some(Ring::new()?);
+        }
         let Some(ring) = self.ring.as_mut() else { return Ok(()) };
         // Who has been told that his request failed may send the next one.
         let watches = (self.watch > 0 || self.given_up) && !self.at_end;
         let socket = watches.then(|| self.stream.as_fd());
+        let due = self.later.iter().filter(|_| ring.has_room()).map(|later| later.due);
+        let timeout = due.chain(until).min().map(|due| due.saturating_duration_since(Instant::now()));
         let mut ended = std::mem::take(&mut self.ended);
-        let waited = ring.wait(socket, self.client.waker(), None, &mut ended);
+        let waited = ring.wait(socket, self.client.waker(), timeout, &mut ended);
         if self.watch > 0 {
             self.watch -= 1;
         }
@@ -236,6 +229,9 @@ impl Transmission {
             }
         }
         self.ended = ended;
+        if !self.later.is_empty() {
+            finished = finished.and(self.start_due());
+        }
         self.given_up &= self.parts.len() > 0;
         finished?;
         let woken = waited?;
@@ -250,20 +246,27 @@ impl Transmission {
 
     /// Acts on a fence that has closed since the last look.
     pub(super) fn notice_fence(&mut self) -> Outcome {
-        let held = self.export.is_held();
-        if self.holding && !held && self.export.is_serving() {
-            self.holding = false;
-            self.note_closing();
+        let (stance, closings) = self.export.look();
+        let news = closings != self.closings;
+        match stance {
+            Stance::Serving if news && self.export.holds() => {
+                self.let_go()?;
+                self.holding = false;
+                Ok(())
+            }
+            Stance::Serving if news => self.give_up_in_flight(),
+            Stance::Serving => {
+                self.holding = false;
+                Ok(())
+            }
+            Stance::Held if news => self.let_go(),
+            Stance::Held => Ok(()),
+            Stance::Refusing if news || self.holding => {
+                self.holding = false;
+                self.give_up_in_flight()
+            }
+            Stance::Refusing => Ok(()),
         }
-        let waits_in_vain = self.holding && !held;
-        if self.closings == self.export.gatekeeper().closings() && !waits_in_vain {
-            return Ok(());
-        }
-        if held {
-            return self.let_go();
-        }
-        self.holding = false;
-        self.give_up_in_flight()
     }
 
     /// The fence has closed: whoever waits is told so now. What the kernel has is only waited for.
@@ -288,8 +291,12 @@ impl Transmission {
             self.unsent.extend(came.map(|came| (operation(&request), came)));
             self.reply(Reply::Head(Head::error(style, &request, Errno::Perm)))?;
         }
+        for Later { part, op, .. } in std::mem::take(&mut self.later) {
+            self.abandon(part, op)?;
+        }
         self.send()?;
         self.pool.wipe();
+        self.inbox.wipe();
         self.note_closing();
         Ok(())
     }
@@ -301,21 +308,88 @@ impl Transmission {
         self.given_up = self.parts.len() > 0;
     }
 
-    /// Nothing from before the fence's last closing is held in the clear any more.
+    /// Nothing from before the fence's last closing is held in the clear any more, but for what the
+    /// caller has in hand.
     pub(super) fn note_closing(&mut self) {
-        let closings = self.export.gatekeeper().closings();
-        if closings != self.closings {
-            self.closings = closings;
+        self.closings = self.export.gatekeeper().closings();
+        if !self.in_hand {
+            self.client.clean(self.closings);
         }
-        self.client.clean(closings);
     }
 
-    /// Finishes everything in flight.
-    pub(super) fn settle(&mut self) -> Outcome {
+    /// The caller has plaintext that nobody else can wipe: if the fence closes now, it is not clean
+    /// before [`Transmission::lay_down`]. Where requests are held, so is what a client has sent.
+    pub(super) fn take_in_hand(&mut self) {
+        self.in_hand = !self.export.holds();
+    }
+
+    /// It is wiped, or in the pool.
+    pub(super) fn lay_down(&mut self) {
+        if !std::mem::take(&mut self.in_hand) {
+            return;
+        }
+        if self.given_up || self.export.gives_up() {
+            self.pool.wipe();
+        }
+        self.client.clean(self.closings);
+    }
+
+    /// Finishes everything in flight; `false` if the fence has closed and the store keeps some of
+    /// it.
+    pub(super) fn settle(&mut self) -> Outcome<bool> {
         while self.tasks_in_flight() {
+            if self.given_up {
+                return Ok(false);
+            }
             self.send()?;
             self.wait_for_ring()?;
         }
-        Ok(())
+        Ok(true)
     }
+}
+
+impl Part {
+    pub(super) fn new(
+        task: Option<usize>,
+        at: SectorRange,
+        wanted: Range<usize>,
+        claim: Option<Claim>,
+        op: &Op,
+    ) -> Self {
+        let (doing, held, durability) = match op {
+            Op::Read(data) => ("read", data.bytes().len(), Durability::Cached),
+            Op::Write(data, durability) => ("write", data.bytes().len(), *durability),
+            Op::Flush => ("flush", 0, Durability::Cached),
+            Op::Discard(durability) => ("discard", 0, *durability),
+            Op::WillNeed => ("read ahead", 0, Durability::Cached),
+        };
+        let then_flush = matches!(op, Op::Discard(Durability::Durable));
+        Self {
+            task,
+            at,
+            wanted,
+            claim,
+            held,
+            orphan: false,
+            doing,
+            durability,
+            then_flush,
+            failures: 0,
+        }
+    }
+}
+
+/// Does it by plain calls: for a store that does not make its caller wait.
+pub(super) fn do_now(backing: &Backing, at: SectorRange, op: Op) -> Completion {
+    let (result, buffer) = match op {
+        Op::Read(data) => match backing.read(at, data.into_buffer()) {
+            Ok(data) => (Ok(()), Some(data)),
+            Err((error, buffer)) => (Err(error), Some(Ciphertext::new(buffer))),
+        },
+        Op::Write(data, durability) => (backing.write(at, &data, durability), Some(data)),
+        Op::Flush => (backing.flush(), None),
+        Op::Discard(_) => (backing.discard(at), None),
+        Op::WillNeed => (Ok(()), None),
+    };
+    Completion { token: 0, result, buffer }
 }

@@ -8,7 +8,7 @@ use crate::buffer::{Ciphertext, MAX_BUFFER, Plaintext};
 use crate::fence::{EnterError, Gate};
 use crate::metrics::io::IoCounters;
 use crate::nbd::transmission::{Data, Outcome, Reply, Transmission, TransmissionError, index};
-use crate::nbd::wire::{Chunk, Errno, Head, ReplyStyle, Request};
+use crate::nbd::wire::{Chunk, Head, ReplyStyle, Request};
 use crate::store::uring::Op;
 use crate::units::SectorRange;
 
@@ -46,7 +46,9 @@ impl Transmission {
     /// there is no way to report an error, so all of it is read and decrypted before the header
     /// goes out: a fence that closes meanwhile is an error, not a broken connection.
     pub(super) fn read_whole(&mut self, request: Request) -> Outcome {
-        self.settle()?;
+        if !self.settle()? {
+            return self.refuse(&request);
+        }
         self.send()?;
         let covered = self.export.geometry().sectors(request.offset, request.len);
         let total = covered.map(|at| index(at.len())).unwrap_or(usize::MAX);
@@ -76,12 +78,10 @@ impl Transmission {
     /// The same while all the memory that connections share is in use: part by part, each sent
     /// before the next is read. An error after the first can only break the connection.
     pub(super) fn read_in_order(&mut self, request: Request) -> Outcome {
-        self.settle()?;
-        self.send()?;
         let mut first = true;
         for (offset, len) in read_parts(request.offset, request.len, self.sector()) {
             let Ok(at) = self.export.geometry().sectors(offset, len) else { continue };
-            match self.read_now(at) {
+            match self.read_now(at)? {
                 Ok((plain, held)) => {
                     let skip = index(offset - at.offset());
                     let wanted = skip..skip + index(len);
@@ -103,33 +103,6 @@ impl Transmission {
             }
         }
         Ok(())
-    }
-
-    /// Reads and decrypts, waiting for it. Nothing else is in flight.
-    pub(super) fn read_now(&mut self, at: SectorRange) -> Result<(Plaintext, usize), Errno> {
-        let buffer = self.take(at).map_err(|_| Errno::NoMem)?;
-        let held = buffer.len();
-        let (mut failures, mut buffer) = (0, buffer);
-        let data = loop {
-            match self.export.backing().read(at, buffer) {
-                Ok(data) => break data,
-                Err((error, back)) if self.try_again(&error, failures) => {
-                    failures += 1;
-                    buffer = back;
-                }
-                Err((error, back)) => {
-                    self.give_back(back, held);
-                    return Err(self.store_failed("read", at, &error));
-                }
-            }
-        };
-        match self.unsealed(data, at).map_err(|_| Errno::Io)? {
-            Ok(plain) => Ok((plain, held)),
-            Err((error, data)) => {
-                self.give_back(data.into_buffer(), held);
-                Err(self.refused(error))
-            }
-        }
     }
 }
 

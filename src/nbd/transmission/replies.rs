@@ -75,8 +75,9 @@ impl Transmission {
     pub(super) fn take(&mut self, at: SectorRange) -> Outcome<Buffer> {
         let len = index(at.len());
         loop {
-            if self.held == 0 {
-                // Every connection may have one buffer, whatever the others hold.
+            if self.held == 0 || self.given_up {
+                // Every connection may have one buffer, whatever the others hold; and one more
+                // while the store does not give back what it has.
                 break;
             }
             if self.held + len <= HOLD_LIMIT && self.budget.take(len) {

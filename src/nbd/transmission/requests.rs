@@ -34,11 +34,11 @@ impl Transmission {
 
     fn handle(&mut self, request: Request, extended: bool) -> Outcome {
         let payload = request.payload(extended);
-        let mut allowed = self.check(&request);
-        while allowed == Err(Errno::Perm) && self.export.is_held() {
-            self.hold()?;
-            allowed = self.check(&request);
-        }
+        let allowed = match self.check(&request) {
+            Ok(()) if self.hold()? => Ok(()),
+            Ok(()) => Err(self.why_given_up()),
+            wrong => wrong,
+        };
         if let Err(errno) = allowed {
             self.count(&request, errno);
             self.discard_payload(payload)?;
@@ -51,10 +51,15 @@ impl Transmission {
             Command::Flush => self.flush(request),
             Command::Trim => self.trim(request),
             Command::Cache => {
-                if let Ok(at) = self.export.geometry().sectors(request.offset, request.len) {
-                    self.export.backing().will_need(at);
+                let at = self.export.geometry().sectors(request.offset, request.len);
+                match at {
+                    Ok(at) if !self.export.backing().is_direct() => {
+                        let task = self.begin(request, 0);
+                        self.start(task, at, 0..0, None, Op::WillNeed)
+                    }
+                    // There is no cache to read it into.
+                    _ => self.reply(Reply::Head(Head::done(self.modes.style, &request))),
                 }
-                self.reply(Reply::Head(Head::done(self.modes.style, &request)))
             }
             Command::BlockStatus => self.block_status(request),
             Command::Disconnect | Command::Unknown(_) => {
@@ -82,7 +87,7 @@ impl Transmission {
         self.tasks.insert(Task::new(request, parts, self.came))
     }
 
-    /// Everything that can be refused before anything is done.
+    /// Everything about a request that can be refused before anything is done.
     pub(super) fn check(&self, request: &Request) -> Result<(), Errno> {
         let options = self.export.options();
         let (known, writes) = match request.command {
@@ -138,10 +143,7 @@ impl Transmission {
         {
             return Err(Errno::Inval);
         }
-        if self.export.is_stopping() {
-            return Err(Errno::Shutdown);
-        }
-        self.export.gatekeeper().check().map_err(|_| Errno::Perm)
+        Ok(())
     }
 
     pub(super) fn flush(&mut self, request: Request) -> Outcome {
@@ -166,9 +168,10 @@ impl Transmission {
         let at = geometry
             .sectors(request.offset, request.len.min(limit))
             .unwrap_or_else(|_| unreachable!("checked before"));
-        let runs = match self.export.backing().extents(at, most) {
-            Ok(extents) => extents,
-            Err(error) => {
+        let runs = match self.extents(at, most)? {
+            None => return self.refuse(&request),
+            Some(Ok(extents)) => extents,
+            Some(Err(error)) => {
                 let errno = self.store_failed("extents", at, &error);
                 self.count(&request, errno);
                 return self.reply(Reply::Head(Head::error(self.modes.style, &request, errno)));
@@ -196,6 +199,13 @@ impl Transmission {
 
     pub(super) fn sector(&self) -> u64 {
         self.export.geometry().sector_size().bytes_u64()
+    }
+
+    /// Answers that it is not done, because the fence has closed or service ends.
+    pub(super) fn refuse(&mut self, request: &Request) -> Outcome {
+        let errno = self.why_given_up();
+        self.count(request, errno);
+        self.reply(Reply::Head(Head::error(self.modes.style, request, errno)))
     }
 
     pub(super) fn why_given_up(&self) -> Errno {

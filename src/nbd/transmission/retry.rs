@@ -1,14 +1,17 @@
 //! Another try for what a store failed at, within a bound: one error is enough to make a file system
 //! refuse everything until it is mounted anew, so none is told for what a moment can mend.
+//!
+//! What is to be tried again waits beside what is in flight, so that a store that fails at many
+//! things at once makes nobody wait for all their pauses in a row.
 
 use std::io;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollTimeout, poll};
 use tracing::warn;
 
-use crate::nbd::transmission::Transmission;
+use crate::nbd::transmission::{Outcome, Part, Transmission};
 use crate::store::is_transient;
+use crate::store::uring::{Completion, Op};
 
 /// Tries after the first: 20 ms, 80 ms, 320 ms and 1.28 s apart. Some 2 s bridge a path that comes
 /// back or a moment without memory, and are well under what any client waits.
@@ -16,21 +19,72 @@ const TRIES: u32 = 4;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 
-const STEP_MILLIS: u8 = 10;
+/// A part that goes to the store at its time.
+pub(super) struct Later {
+    pub(super) due: Instant,
+    pub(super) part: Part,
+    pub(super) op: Op,
+}
+
+/// How long after so many earlier failures.
+fn pause(failures: u32) -> Duration {
+    FIRST_PAUSE * 4u32.pow(failures)
+}
 
 impl Transmission {
-    /// Whether to try again after `failures` earlier failures; waits before it says so, unless the
-    /// fence closes meanwhile.
-    pub(super) fn try_again(&mut self, error: &io::Error, failures: u32) -> bool {
-        if failures >= TRIES || !is_transient(error) || self.export.gives_up() {
-            return false;
+    /// Whether to try again after `failures` earlier failures; says so.
+    fn is_worth_a_try(&self, error: &io::Error, failures: u32) -> bool {
+        let worth = failures < TRIES && is_transient(error) && !self.export.gives_up();
+        if worth {
+            warn!(volume = self.export.name(), %error, "the backing store failed; trying again");
         }
-        warn!(volume = self.export.name(), %error, "the backing store failed; trying again");
-        let until = Instant::now() + FIRST_PAUSE * 4u32.pow(failures);
+        worth
+    }
+
+    /// How a part's I/O ended; `None` if it is tried again.
+    pub(super) fn unless_tried_again(
+        &mut self,
+        part: &mut Part,
+        ended: Completion,
+        answered: bool,
+    ) -> Option<Completion> {
+        let Completion { token, result: Err(error), buffer: Some(data) } = ended else {
+            return Some(ended);
+        };
+        if part.orphan || answered || !self.is_worth_a_try(&error, part.failures) {
+            return Some(Completion { token, result: Err(error), buffer: Some(data) });
+        }
+        let due = Instant::now() + pause(part.failures);
+        let op =
+            if part.claim.is_some() { Op::Write(data, part.durability) } else { Op::Read(data) };
+        let again = Part { claim: part.claim.take(), wanted: part.wanted.clone(), ..*part };
+        let part = Part { failures: part.failures + 1, ..again };
+        self.later.push(Later { due, part, op });
+        None
+    }
+
+    /// Starts what is due, as far as the ring has room.
+    pub(super) fn start_due(&mut self) -> Outcome {
+        let now = Instant::now();
+        let mut started = Ok(());
+        while self.ring.as_ref().is_none_or(|ring| ring.has_room()) {
+            let Some(index) = self.later.iter().position(|later| later.due <= now) else { break };
+            let Later { part, op, .. } = self.later.swap_remove(index);
+            started = started.and(self.submit(part, op));
+        }
+        started
+    }
+
+    /// Waits before something that the caller does by itself is tried again; `false` if that is not
+    /// worth it. The fence is heeded meanwhile.
+    pub(super) fn waits_to_try_again(&mut self, error: &io::Error, failures: u32) -> Outcome<bool> {
+        if !self.is_worth_a_try(error, failures) {
+            return Ok(false);
+        }
+        let until = Instant::now() + pause(failures);
         while Instant::now() < until && !self.export.gives_up() {
-            // In short steps: a fence that closes is not kept waiting.
-            let _nothing = poll(&mut [], PollTimeout::from(STEP_MILLIS));
+            self.wait_until(Some(until))?;
         }
-        !self.export.gives_up()
+        Ok(!self.export.gives_up())
     }
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::buffer::{Ciphertext, MAX_BUFFER, Plaintext};
-use crate::device::Claim;
+use crate::device::{Busy, Claim, Lane};
 use crate::fence::EnterError;
 use crate::nbd::transmission::{Outcome, Reply, Transmission, index};
 use crate::nbd::wire::{Errno, FLAG_FUA, Head, Request};
@@ -34,9 +34,7 @@ impl Transmission {
             if at.is_exactly(offset, len) {
                 self.write_sectors(task, at, source, durability)?;
             } else {
-                let result = self.write_partial(offset, len, source, durability)?;
-                self.tasks.expect(task).parts += 1;
-                self.part_ended(task, result)?;
+                self.write_partial(task, offset, len, source, durability)?;
             }
         }
         if source == Source::Client {
@@ -124,6 +122,7 @@ impl Transmission {
             };
             if !self.wait_out(&error)? {
                 self.pool.give_plaintext(plain);
+                self.pool.wipe();
                 self.release(held);
                 return Ok(Err(error));
             }
@@ -136,48 +135,111 @@ impl Transmission {
         if let Ok(claim) = self.lane.begin(at) {
             return Ok(Some(claim));
         }
-        self.settle()?;
-        let export = Arc::clone(&self.export);
-        Ok(self.lane.begin_waiting(at, &|| export.gives_up()).ok())
+        self.claim_waiting(|lane, give_up| lane.begin_waiting(at, give_up))
+    }
+
+    /// The same for whatever `begin` asks for. Whoever waits has nothing in flight, and heeds the
+    /// fence.
+    fn claim_waiting(
+        &mut self,
+        begin: impl FnOnce(&Lane, &mut dyn FnMut() -> bool) -> Result<Claim, Busy>,
+    ) -> Outcome<Option<Claim>> {
+        if !self.settle()? {
+            return Ok(None);
+        }
+        let lane = Arc::clone(&self.lane);
+        let mut heeded = Ok(());
+        let claim = begin(&lane, &mut || {
+            heeded = self.notice_fence();
+            heeded.is_err() || self.export.gives_up()
+        });
+        // Who gave up claimed nothing.
+        heeded.map(|()| claim.ok())
     }
 
     /// A read-modify-write of `len` bytes at `offset`, which is at most one part long.
-    pub(super) fn write_partial(
+    fn write_partial(
         &mut self,
+        task: usize,
         offset: u64,
         len: u64,
         source: Source,
         durability: Durability,
-    ) -> Outcome<Result<(), Errno>> {
+    ) -> Outcome {
         let mut new = Plaintext::new(self.pool.take(index(len)).map_err(io::Error::from)?);
         match source {
             Source::Client => self.receive_exact(new.bytes_mut())?,
             Source::Zeroes => new.bytes_mut().fill(0),
         }
-        self.settle()?;
-        let Ok(at) = self.export.geometry().sectors(offset, len) else {
+        self.take_in_hand();
+        let modified = self.modify(offset, &new);
+        self.pool.give_plaintext(new);
+        self.lay_down();
+        match modified? {
+            Ok((at, claim, data)) => {
+                self.start(task, at, 0..0, Some(claim), Op::Write(data, durability))
+            }
+            Err(errno) => {
+                self.tasks.expect(task).parts += 1;
+                self.part_ended(task, Err(errno))
+            }
+        }
+    }
+
+    /// The sectors around `offset` with the bytes of `new` in them, and the right to write them.
+    fn modify(
+        &mut self,
+        offset: u64,
+        new: &Plaintext,
+    ) -> Outcome<Result<(SectorRange, Claim, Ciphertext), Errno>> {
+        let Ok(at) = self.export.geometry().sectors(offset, new.bytes().len() as u64) else {
             return Ok(Err(Errno::NoSpc));
         };
-        let export = Arc::clone(&self.export);
-        let lane = Arc::clone(&self.lane);
-        let result = lane.partial(at, &|| export.gives_up(), || {
-            let (mut old, held) = self.read_now(at)?;
-            let skip = index(offset - at.offset());
-            old.bytes_mut()[skip..skip + index(len)].copy_from_slice(new.bytes());
-            let sealed = self.seal(old, at, held).map_err(|_| Errno::Io)?;
-            let data = sealed.map_err(|error| self.refused(error))?;
-            let mut failures = 0;
-            let written = loop {
-                match export.backing().write(at, &data, durability) {
-                    Err(error) if self.try_again(&error, failures) => failures += 1,
-                    ended => break ended,
-                }
+        let claim = self.claim_waiting(|lane, give_up| lane.begin_partial(at, give_up))?;
+        let Some(claim) = claim else { return Ok(Err(self.why_given_up())) };
+        match self.read_and_seal(at, index(offset - at.offset()), new) {
+            Ok(Ok(data)) => Ok(Ok((at, claim, data))),
+            Ok(Err(errno)) => {
+                self.lane.end(claim);
+                Ok(Err(errno))
+            }
+            Err(error) => {
+                self.lane.end(claim);
+                Err(error)
+            }
+        }
+    }
+
+    /// Reads the sectors of `at`, and encrypts them with the bytes of `new` from `skip` on. Should
+    /// the fence close in between and requests be held, it begins again: nothing that was decrypted
+    /// waits.
+    fn read_and_seal(
+        &mut self,
+        at: SectorRange,
+        skip: usize,
+        new: &Plaintext,
+    ) -> Outcome<Result<Ciphertext, Errno>> {
+        loop {
+            let (mut plain, held) = match self.read_now(at)? {
+                Ok(read) => read,
+                Err(errno) => return Ok(Err(errno)),
             };
-            self.give_back(data.into_buffer(), held);
-            written.map_err(|error| self.store_failed("write", at, &error))
-        });
-        self.pool.give_plaintext(new);
-        Ok(result.unwrap_or_else(|_| Err(self.why_given_up())))
+            plain.bytes_mut()[skip..skip + new.bytes().len()].copy_from_slice(new.bytes());
+            let error = match self.gate.enter() {
+                Ok(pass) => {
+                    let began = self.client.io().cipher_begins();
+                    let sealed = pass.seal(plain, at);
+                    self.client.io().cipher_ended(began);
+                    return Ok(Ok(sealed));
+                }
+                Err(error) => error,
+            };
+            self.pool.give_plaintext(plain);
+            self.release(held);
+            if !self.wait_out(&error)? {
+                return Ok(Err(self.refused(error)));
+            }
+        }
     }
 
     pub(super) fn trim(&mut self, request: Request) -> Outcome {
@@ -186,31 +248,14 @@ impl Transmission {
         if at.is_empty() {
             return self.reply(Reply::Head(Head::done(self.modes.style, &request)));
         }
+        let durability =
+            if request.flags & FLAG_FUA != 0 { Durability::Durable } else { Durability::Cached };
         match self.claim(at)? {
             Some(claim) => {
-                // One trim may cover the whole volume: it is done by itself, so that its length
-                // does not have to fit what the ring takes.
-                self.settle()?;
-                let mut done = self.export.backing().discard(at);
-                if done.is_ok() && request.flags & FLAG_FUA != 0 {
-                    done = self.export.backing().flush();
-                }
-                self.lane.end(claim);
-                let head = match done {
-                    Ok(()) => Head::done(self.modes.style, &request),
-                    Err(error) => {
-                        let errno = self.store_failed("discard", at, &error);
-                        self.count(&request, errno);
-                        Head::error(self.modes.style, &request, errno)
-                    }
-                };
-                self.reply(Reply::Head(head))
+                let task = self.begin(request, 0);
+                self.start(task, at, 0..0, Some(claim), Op::Discard(durability))
             }
-            None => {
-                let errno = self.why_given_up();
-                self.count(&request, errno);
-                self.reply(Reply::Head(Head::error(self.modes.style, &request, errno)))
-            }
+            None => self.refuse(&request),
         }
     }
 }
