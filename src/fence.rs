@@ -74,7 +74,10 @@ impl Standing {
 
     fn of(word: u64) -> Self {
         let reason = usize::try_from(word & REASON).ok().and_then(|i| FenceReason::ALL.get(i));
-        Self { turns: word >> REASON_BITS, reason: reason.copied().unwrap_or(FenceReason::Stopping) }
+        Self {
+            turns: word >> REASON_BITS,
+            reason: reason.copied().unwrap_or(FenceReason::Stopping),
+        }
     }
 
     fn word(self) -> u64 {

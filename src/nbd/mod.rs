@@ -189,7 +189,12 @@ impl Exports for Served<'_> {
         if export.is_stopping() {
             return Err(Refusal::Stopping);
         }
-        export.gatekeeper().check().map_err(|fenced| Refusal::Policy(fenced.to_string()))?;
+        // Where requests are held, so are those of who comes now.
+        if export.gives_up()
+            && let Err(fenced) = export.gatekeeper().check()
+        {
+            return Err(Refusal::Policy(fenced.to_string()));
+        }
         let options = export.options();
         if export.connections() >= options.max_connections {
             let most = options.max_connections;

@@ -172,7 +172,9 @@ impl Ring {
         let entry = match &mut slot.op {
             Op::Read(buffer) => {
                 let part = &mut buffer.bytes_mut()[skip..end];
-                opcode::Read::new(fd, part.as_mut_ptr(), short(part.len() as u64)).offset(position).build()
+                opcode::Read::new(fd, part.as_mut_ptr(), short(part.len() as u64))
+                    .offset(position)
+                    .build()
             }
             Op::Write(buffer, durability) => {
                 let flags = match durability {
@@ -301,7 +303,9 @@ impl Ring {
         let Some(slot) = self.slots.get_mut(index).and_then(Option::as_mut) else { return };
         let transfers = matches!(slot.op, Op::Read(_) | Op::Write(..));
         let result = match u32::try_from(event.result()) {
-            Ok(0) if transfers && u64::from(slot.done) < slot.len => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(0) if transfers && u64::from(slot.done) < slot.len => {
+                Err(io::ErrorKind::UnexpectedEof.into())
+            }
             Ok(n) if transfers => {
                 slot.done += n;
                 if u64::from(slot.done) < slot.len {
@@ -319,8 +323,8 @@ impl Ring {
                     return;
                 }
                 let cannot = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS);
-                let advice = matches!(slot.op, Op::Discard(_)) && cannot
-                    || matches!(slot.op, Op::WillNeed);
+                let advice =
+                    matches!(slot.op, Op::Discard(_)) && cannot || matches!(slot.op, Op::WillNeed);
                 if advice { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
             }
         };

@@ -262,7 +262,7 @@ impl HangingDisk {
         disk
     }
 
-    fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.file.as_ref().unwrap().path()
     }
 
@@ -278,6 +278,12 @@ impl HangingDisk {
 
     /// Puts a volume that `daemon` makes on it, and attaches that under this name.
     pub(crate) fn attach(&self, daemon: &Daemon, name: &str, key: &str) {
+        self.define(daemon, name, key);
+        daemon.ok(&["attach", name]);
+    }
+
+    /// The same, to be attached later.
+    pub(crate) fn define(&self, daemon: &Daemon, name: &str, key: &str) {
         // What nbdfuse shows is a file whose size cannot be changed, so the volume is copied there.
         daemon.create("made", "8M", key);
         run(Command::new("dd")
@@ -287,7 +293,6 @@ impl HangingDisk {
         daemon.ok(&["volume", "forget", "made"]);
         let definition = daemon.dir.path().join(format!("volumes.d/{name}.toml"));
         std::fs::write(definition, format!("backing = \"{}\"\n", self.path().display())).unwrap();
-        daemon.ok(&["attach", name]);
     }
 
     pub(crate) fn signal(&self, signal: &str) {
@@ -307,8 +312,9 @@ fn a_store_that_hangs_holds_neither_the_key_nor_a_client_back() {
     if !can_mount(&["nbdsh", "nbdkit"]) {
         return;
     }
-    let disk = HangingDisk::new();
     let daemon = Daemon::start();
+    // It goes before the daemon, which could not end without it.
+    let disk = HangingDisk::new();
     let key = daemon.key();
     disk.attach(&daemon, "v", &key);
     let uri = daemon.uri("v");
@@ -525,8 +531,9 @@ fn a_store_that_fails_for_a_moment_is_tried_again_and_one_that_goes_on_is_an_err
     if !can_mount(&["nbdsh", "nbdkit"]) {
         return;
     }
-    let disk = HangingDisk::new();
     let daemon = Daemon::start();
+    // It goes before the daemon, which could not end without it.
+    let disk = HangingDisk::new();
     let key = daemon.key();
     disk.attach(&daemon, "v", &key);
     let uri = daemon.uri("v");

@@ -79,7 +79,7 @@ fn disturb(socket: &Path, from: u64) -> Vec<u8> {
 
 fn nothing_is_lost(daemon: &Daemon, sector_size: &str) {
     let backing = daemon.backing("v");
-    let size = (SIZE + (1 << 20)).to_string();
+    let size = BYTES.to_string();
     let key = daemon.key();
     daemon.ok(&[
         "volume",
@@ -98,18 +98,27 @@ fn nothing_is_lost(daemon: &Daemon, sector_size: &str) {
     ]);
     daemon.ok(&["attach", "v"]);
     let socket: PathBuf = daemon.dir.path().join("nbd/v.sock");
+    let wanted = everybody_works(&socket);
+    daemon.ok(&["detach", "v"]);
+    daemon.ok(&["attach", "v"]);
+    assert!(all_of(&socket) == wanted, "and so it is after detaching and attaching");
+}
+
+/// What they need of a volume.
+pub(crate) const BYTES: u64 = SIZE as u64 + (1 << 20);
+
+fn all_of(socket: &Path) -> Vec<u8> {
+    Raw::connected(socket, "v").read(0, u32::try_from(BYTES).unwrap())
+}
+
+/// All of them at work at once; gives back what the volume has to hold then, and does.
+pub(crate) fn everybody_works(socket: &Path) -> Vec<u8> {
     let mut wanted = vec![0; SIZE];
-    Raw::connected(&socket, "v").write(0, &wanted);
+    Raw::connected(socket, "v").write(0, &wanted);
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..CONNECTIONS)
-            .map(|own| {
-                scope.spawn({
-                    let s = &socket;
-                    move || work(s, own)
-                })
-            })
-            .collect();
-        let disturber = scope.spawn(|| disturb(&socket, SIZE as u64));
+        let workers: Vec<_> =
+            (0..CONNECTIONS).map(|own| scope.spawn(move || work(socket, own))).collect();
+        let disturber = scope.spawn(|| disturb(socket, SIZE as u64));
         for worker in workers {
             for (offset, bytes) in worker.join().unwrap() {
                 wanted[offset..offset + STRIPE].copy_from_slice(&bytes);
@@ -117,11 +126,8 @@ fn nothing_is_lost(daemon: &Daemon, sector_size: &str) {
         }
         wanted.extend(disturber.join().unwrap());
     });
-    let read = || Raw::connected(&socket, "v").read(0, u32::try_from(SIZE + (1 << 20)).unwrap());
-    assert!(read() == wanted, "another connection reads what all of them wrote");
-    daemon.ok(&["detach", "v"]);
-    daemon.ok(&["attach", "v"]);
-    assert!(read() == wanted, "and so it is after detaching and attaching");
+    assert!(all_of(socket) == wanted, "another connection reads what all of them wrote");
+    wanted
 }
 
 #[test]

@@ -17,6 +17,7 @@ mod concurrency;
 mod console;
 mod documents;
 mod filesystem;
+mod hold;
 mod hostile;
 mod journal;
 mod kms;

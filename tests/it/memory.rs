@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
 use aes::cipher::{BlockCipherEncrypt, KeyInit};
@@ -16,8 +17,9 @@ use tempfile::TempDir;
 
 use crate::backing::HangingDisk;
 use crate::customer::Customer;
+use crate::metrics::{get, value};
 use crate::mounts::can_mount;
-use crate::raw::{READ, Raw, WRITE, request};
+use crate::raw::{FLUSH, READ, Raw, TRIM, WRITE, request};
 use crate::support::{Daemon, Running, have, nbdsh, run, until};
 
 /// Whether the memory of other processes can be read here.
@@ -197,7 +199,7 @@ struct Scene {
     daemon: Daemon,
     needles: Needles,
     plain: Vec<u8>,
-    _front: TlsFront,
+    front: TlsFront,
 }
 
 impl Scene {
@@ -206,14 +208,26 @@ impl Scene {
         let front = TlsFront::new(&customer);
         let settings = customer.settings("", "probe_interval = \"1s\"\n");
         let settings = settings.replace(customer.kms.endpoint(), &front.endpoint());
-        let settings = format!("secret_memory = \"locked\"\nmax_connections = 64\n{settings}");
+        let http = front.dir.path().join("http");
+        let settings = format!(
+            "secret_memory = \"locked\"\nmax_connections = 64\n\
+             [http]\nsocket = \"{}\"\n{settings}",
+            http.display()
+        );
         let daemon = Daemon::configured_with(&settings, front.environment());
         daemon.create("v", "8M", customer.key.as_str());
         let key = customer.volume_key(&daemon.backing("v"));
         let mut plain = vec![0; PLAIN];
         aws_lc_rs::rand::fill(&mut plain).unwrap();
         let needles = Needles::new(&key, &plain);
-        Self { customer, daemon, needles, plain, _front: front }
+        Self { customer, daemon, needles, plain, front }
+    }
+
+    /// Requests of a volume that are taken and not answered.
+    fn in_flight(&self, name: &str) -> f64 {
+        let http = UnixStream::connect(self.front.dir.path().join("http")).unwrap();
+        let (_, page) = get(http, "/metrics", "Host: localhost\r\n");
+        value(&page, &format!("byokd_io_in_flight{{volume=\"{name}\"}}"))
     }
 
     fn found(&self) -> Vec<&'static str> {
@@ -385,8 +399,9 @@ fn a_stopping_daemon_holds_no_key_of_a_volume_that_has_ended() {
     if !can_scan() || !can_mount(&["nbdsh", "nbdkit"]) {
         return;
     }
-    let disk = HangingDisk::new();
     let mut scene = Scene::new();
+    // It goes before the daemon, which could not end without it.
+    let disk = HangingDisk::new();
     scene.daemon.ok(&["attach", "v"]);
     scene.work();
     disk.attach(&scene.daemon, "w", scene.customer.key.as_str());
@@ -402,6 +417,77 @@ fn a_stopping_daemon_holds_no_key_of_a_volume_that_has_ended() {
     assert!(scene.found().is_empty(), "stopping: {:?}", scene.found());
     disk.signal("-CONT");
     assert!(scene.daemon.terminate().success());
+}
+
+/// Errors of the next `count` replies, in whatever order they come.
+fn errors(client: &mut Raw, count: usize) -> Vec<u32> {
+    let error = |_| {
+        let head = client.take::<16>().expect("a reply");
+        u32::from_be_bytes(head[4..8].try_into().unwrap())
+    };
+    (0..count).map(error).collect()
+}
+
+#[test]
+fn nothing_in_the_clear_waits_for_a_store_that_hangs() {
+    if !can_scan() || !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let mut scene = Scene::new();
+    let disk = HangingDisk::new();
+    disk.define(&scene.daemon, "w", scene.customer.key.as_str());
+    scene.needles = Needles::new(&scene.customer.volume_key(&disk.path()), &scene.plain);
+    scene.daemon.ok(&["attach", "w"]);
+    let data = scene.plain.repeat(64);
+    let write = |cookie, at| [request(0, WRITE, cookie, at, 4096), data.clone()].concat();
+    // Parts of sectors, alone and behind whatever hangs in the store before them.
+    let asked = [
+        vec![write(1, 777)],
+        vec![write(1, 1 << 20), write(2, (1 << 20) + 777)],
+        vec![request(0, TRIM, 1, 2 << 20, 1 << 20), write(2, 777 + (3 << 20))],
+        vec![request(0, READ, 1, 4 << 20, 2 << 20), write(2, 777 + (4 << 20))],
+        vec![request(0, FLUSH, 1, 0, 0), write(2, 777 + (5 << 20))],
+        vec![write(1, 777 + (6 << 20)), write(2, 6 << 20)],
+    ];
+    disk.signal("-STOP");
+    let socket = scene.daemon.dir.path().join("nbd/w.sock");
+    let mut clients: Vec<_> = asked
+        .iter()
+        .map(|requests| {
+            let mut client = Raw::connected(&socket, "w");
+            client.send(&requests.concat());
+            client
+        })
+        .collect();
+    // One that waits behind another's part of a sector is received and not begun.
+    until("requests hang", || scene.in_flight("w") >= 10.0);
+    until("their data is there", || scene.found().contains(&"plaintext"));
+    assert!(scene.found().contains(&"key"));
+    scene.customer.set_enabled(false);
+    until("the volume is fenced", || scene.daemon.state("w") == "fenced");
+    assert!(scene.found().is_empty(), "fenced, and the store hangs: {:?}", scene.found());
+    for (client, requests) in clients.iter_mut().zip(&asked) {
+        assert_eq!(errors(client, requests.len()), vec![1; requests.len()], "EPERM");
+    }
+    disk.signal("-CONT");
+    scene.customer.set_enabled(true);
+    until("it is served again", || scene.daemon.state("w") == "serving");
+    for client in &mut clients {
+        assert_eq!(client.write(12345, b"as before"), 0);
+        assert_eq!(client.read(12345, 9), b"as before");
+    }
+}
+
+#[test]
+fn each_thing_that_is_searched_for_is_found_where_it_is() {
+    if !can_scan() {
+        return;
+    }
+    let mut bytes = vec![0; 64 + PLAIN];
+    aws_lc_rs::rand::fill(&mut bytes).unwrap();
+    // The search has in its own memory what it searches for.
+    let found = Needles::new(&bytes[..64], &bytes[64..]).found(std::process::id());
+    assert_eq!(found, ["data round keys", "key", "key in base64", "plaintext", "tweak round keys"]);
 }
 
 #[test]

@@ -214,7 +214,8 @@ impl Transmission {
         let watches = (self.watch > 0 || self.given_up) && !self.at_end;
         let socket = watches.then(|| self.stream.as_fd());
         let due = self.later.iter().filter(|_| ring.has_room()).map(|later| later.due);
-        let timeout = due.chain(until).min().map(|due| due.saturating_duration_since(Instant::now()));
+        let timeout =
+            due.chain(until).min().map(|due| due.saturating_duration_since(Instant::now()));
         let mut ended = std::mem::take(&mut self.ended);
         let waited = ring.wait(socket, self.client.waker(), timeout, &mut ended);
         if self.watch > 0 {

@@ -1,0 +1,109 @@
+//! Requests that wait for the key, at an export whose fence closes and opens many times a second.
+
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use byokd::export::{Export, ExportOptions, ExportTable};
+use byokd::key::VolumeKey;
+use byokd::key::lease::FenceReason;
+use byokd::key::secret::SecretMemoryError;
+use byokd::key::wrapped::{Canary, EncryptionContext, Purpose, WrappedKey};
+use byokd::nbd::serve;
+use byokd::nbd::stream::NbdStream;
+use byokd::store::DirectIo;
+use byokd::units::SectorSize;
+use byokd::volume::{Access, CreateOptions, LockedVolume, NewVolume};
+
+use crate::concurrency::{BYTES, everybody_works};
+
+fn key() -> VolumeKey {
+    VolumeKey::init_with(|key| {
+        key[..32].fill(1);
+        key[32..].fill(2);
+        Ok::<_, SecretMemoryError>(())
+    })
+    .unwrap()
+}
+
+/// A volume whose requests wait for the key for long, without a daemon around it.
+fn held_export(dir: &Path) -> Arc<Export> {
+    let backing = dir.join("v.img");
+    let new = NewVolume::prepare(CreateOptions {
+        backing: backing.clone(),
+        capacity: BYTES,
+        sector_size: SectorSize::B4096,
+        label: "v".to_owned(),
+        force: false,
+        preallocate: false,
+    })
+    .unwrap();
+    let arn = "arn:aws:kms:eu-central-1:111122223333:key/5b6e0bd4-7d2c-4f2f-9d39-1d9d8a0f4a11";
+    let context = EncryptionContext::for_volume(new.uuid(), Purpose::Zeebe, []).unwrap();
+    let wrapped = WrappedKey { key_arn: arn.parse().unwrap(), blob: vec![1; 64], context };
+    new.commit(&key(), wrapped.clone(), Canary { wrapped, sha256: [0; 32] }).unwrap();
+    let volume = LockedVolume::open(&backing, Access::ReadWrite).unwrap().unlock(&key());
+    let options = ExportOptions {
+        name: "v".to_owned(),
+        description: String::new(),
+        read_only: false,
+        trim: true,
+        max_connections: 16,
+        direct: DirectIo::Auto,
+        hold: Some(Duration::from_secs(600)),
+    };
+    Export::open(volume.map_err(|(_, error)| error).unwrap(), key(), options).unwrap()
+}
+
+/// Opens and closes the fence until told; says how often.
+fn open_and_close(export: &Export, over: &AtomicBool) -> u32 {
+    let mut rounds = 0;
+    while !over.load(Ordering::Relaxed) {
+        let _destroyed = export.fence(FenceReason::Denied);
+        assert!(export.is_held(), "the fence is closed, and requests wait");
+        export.restore(key()).unwrap();
+        rounds += 1;
+        // Something has to be done in between.
+        std::thread::sleep(Duration::from_millis(u64::from(rounds % 4)));
+    }
+    rounds
+}
+
+fn no_request_fails(place: &Path) {
+    let dir = tempfile::tempdir_in(place).unwrap();
+    let export = held_export(dir.path());
+    let table = ExportTable::new();
+    table.insert(Arc::clone(&export));
+    let socket = dir.path().join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            // The peers' threads end with their connections.
+            serve(NbdStream::Unix(stream.unwrap()), table.clone()).unwrap();
+        }
+    });
+    let over = AtomicBool::new(false);
+    let rounds = std::thread::scope(|scope| {
+        let closer = scope.spawn(|| open_and_close(&export, &over));
+        // Whatever fails in there, the closer has to end.
+        let worked = std::panic::catch_unwind(|| everybody_works(&socket));
+        over.store(true, Ordering::Relaxed);
+        let rounds = closer.join().unwrap();
+        worked.unwrap();
+        rounds
+    });
+    assert!(rounds > 50, "only {rounds} closings");
+    assert_eq!(export.failed(), 0, "after {rounds} closings");
+}
+
+#[test]
+fn no_request_fails_however_often_the_key_goes_and_comes_in_memory() {
+    no_request_fails(Path::new("/dev/shm"));
+}
+
+#[test]
+fn no_request_fails_however_often_the_key_goes_and_comes_on_a_disk() {
+    no_request_fails(Path::new(env!("CARGO_TARGET_TMPDIR")));
+}
