@@ -1,7 +1,7 @@
 //! Backing stores as life brings them: devices, read-only ones, full, cut off, hanging, used twice.
 
 use std::fs::File;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -234,6 +234,46 @@ fn a_store_that_is_cut_off_while_it_is_served_fails_what_is_gone() {
          except nbd.Error as e:\n    assert e.errno == 'EIO', e\n\
          assert h.pread(1 << 20, 0) == b'a' * (1 << 20)",
     );
+}
+
+#[test]
+fn who_can_write_to_the_store_makes_garbage_or_old_data_and_nothing_of_his_choice() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let daemon = Daemon::start();
+    daemon.volume("v", "8M", &daemon.key());
+    let sector_at = |n: u64| (16 << 20) + n * 4096;
+    let store = File::options().read(true).write(true).open(daemon.backing("v")).unwrap();
+    let read = |n| {
+        let mut sector = vec![0; 4096];
+        store.read_exact_at(&mut sector, sector_at(n)).unwrap();
+        sector
+    };
+    let mut client = crate::raw::Raw::connected(&daemon.dir.path().join("nbd/v.sock"), "v");
+    for n in 0..2 {
+        assert_eq!(client.write(n * 4096, &[b'o'; 4096]), 0);
+    }
+    let old = read(0);
+    assert!(old != read(1), "equal sectors at other places are other ciphertext");
+    // A bit: its block of the cipher is garbage, and only that.
+    let mut changed = old.clone();
+    changed[100] ^= 1;
+    store.write_all_at(&changed, sector_at(0)).unwrap();
+    let seen = client.read(0, 4096);
+    let others = (0..4096).filter(|byte| !(96..112).contains(byte));
+    assert!(others.into_iter().all(|byte| seen[byte] == b'o'));
+    let garbage = seen[96..112].iter().filter(|byte| **byte != b'o').count();
+    assert!(garbage > 8, "{garbage} bytes of a block changed");
+    // An old version is taken for the new one.
+    assert_eq!(client.write(0, &[b'n'; 4096]), 0);
+    assert!(read(0) != old);
+    store.write_all_at(&old, sector_at(0)).unwrap();
+    assert_eq!(client.read(0, 4096), [b'o'; 4096]);
+    // Whoever has two copies sees what is the same in both.
+    assert_eq!(client.write(0, &[b'n'; 4096]), 0);
+    assert_eq!(client.write(0, &[b'o'; 4096]), 0);
+    assert_eq!(read(0), old);
 }
 
 /// A disk that can be made to hang, and to fail: nbdkit, in memory, behind nbdfuse.
@@ -557,6 +597,17 @@ fn a_store_that_fails_for_a_moment_is_tried_again_and_one_that_goes_on_is_an_err
          try:\n    h.pread(4096, 3 << 20)\n    assert False, 'it cannot be read'\n\
          except nbd.Error as error:\n    assert error.errno == 'EIO', error\n\
          assert 1 < time.monotonic() - began < 5",
+    );
+    // Many at once wait side by side.
+    nbdsh(
+        &uri,
+        "import time\nbegan = time.monotonic()\n\
+         ended = []\n\
+         for i in range(32):\n    \
+             h.aio_pread(nbd.Buffer(4096), (4 << 20) + i * 65536, lambda e: ended.append(e.value) or 1)\n\
+         while len(ended) < 32: h.poll(-1)\n\
+         assert set(ended) == {5}, ended\n\
+         assert 1 < time.monotonic() - began < 5, time.monotonic() - began",
     );
     disk.fail(false);
     nbdsh(&uri, "h.pread(4096, 3 << 20)");
