@@ -8,7 +8,9 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::process::Command;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::process::{Child, Command};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{info, warn};
@@ -29,7 +31,7 @@ pub struct PlanStep {
 }
 
 /// Runs the steps one after the other, whatever becomes of each. Dropped, it kills the program
-/// that is running.
+/// that is running, and what that has started.
 pub(super) async fn carry_out(
     steps: Vec<PlanStep>,
     facts: Vec<(&'static str, String)>,
@@ -40,12 +42,12 @@ pub(super) async fn carry_out(
         let Some((program, arguments)) = run.split_first() else { continue };
         let mut command = Command::new(program);
         command.args(arguments).env_clear().envs(facts.iter().cloned()).env("PATH", PATH);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         // Starting a program waits for the file system that it lies on, which may be the one that
         // hangs: not on a thread that keeps keys.
         let ends = async {
-            match spawn_blocking(move || command.spawn()).await {
-                Ok(Ok(mut child)) => child.wait().await,
+            match spawn_blocking(move || command.spawn().map(Running)).await {
+                Ok(Ok(mut running)) => running.0.wait().await,
                 Ok(Err(error)) => Err(error),
                 Err(error) => Err(io::Error::other(error)),
             }
@@ -64,6 +66,21 @@ pub(super) async fn carry_out(
             Err(_) => {
                 warn!(program, seconds = limit.as_secs_f64(), "on_fence: killed, out of time")
             }
+        }
+    }
+}
+
+/// A program, and what it starts. Dropped before the program has ended, all of them are killed.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Only until its end is known is the number its own.
+        let id = self.0.id().and_then(|id| i32::try_from(id).ok());
+        if let Some(id) = id
+            && let Err(errno) = killpg(Pid::from_raw(id), Signal::SIGKILL)
+        {
+            warn!(%errno, "on_fence: a program cannot be killed");
         }
     }
 }

@@ -18,6 +18,7 @@ use byokd::units::SectorSize;
 use byokd::volume::{Access, CreateOptions, LockedVolume, NewVolume};
 
 use crate::concurrency::{BYTES, everybody_works};
+use crate::support::until;
 
 fn key() -> VolumeKey {
     VolumeKey::init_with(|key| {
@@ -65,8 +66,10 @@ fn open_and_close(export: &Export, over: &AtomicBool) -> u32 {
         assert!(export.is_held(), "the fence is closed, and requests wait");
         export.restore(key()).unwrap();
         rounds += 1;
-        // Something has to be done in between.
-        std::thread::sleep(Duration::from_millis(u64::from(rounds % 4)));
+        let enough = export.io().requests() + u64::from(rounds % 16);
+        until("requests go on", || {
+            over.load(Ordering::Relaxed) || export.io().requests() >= enough
+        });
     }
     rounds
 }

@@ -421,11 +421,14 @@ fn what_is_to_be_done_after_a_fence_is_done_in_order_and_delays_nothing() {
     daemon.create("v", "1M", customer.key.as_str());
     let told = daemon.dir.path().join("told");
     let told_text = told.display();
+    let started = daemon.dir.path().join("started");
+    let started_text = started.display();
     daemon.define(
         "v",
         &format!(
             "[[on_fence]]\nrun = [\"/nonexistent\"]\n\
-             [[on_fence]]\nrun = [\"/bin/sleep\", \"600\"]\ntimeout = \"1s\"\n\
+             [[on_fence]]\nrun = [\"/bin/sh\", \"-c\", \"sleep 600 & echo $! > {started_text}; wait\"]\n\
+             timeout = \"1s\"\n\
              [[on_fence]]\nrun = [\"/bin/sh\", \"-c\", \"env > {told_text}.new; mv {told_text}.new {told_text}; exec sleep 600\"]"
         ),
     );
@@ -444,6 +447,11 @@ fn what_is_to_be_done_after_a_fence_is_done_in_order_and_delays_nothing() {
     for words in ["on_fence: cannot be run", "on_fence: killed, out of time"] {
         assert!(log.contains(words), "{words}");
     }
+    let started = std::fs::read_to_string(started).unwrap();
+    let stat = format!("/proc/{}/stat", started.trim());
+    // Whoever inherits it may leave its entry.
+    let is_over = || std::fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z "));
+    until("what a program started is killed with it", is_over);
     customer.set_enabled(true);
     until("it is served", || daemon.state("v") == "serving");
     let pid = daemon.pid();
