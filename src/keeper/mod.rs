@@ -22,7 +22,7 @@ use crate::audit::Audit;
 use crate::audit::record::{Event as Record, Kind};
 use crate::clock::now;
 use crate::exit::ExitCode;
-use crate::export::Export;
+use crate::export::{Export, ExportError};
 use crate::keeper::group::{Groups, Heard, HearsWithin, Seat};
 use crate::keeper::pace::Errand;
 use crate::keeper::plan::PlanStep;
@@ -651,6 +651,15 @@ impl<K: KeyService> Keeping<K> {
             return;
         }
         self.part.goes_on(RESTORE);
+        // Before there is a key that would have to wait for a store that hangs.
+        let export = Arc::clone(&self.export);
+        match spawn_blocking(move || export.wait_for_orphans()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return self.not_served(&error),
+            Err(error) => {
+                return error!(volume = self.export.name(), %error, "restoring was cut off");
+            }
+        }
         let asked = now();
         let key = match self.kms.unwrap_key(&self.header.token().wrapped).await {
             Ok((key, proof)) => {
@@ -659,15 +668,11 @@ impl<K: KeyService> Keeping<K> {
                 key
             }
             Err(error) => {
-                let event = self.event(Kind::RestoreFailed);
-                self.audit.record(event.failed(ExitCode::Failed, &error.to_string()));
                 if let ServiceError::Kms(error) = &error {
                     self.heard(error);
                 }
                 warn!(volume = self.export.name(), %error, "KMS allows probes again, but the key could not be unwrapped");
-                self.counters.restores.add("failed");
-                self.lease.restore_failed(now());
-                return;
+                return self.not_restored(&error);
             }
         };
         let export = Arc::clone(&self.export);
@@ -679,16 +684,23 @@ impl<K: KeyService> Keeping<K> {
                 self.audit.record(self.event(Kind::Restore));
                 info!(volume = self.export.name(), "KMS allows the key again: serving");
             }
-            Ok(Err(error)) => {
-                let event = self.event(Kind::RestoreFailed);
-                self.audit.record(event.failed(ExitCode::Failed, &error.to_string()));
-                error!(volume = self.export.name(), %error, "KMS allows the key again, but the volume cannot be served");
-                self.counters.restores.add("failed");
-                self.lease.restore_failed(now());
-            }
+            Ok(Err(error)) => self.not_served(&error),
             Err(error) => error!(volume = self.export.name(), %error, "restoring was cut off"),
         }
         self.publish();
+    }
+
+    fn not_served(&mut self, error: &ExportError) {
+        error!(volume = self.export.name(), %error, "KMS allows the key again, but the volume cannot be served");
+        self.not_restored(error);
+        self.publish();
+    }
+
+    fn not_restored(&mut self, error: &dyn std::error::Error) {
+        let event = self.event(Kind::RestoreFailed);
+        self.audit.record(event.failed(ExitCode::Failed, &error.to_string()));
+        self.counters.restores.add("failed");
+        self.lease.restore_failed(now());
     }
 
     fn publish(&mut self) {

@@ -7,7 +7,7 @@
 //! fence), and for the peer to take replies.
 //!
 //! A request larger than [`MAX_BUFFER`](crate::buffer::MAX_BUFFER) is done in parts; a `Task` counts its parts down. A write
-//! that does not cover whole sectors is a read-modify-write under [`Lane::partial`].
+//! that does not cover whole sectors is a read-modify-write under [`Lane::begin_partial`].
 
 mod handover;
 mod hold;
