@@ -175,14 +175,12 @@ impl Export {
         let probe = geometry.sectors(0, geometry.capacity().min(4096)).unwrap_or_else(|_| {
             unreachable!("the start of a volume lies within it");
         });
-        let backing = Backing::open(
-            volume.file(),
-            volume.data_offset(),
-            probe,
-            volume.access() == Access::ReadOnly,
-            options.direct,
-        )
-        .map_err(ExportError::Backing)?;
+        let open = || {
+            let read_only = volume.access() == Access::ReadOnly;
+            let offset = volume.data_offset();
+            Backing::open(volume.file(), offset, probe, read_only, options.direct)
+        };
+        let backing = volume.take_store().map_or_else(open, Ok).map_err(ExportError::Backing)?;
         let fence = Fence::open(key)?;
         info!(
             volume = options.name,

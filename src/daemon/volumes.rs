@@ -369,7 +369,7 @@ impl Daemon {
         let opened = spawn_blocking(move || {
             let locked = LockedVolume::open(&backing, access)?;
             // A store that hangs does so now, not when the key is here.
-            locked.try_store(direct)?;
+            locked.open_store(direct)?;
             Ok(locked)
         });
         let opened = opened.await.map_err(|e| by_panic(what, e))?;

@@ -598,15 +598,7 @@ impl<K: KeyService> Keeping<K> {
         // It takes a place in the trail and waits for no disk.
         self.audit.record(self.event(Kind::Fence).reason(reason).trouble(trouble));
         let export = Arc::clone(&self.export);
-        let fenced = spawn_blocking(move || {
-            if export.is_stopping() {
-                // Requests in flight are being waited for: that ends with them, the key ends now.
-                export.gatekeeper().close(reason)
-            } else {
-                export.fence(reason)
-            }
-        });
-        let fenced = fenced.await;
+        let fenced = spawn_blocking(move || export.fence(reason)).await;
         let from = self.lease.first_denial().unwrap_or(started);
         let took = now().since(from);
         match fenced {

@@ -61,6 +61,8 @@ pub struct LockedVolume {
     writing: Mutex<()>,
     /// What was wrong with the header when it was opened, and what became of that.
     recovery: Mutex<Option<Damage>>,
+    /// Opened for I/O, until it is served.
+    store: Mutex<Option<Backing>>,
 }
 
 /// A damaged copy of a header, and whether it is one yet.
@@ -113,23 +115,25 @@ impl LockedVolume {
             header: Mutex::new(Arc::new(header)),
             writing: Mutex::default(),
             recovery: Mutex::new(damage),
+            store: Mutex::default(),
         })
     }
 
-    /// Opens the store for I/O and reads where the data begins, as serving it does. A store that
-    /// hangs does so here, before anybody has asked for the key.
+    /// Opens the store for I/O, for whoever serves the volume, and reads where the data begins. A
+    /// store that hangs does so here, before anybody has asked for the key.
     ///
     /// # Errors
     /// The store cannot be used for I/O.
-    pub fn try_store(&self, direct: DirectIo) -> Result<(), VolumeError> {
+    pub fn open_store(&self, direct: DirectIo) -> Result<(), VolumeError> {
         let header = self.header();
         let (capacity, segment) = (header.token().capacity, header.segment());
         let geometry = Geometry::new(capacity, segment.sector_size);
         let Ok(start) = geometry.sectors(0, capacity.min(4096)) else { return Ok(()) };
         let read_only = self.access == Access::ReadOnly;
-        Backing::open(&self.file, segment.offset, start, read_only, direct)
-            .map(drop)
-            .map_err(|e| VolumeError::io("open for I/O", &self.path, e))
+        let store = Backing::open(&self.file, segment.offset, start, read_only, direct)
+            .map_err(|e| VolumeError::io("open for I/O", &self.path, e))?;
+        *lock_mutex(&self.store) = Some(store);
+        Ok(())
     }
 
     /// The header.
@@ -193,6 +197,11 @@ impl UnlockedVolume {
     #[must_use]
     pub fn recovery(&self) -> Option<String> {
         self.0.recovery()
+    }
+
+    /// The store that was opened for I/O before the volume was unlocked, once.
+    pub(crate) fn take_store(&self) -> Option<Backing> {
+        lock_mutex(&self.0.store).take()
     }
 
     /// Repairs a damaged copy of the header from the good one, if the volume is open for writing:

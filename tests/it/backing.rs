@@ -429,7 +429,6 @@ fn a_key_that_is_denied_during_a_detach_is_destroyed_in_time_though_the_store_ha
         until("the key is destroyed", || daemon.log().contains("fenced: the key is destroyed"));
         // The probe interval, a tenth, and 2 s; the request is waited for for 10 s.
         assert!(denied.elapsed() < Duration::from_millis(3300), "{:?}", denied.elapsed());
-        assert!(!detach.is_finished(), "it was still waiting");
         disk.signal("-CONT");
         detach.join().unwrap();
     });

@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use byokd::export::{Export, ExportOptions, ExportTable};
@@ -19,6 +19,9 @@ use byokd::volume::{Access, CreateOptions, LockedVolume, NewVolume};
 
 use crate::concurrency::{BYTES, everybody_works};
 use crate::support::until;
+
+/// How often the fence is closed at least.
+const CLOSINGS: u32 = 100;
 
 fn key() -> VolumeKey {
     VolumeKey::init_with(|key| {
@@ -58,20 +61,18 @@ fn held_export(dir: &Path) -> Arc<Export> {
     Export::open(volume.map_err(|(_, error)| error).unwrap(), key(), options).unwrap()
 }
 
-/// Opens and closes the fence until told; says how often.
-fn open_and_close(export: &Export, over: &AtomicBool) -> u32 {
-    let mut rounds = 0;
+/// Opens and closes the fence until told, and counts how often.
+fn open_and_close(export: &Export, rounds: &AtomicU32, over: &AtomicBool) {
     while !over.load(Ordering::Relaxed) {
         let _destroyed = export.fence(FenceReason::Denied);
         assert!(export.is_held(), "the fence is closed, and requests wait");
         export.restore(key()).unwrap();
-        rounds += 1;
-        let enough = export.io().requests() + u64::from(rounds % 16);
+        let round = rounds.fetch_add(1, Ordering::Relaxed);
+        let enough = export.io().requests() + u64::from(round % 16);
         until("requests go on", || {
             over.load(Ordering::Relaxed) || export.io().requests() >= enough
         });
     }
-    rounds
 }
 
 fn no_request_fails(place: &Path) {
@@ -87,18 +88,20 @@ fn no_request_fails(place: &Path) {
             serve(NbdStream::Unix(stream.unwrap()), table.clone()).unwrap();
         }
     });
-    let over = AtomicBool::new(false);
-    let rounds = std::thread::scope(|scope| {
-        let closer = scope.spawn(|| open_and_close(&export, &over));
+    let (over, rounds) = (AtomicBool::new(false), AtomicU32::new(0));
+    std::thread::scope(|scope| {
+        let closer = scope.spawn(|| open_and_close(&export, &rounds, &over));
         // Whatever fails in there, the closer has to end.
-        let worked = std::panic::catch_unwind(|| everybody_works(&socket));
+        let worked = std::panic::catch_unwind(|| {
+            while rounds.load(Ordering::Relaxed) < CLOSINGS {
+                everybody_works(&socket);
+            }
+        });
         over.store(true, Ordering::Relaxed);
-        let rounds = closer.join().unwrap();
+        closer.join().unwrap();
         worked.unwrap();
-        rounds
     });
-    assert!(rounds > 50, "only {rounds} closings");
-    assert_eq!(export.failed(), 0, "after {rounds} closings");
+    assert_eq!(export.failed(), 0, "after {rounds:?} closings");
 }
 
 #[test]
