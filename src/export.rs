@@ -1,9 +1,9 @@
 //! What is served: one unlocked volume behind its fence, and the connections that use it.
 //!
 //! An [`Export`] is made by the daemon at attach and shared by its connections' threads. It starts
-//! and ends service for all of them at once: [`Export::fence`], [`Export::restore`],
-//! [`Export::stop`]. All three block, within the bounds they name, and are called from threads that
-//! may block.
+//! and ends service for all of them at once: [`Export::close`] closes the fence at once, from
+//! whatever thread; [`Export::settle`], [`Export::restore`] and [`Export::stop`] block, within the
+//! bounds they name, and are called from threads that may block.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -39,7 +39,7 @@ const CUT_OFF: Duration = Duration::from_millis(200);
 
 /// How long the backing store may keep operations that were given up before a restore or a new
 /// connection is refused.
-const ORPHANS: Duration = Duration::from_secs(10);
+pub(crate) const ORPHANS: Duration = Duration::from_secs(10);
 
 /// Memory for requests in flight over all connections of all exports, besides the one buffer that
 /// each connection may always have. Chosen for a node with 24 GiB that serves other things too.
@@ -209,38 +209,50 @@ impl Export {
         }))
     }
 
-    /// Closes the fence: the key is destroyed when this returns, every request in flight has been
-    /// answered with an error, and no connection holds plaintext from before. A connection whose
-    /// client takes no answers is cut off. Takes less than a second, whatever the backing store
-    /// does.
+    /// Closes the fence and waits until that has taken effect: [`Export::close`], then
+    /// [`Export::settle`]. Takes less than a second, whatever the backing store does.
+    pub fn fence(&self, reason: FenceReason) -> KeyDestroyed {
+        let receipt = self.close(reason);
+        self.settle();
+        receipt
+    }
+
+    /// Closes the fence: the key is destroyed when this returns, and every connection hears of it.
+    /// Takes microseconds, needs no other thread and waits for nobody's I/O, so that nothing that
+    /// stands still elsewhere can make it late.
     ///
     /// With [`ExportOptions::hold`], requests wait instead of failing, without the key and without
     /// any plaintext that was decrypted; what a client has sent and byokd has not taken yet is kept.
-    pub fn fence(&self, reason: FenceReason) -> KeyDestroyed {
-        let _one_at_a_time = lock(&self.transition);
-        self.set_hold(reason);
-        let receipt = self.fence.close(reason);
-        let closings = self.fence.closings();
+    pub fn close(&self, reason: FenceReason) -> KeyDestroyed {
+        let receipt = {
+            let _one_at_a_time = lock(&self.transition);
+            self.set_hold(reason);
+            self.fence.close(reason)
+        };
         self.each_client(Client::wake);
-        if !self.wait_clients(QUIESCE, |client| client.is_clean(closings)) {
-            let cut = self.each_client(|client| {
-                if !client.is_clean(closings) {
-                    client.shut(Shutdown::Both);
-                }
-            });
-            warn!(
-                volume = self.name(),
-                connections = cut,
-                "cut off connections that take no answers"
-            );
-            if !self.wait_clients(CUT_OFF, |client| client.is_clean(closings)) {
-                error!(
-                    volume = self.name(),
-                    "the key is destroyed, but a connection still holds what it had decrypted"
-                );
-            }
-        }
         receipt
+    }
+
+    /// Waits, after [`Export::close`], until every request in flight has been answered with an
+    /// error and no connection holds plaintext from before. A connection whose client takes no
+    /// answers is cut off. Blocks for less than a second, whatever the backing store does.
+    pub fn settle(&self) {
+        let closings = self.fence.closings();
+        if self.wait_clients(QUIESCE, |client| client.is_clean(closings)) {
+            return;
+        }
+        let cut = self.each_client(|client| {
+            if !client.is_clean(closings) {
+                client.shut(Shutdown::Both);
+            }
+        });
+        warn!(volume = self.name(), connections = cut, "cut off connections that take no answers");
+        if !self.wait_clients(CUT_OFF, |client| client.is_clean(closings)) {
+            error!(
+                volume = self.name(),
+                "the key is destroyed, but a connection still holds what it had decrypted"
+            );
+        }
     }
 
     /// Decides how long requests wait; a fence that was closed already is not held for longer.
@@ -375,18 +387,21 @@ impl Export {
     }
 
     /// Opens a closed fence with the key unwrapped anew, after checking it against the header. The
-    /// same connections go on.
+    /// same connections go on. No key waits for a store: whoever brings one has waited until nothing
+    /// is left of what was given up ([`Export::stalled`]).
     ///
     /// # Errors
     /// The key does not fit the volume, or the backing store still holds writes from before the
     /// fence, which could overtake new ones; the fence stays closed.
     pub fn restore(&self, key: VolumeKey) -> Result<(), ExportError> {
         self.volume.verify(&key)?;
-        // Without the lock: whoever closes the fence meanwhile does not wait for a store.
-        self.wait_for_orphans()?;
         let _one_at_a_time = lock(&self.transition);
         if self.is_stopping() {
             return Err(ExportError::Stopping);
+        }
+        let left = self.orphans.load(Ordering::Acquire);
+        if left > 0 {
+            return Err(ExportError::Stalled(left));
         }
         self.fence.open_again(key)?;
         self.each_client(Client::wake);

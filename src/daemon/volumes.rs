@@ -30,7 +30,8 @@ use crate::daemon::{Attached, Daemon, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportOptions};
 use crate::keeper::plan::PlanStep;
-use crate::keeper::{Keeper, Terms};
+use crate::keeper::threads::apart;
+use crate::keeper::{self, Keeper, Terms};
 use crate::kernel::sysfs;
 use crate::key::lease::{Allowance, Connection, FenceReason, Moment};
 use crate::key::wrapped::{EncryptionContext, Role};
@@ -434,8 +435,8 @@ impl Daemon {
             Ok(listener) => listener,
             Err(error) => {
                 drop(keeper);
-                let fenced = spawn_blocking(move || export.fence(FenceReason::Detached)).await;
-                let _key_destroyed = fenced.map_err(|e| by_panic(what, e))?;
+                let _key_destroyed = export.close(FenceReason::Detached);
+                keeper::settle(&export).await;
                 return Err(error);
             }
         };
@@ -499,13 +500,21 @@ impl Daemon {
         drop(listener);
         let wrapped = export.volume().header().token().wrapped.clone();
         let event = |kind| Event::new(kind).volume(name).wrapped(&wrapped).reason(reason);
-        let stopped = spawn_blocking(move || export.stop(reason, DRAIN)).await;
+        // Not among work that may hang: the key would outlive its volume's service.
+        let stopping = Arc::clone(&export);
+        let stopped = match apart("stop", move || stopping.stop(reason, DRAIN)).await {
+            Ok(stopped) => stopped,
+            Err(no_thread) => {
+                let _key_destroyed = export.close(reason);
+                Err(no_thread)
+            }
+        };
+        drop(export);
         // Not earlier: a key that is denied while requests end is destroyed as at any other time.
         drop(keeper);
         volume.with(|now| now.service = Service::Detached);
         // The key is destroyed whatever became of the flush.
         self.audit.record(event(Kind::KeyDestroyed));
-        let stopped = stopped.unwrap_or_else(|e| Err(io::Error::other(e)));
         let detach = event(Kind::Detach);
         self.audit.record(match &stopped {
             Ok(_) => detach,

@@ -8,24 +8,27 @@
 pub mod group;
 pub mod pace;
 pub mod plan;
+pub(crate) mod threads;
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
-use tokio::time::{Instant, sleep_until};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{error, info, warn};
 
 use crate::audit::Audit;
 use crate::audit::record::{Event as Record, Kind};
 use crate::clock::now;
 use crate::exit::ExitCode;
-use crate::export::{Export, ExportError};
+use crate::export::{Export, ExportError, ORPHANS};
 use crate::keeper::group::{Groups, Heard, HearsWithin, Seat};
 use crate::keeper::pace::Errand;
 use crate::keeper::plan::PlanStep;
+use crate::keeper::threads::apart;
+use crate::key::VolumeKey;
 use crate::key::lease::{
     FenceReason, KeyLease, LeasePolicy, LeaseState, LeaseWord, Moment, Step, Verdict,
 };
@@ -45,12 +48,11 @@ const TICK: Duration = Duration::from_secs(5);
 /// would not help sooner.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// How long a restore may take: KMS has its own time limit, and what the store still holds from
-/// before the fence is waited for.
-const RESTORE: Duration = Duration::from_secs(60);
-
 /// The least step of time that is waited for.
 const MOMENT: Duration = Duration::from_millis(5);
+
+/// How often it is looked whether the store has ended what was given up.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// How long after a probe what a sibling heard may bring the next one.
 const SIBLING_PAUSE: Duration = Duration::from_millis(500);
@@ -320,22 +322,13 @@ impl<K: KeyService> Keeping<K> {
             };
             match event {
                 Event::Told(None) => return,
-                Event::Told(Some(Command::Suspend(heard))) => {
-                    let step = self.lease.suspend(now());
-                    self.act(step).await;
-                    self.waiting.push(heard);
-                }
+                Event::Told(Some(Command::Suspend(heard))) => self.suspend(heard).await,
                 Event::Told(Some(Command::Resume(heard))) => {
                     self.lease.resume(now());
                     self.asking.push(heard);
                 }
                 Event::Told(Some(Command::Recheck(heard))) => self.asking.push(heard),
-                Event::Told(Some(Command::Rewrapped(seat, heard))) => {
-                    self.header = self.export.volume().header();
-                    self.planned_for = seat.shape();
-                    self.seat = seat;
-                    self.asking.push(heard);
-                }
+                Event::Told(Some(Command::Rewrapped(seat, heard))) => self.rewrapped(seat, heard),
                 Event::Heard(heard) => self.sibling(heard).await,
                 Event::Time => {
                     self.replan();
@@ -364,6 +357,20 @@ impl<K: KeyService> Keeping<K> {
             // Who asked may have gone.
             let _heard = done.send(());
         }
+    }
+
+    async fn suspend(&mut self, heard: oneshot::Sender<()>) {
+        if let Step::Fence(reason) = self.lease.suspend(now()) {
+            self.fence(reason).await;
+        }
+        self.waiting.push(heard);
+    }
+
+    fn rewrapped(&mut self, seat: Seat, heard: oneshot::Sender<()>) {
+        self.header = self.export.volume().header();
+        self.planned_for = seat.shape();
+        self.seat = seat;
+        self.asking.push(heard);
     }
 
     async fn wait(&mut self) -> Event {
@@ -583,6 +590,7 @@ impl<K: KeyService> Keeping<K> {
         }
     }
 
+    /// Closes the fence here and now: no thread has to be free for it.
     async fn fence(&mut self, reason: FenceReason) {
         self.part.goes_on(GRACE);
         let started = now();
@@ -597,34 +605,28 @@ impl<K: KeyService> Keeping<K> {
         let trouble = trouble.as_ref();
         // It takes a place in the trail and waits for no disk.
         self.audit.record(self.event(Kind::Fence).reason(reason).trouble(trouble));
-        let export = Arc::clone(&self.export);
-        let fenced = spawn_blocking(move || export.fence(reason)).await;
+        let _key_destroyed = self.export.close(reason);
         let from = self.lease.first_denial().unwrap_or(started);
         let took = now().since(from);
-        match fenced {
-            Ok(_key_destroyed) => {
-                self.report.fenced_after = Some(took);
-                let event = self.event(Kind::KeyDestroyed).reason(reason);
-                self.audit.record(event.millis(millis(took)));
-                self.counters.fences.add(&word(reason));
-                if self.lease.first_denial().is_some() {
-                    self.counters.denial_to_fence.add(took);
-                    self.counters.add_late_fence(took > self.lease.fenced_within());
-                }
-                warn!(
-                    volume = self.export.name(),
-                    ?reason,
-                    millis = took.as_millis(),
-                    cause = trouble.map(|t| t.cause.as_str()),
-                    evidence = trouble.map(|t| t.evidence.as_str()),
-                    effect = trouble.map(|t| t.effect.as_str()),
-                    remedy = trouble.map(|t| t.remedy.as_str()),
-                    "fenced: the key is destroyed, requests are answered with EPERM"
-                );
-            }
-            // The thread that fences can only end by a panic, which ends the process.
-            Err(error) => error!(volume = self.export.name(), %error, "fencing was cut off"),
+        self.report.fenced_after = Some(took);
+        let event = self.event(Kind::KeyDestroyed).reason(reason);
+        self.audit.record(event.millis(millis(took)));
+        self.counters.fences.add(&word(reason));
+        if self.lease.first_denial().is_some() {
+            self.counters.denial_to_fence.add(took);
+            self.counters.add_late_fence(took > self.lease.fenced_within());
         }
+        warn!(
+            volume = self.export.name(),
+            ?reason,
+            millis = took.as_millis(),
+            cause = trouble.map(|t| t.cause.as_str()),
+            evidence = trouble.map(|t| t.evidence.as_str()),
+            effect = trouble.map(|t| t.effect.as_str()),
+            remedy = trouble.map(|t| t.remedy.as_str()),
+            "fenced: the key is destroyed, requests are answered with EPERM"
+        );
+        settle(&self.export).await;
         if !self.on_fence.is_empty() {
             // Once for each fence, also when its reason changes.
             self.plan.abort_all();
@@ -642,24 +644,33 @@ impl<K: KeyService> Keeping<K> {
             self.lease.restore_failed(now());
             return;
         }
-        self.part.goes_on(RESTORE);
-        // Before there is a key that would have to wait for a store that hangs.
-        let export = Arc::clone(&self.export);
-        match spawn_blocking(move || export.wait_for_orphans()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return self.not_served(&error),
-            Err(error) => {
-                return error!(volume = self.export.name(), %error, "restoring was cut off");
+        let unwrapping = self.unwrapping();
+        tokio::pin!(unwrapping);
+        let unwrapped = loop {
+            let over = self.over();
+            self.part.goes_on(TICK + GRACE);
+            tokio::select! {
+                biased;
+                command = self.inbox.recv() => match command {
+                    // Without opening it.
+                    Some(Command::Suspend(heard)) => return self.suspend(heard).await,
+                    Some(Command::Resume(heard) | Command::Recheck(heard)) => self.asking.push(heard),
+                    Some(Command::Rewrapped(seat, heard)) => {
+                        self.rewrapped(seat, heard);
+                        unwrapping.set(self.unwrapping());
+                    }
+                    // It is being detached, which whoever waits next hears again.
+                    None => return,
+                },
+                unwrapped = &mut unwrapping => break unwrapped,
+                // Requests do not wait for longer than they were to.
+                () = sleep_until(over) => self.publish(),
             }
-        }
-        let asked = now();
-        let key = match self.kms.unwrap_key(&self.header.token().wrapped).await {
-            Ok((key, proof)) => {
-                let event = self.event(Kind::Unwrap).request_id(proof.request_id.as_deref());
-                self.audit.record(event);
-                key
-            }
-            Err(error) => {
+        };
+        let (key, proof, asked) = match unwrapped {
+            Ok(unwrapped) => unwrapped,
+            Err(NotUnwrapped::Stalled(error)) => return self.not_served(&error),
+            Err(NotUnwrapped::Refused(error)) => {
                 if let ServiceError::Kms(error) = &error {
                     self.heard(error);
                 }
@@ -667,8 +678,11 @@ impl<K: KeyService> Keeping<K> {
                 return self.not_restored(&error);
             }
         };
+        let event = self.event(Kind::Unwrap).request_id(proof.request_id.as_deref());
+        self.audit.record(event);
+        self.part.goes_on(GRACE);
         let export = Arc::clone(&self.export);
-        match spawn_blocking(move || export.restore(key)).await {
+        match apart("restore", move || export.restore(key)).await {
             Ok(Ok(())) => {
                 self.lease.restored(now(), asked);
                 self.counters.restores.add("ok");
@@ -677,12 +691,37 @@ impl<K: KeyService> Keeping<K> {
                 info!(volume = self.export.name(), "KMS allows the key again: serving");
             }
             Ok(Err(error)) => self.not_served(&error),
-            Err(error) => error!(volume = self.export.name(), %error, "restoring was cut off"),
+            Err(error) => self.not_served(&error),
         }
         self.publish();
     }
 
-    fn not_served(&mut self, error: &ExportError) {
+    /// The key for a restore, asked for when the store has ended what was given up: no key waits for
+    /// a store that hangs. Dropped, it is as if nothing had been asked, and a key that came is wiped.
+    fn unwrapping(
+        &self,
+    ) -> impl Future<Output = Result<(VolumeKey, Proof, Moment), NotUnwrapped>> + use<K> {
+        let (export, kms) = (Arc::clone(&self.export), Arc::clone(&self.kms));
+        let header = Arc::clone(&self.header);
+        async move {
+            let deadline = Instant::now() + ORPHANS;
+            loop {
+                match export.stalled() {
+                    0 => break,
+                    left if Instant::now() >= deadline || export.is_stopping() => {
+                        return Err(NotUnwrapped::Stalled(ExportError::Stalled(left)));
+                    }
+                    _ => sleep(LOOK).await,
+                }
+            }
+            let asked = now();
+            let unwrapped = kms.unwrap_key(&header.token().wrapped).await;
+            let (key, proof) = unwrapped.map_err(NotUnwrapped::Refused)?;
+            Ok((key, proof, asked))
+        }
+    }
+
+    fn not_served(&mut self, error: &dyn std::error::Error) {
         error!(volume = self.export.name(), %error, "KMS allows the key again, but the volume cannot be served");
         self.not_restored(error);
         self.publish();
@@ -725,6 +764,23 @@ impl<K: KeyService> Keeping<K> {
         self.report.hears_within = self.seat.hears_within();
         self.report.allowance_left = self.lease.allowance_left(now());
         self.tell.send_replace(self.report.clone());
+    }
+}
+
+/// Why there is no key for a restore.
+enum NotUnwrapped {
+    /// The store has not ended what was given up.
+    Stalled(ExportError),
+    /// KMS gave none.
+    Refused(ServiceError),
+}
+
+/// What [`Export::settle`] does, on a thread of its own.
+pub(crate) async fn settle(export: &Arc<Export>) {
+    let settling = Arc::clone(export);
+    if let Err(error) = apart("fence", move || settling.settle()).await {
+        error!(volume = export.name(), %error, "no thread for a fence: a keeper stands still for it");
+        export.settle();
     }
 }
 

@@ -11,13 +11,15 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
-use tokio::task::spawn_blocking;
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::audit::Audit;
 use crate::audit::record::Event;
 use crate::export::Export;
+use crate::keeper::threads::apart;
 use crate::key::lease::FenceReason;
 use crate::units::word;
 
@@ -44,13 +46,16 @@ pub(super) async fn carry_out(
         command.args(arguments).env_clear().envs(facts.iter().cloned()).env("PATH", PATH);
         command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         // Starting a program waits for the file system that it lies on, which may be the one that
-        // hangs: not on a thread that keeps keys.
+        // hangs: not on a thread that keeps keys, nor on one that others need.
         let ends = async {
-            match spawn_blocking(move || command.spawn().map(Running)).await {
-                Ok(Ok(mut running)) => running.0.wait().await,
-                Ok(Err(error)) => Err(error),
-                Err(error) => Err(io::Error::other(error)),
-            }
+            let start = STARTING.acquire().await.map_err(io::Error::other)?;
+            let runtime = Handle::current();
+            let started = apart("on-fence", move || {
+                let _until_it_runs = start;
+                let _its_end_is_heard_there = runtime.enter();
+                command.spawn().map(Running)
+            });
+            started.await??.0.wait().await
         };
         let ended = timeout(limit, ends).await;
         let how = match &ended {
@@ -84,6 +89,9 @@ impl Drop for Running {
         }
     }
 }
+
+/// Programs that are being started, at most: what hangs in that keeps its thread.
+static STARTING: Semaphore = Semaphore::const_new(128);
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 

@@ -23,7 +23,7 @@ use crate::support::until;
 /// How often the fence is closed at least.
 const CLOSINGS: u32 = 100;
 
-fn key() -> VolumeKey {
+pub(crate) fn key() -> VolumeKey {
     VolumeKey::init_with(|key| {
         key[..32].fill(1);
         key[32..].fill(2);
@@ -32,8 +32,8 @@ fn key() -> VolumeKey {
     .unwrap()
 }
 
-/// A volume whose requests wait for the key for long, without a daemon around it.
-fn held_export(dir: &Path) -> Arc<Export> {
+/// A volume whose requests wait for the key, without a daemon around it.
+pub(crate) fn held_export(dir: &Path, hold: Duration) -> Arc<Export> {
     let backing = dir.join("v.img");
     let new = NewVolume::prepare(CreateOptions {
         backing: backing.clone(),
@@ -56,7 +56,7 @@ fn held_export(dir: &Path) -> Arc<Export> {
         trim: true,
         max_connections: 16,
         direct: DirectIo::Auto,
-        hold: Some(Duration::from_secs(600)),
+        hold: Some(hold),
     };
     Export::open(volume.map_err(|(_, error)| error).unwrap(), key(), options).unwrap()
 }
@@ -66,6 +66,7 @@ fn open_and_close(export: &Export, rounds: &AtomicU32, over: &AtomicBool) {
     while !over.load(Ordering::Relaxed) {
         let _destroyed = export.fence(FenceReason::Denied);
         assert!(export.is_held(), "the fence is closed, and requests wait");
+        until("the store has ended what was given up", || export.stalled() == 0);
         export.restore(key()).unwrap();
         let round = rounds.fetch_add(1, Ordering::Relaxed);
         let enough = export.io().requests() + u64::from(round % 16);
@@ -77,7 +78,7 @@ fn open_and_close(export: &Export, rounds: &AtomicU32, over: &AtomicBool) {
 
 fn no_request_fails(place: &Path) {
     let dir = tempfile::tempdir_in(place).unwrap();
-    let export = held_export(dir.path());
+    let export = held_export(dir.path(), Duration::from_secs(600));
     let table = ExportTable::new();
     table.insert(Arc::clone(&export));
     let socket = dir.path().join("socket");

@@ -86,7 +86,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "units",
         ],
     ),
-    ("keeper::plan", &["audit", "audit::record", "export", "key::lease", "units"]),
+    (
+        "keeper::plan",
+        &["audit", "audit::record", "export", "keeper::threads", "key::lease", "units"],
+    ),
+    ("keeper::threads", &[]),
     ("keeper::group", &["keeper::pace", "key::lease", "key::wrapped"]),
     ("keeper::pace", &[]),
     // A volume's kernel device: joins what the kernel is asked to what answers it.

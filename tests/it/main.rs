@@ -20,6 +20,7 @@ mod filesystem;
 mod hold;
 mod hostile;
 mod journal;
+mod keeper;
 mod kms;
 mod layering;
 mod luks2;
