@@ -283,10 +283,13 @@ fn what_a_witness_said_before_a_question_was_sent_is_no_testimony_about_its_answ
     let context = canary.wrapped.context.clone();
     customer.runtime.block_on(async {
         let made = client.make_key(&customer.key, &context).await.unwrap();
-        // Now that a call has succeeded, the witness is ready.
+        // Now that a call has succeeded, the witness is made ready.
         client.unwrap_key(&made.wrapped).await.unwrap();
     });
-    let all = || Fault::error(400, "AccessDeniedException", "");
+    let all = || Fault::error(400, "AccessDeniedException", "").on(&["Decrypt"]);
+    customer.kms.inject(all());
+    until("it is ready", || customer.probe(&client, &canary).0 == Verdict::Credentials);
+    customer.kms.clear_faults();
     let customers = || Fault { key: Some(customer.key.to_string()), ..all() };
     // By turns, each right after the other.
     for (fault, verdict) in [
@@ -298,6 +301,30 @@ fn what_a_witness_said_before_a_question_was_sent_is_no_testimony_about_its_answ
         assert_eq!(customer.probe(&client, &canary).0, verdict);
         customer.kms.clear_faults();
     }
+}
+
+#[test]
+fn no_key_waits_for_the_witness() {
+    let customer = Customer::new();
+    let witness = customer.another_key();
+    let settings = AwsSettings { witness: Some(witness.clone()), ..customer.client_settings() };
+    let limit = settings.operation_timeout;
+    let client = customer.runtime.block_on(AwsKms::connect(settings)).unwrap();
+    let context = customer.canary(&client).wrapped.context;
+    let made = customer.runtime.block_on(client.make_key(&customer.key, &context)).unwrap();
+    let stalls = Fault::new(FaultKind::Timeout).on(&["GenerateDataKey"]);
+    customer.kms.inject(Fault { key: Some(witness.to_string()), ..stalls });
+    let began = std::time::Instant::now();
+    // Nor do those that follow.
+    for _ in 0..8 {
+        customer.runtime.block_on(client.unwrap_key(&made.wrapped)).unwrap();
+    }
+    let took = began.elapsed();
+    assert!(took < limit, "{took:?}");
+    until("the witness is asked", || {
+        let mut keys = customer.kms.requests().into_iter().filter_map(|request| request.key);
+        keys.any(|key| witness.as_str().ends_with(&key))
+    });
 }
 
 /// What KMS said last, by its code.

@@ -262,6 +262,7 @@ fn a_denial_that_the_witness_shares_takes_nothing_away() {
     let daemon = customer
         .daemon_with(&format!("witness_key = \"{witness}\"\n"), "probe_interval = \"1s\"\n");
     daemon.volume("v", "1M", customer.key.as_str());
+    until("the witness can speak", || daemon.log().contains("the witness key is ready"));
     // Our own role is broken: every key denies access.
     customer.kms.inject(Fault::error(400, "AccessDeniedException", "not authorized"));
     until("it is heard", || lease(&daemon, "v")["evidence"]["verdict"] == "credentials");

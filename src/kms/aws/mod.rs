@@ -63,7 +63,8 @@ use words::{Kind, Words};
 
 pub use settings::{AwsSettings, AwsSettingsError, RoleToAssume};
 
-/// AWS KMS, or whatever speaks its protocol at the configured endpoint.
+/// AWS KMS, or whatever speaks its protocol at the configured endpoint. Clones share everything.
+#[derive(Clone)]
 pub struct AwsKms {
     /// Retries, pooled connections: for what carries no secret.
     describing: Client,
@@ -75,7 +76,7 @@ pub struct AwsKms {
     confirming: Client,
     region: String,
     store: DisconnectedStore,
-    witness: Option<Witness>,
+    witness: Option<Arc<Witness>>,
     calls: Arc<KmsCalls>,
     observer: Option<Observer>,
     /// The limit for a probe.
@@ -83,7 +84,7 @@ pub struct AwsKms {
     /// The limit for a call that is retried.
     call_limit: Duration,
     /// Request ids of the latest answers, oldest first.
-    seen: Mutex<VecDeque<String>>,
+    seen: Arc<Mutex<VecDeque<String>>>,
 }
 
 /// Request ids that are remembered: some minutes of a node with many volumes.
@@ -144,12 +145,12 @@ impl AwsKms {
             confirming: client(Reuse::Never, RetryConfig::disabled(), attempt),
             region,
             store: settings.disconnected_store,
-            witness: settings.witness.clone().map(Witness::new),
+            witness: settings.witness.clone().map(Witness::new).map(Arc::new),
             calls: Arc::clone(&settings.calls),
             observer: settings.observer.clone(),
             probe_limit: attempt,
             call_limit: operation,
-            seen: Mutex::default(),
+            seen: Arc::default(),
         })
     }
 
@@ -566,7 +567,8 @@ impl KeyService for AwsKms {
             let what = Unproven::OtherPlaintext;
             self.unproven(Operation::Decrypt, &wrapped.key_arn, what, request_id.clone())
         })??;
-        self.prepare_witness().await;
+        // No key waits for it.
+        self.prepare_witness();
         Ok((key, Proof { request_id }))
     }
 

@@ -6,6 +6,7 @@
 //! that were sent before it was asked, and for no later ones: those who are denied together ask it
 //! once, but a denial and its confirmation each do.
 
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Mutex;
@@ -21,6 +22,9 @@ use crate::kms::{KeyService, KmsError, Operation};
 /// The answer of the witness delays a fence: it gets less time than a probe.
 const LIMIT: Duration = Duration::from_millis(750);
 
+/// How long after it could not be made ready that is tried again, at the next success.
+const AGAIN: Duration = Duration::from_secs(60);
+
 /// The error code that says nothing about whose fault it is.
 const AMBIGUOUS: &str = "AccessDeniedException";
 
@@ -28,6 +32,15 @@ pub(super) struct Witness {
     arn: KeyArn,
     /// Held while it is asked: volumes that are denied together ask once.
     ready: Mutex<Option<Ready>>,
+    making: std::sync::Mutex<Making>,
+}
+
+/// How far it is with being made ready.
+#[derive(Clone, Copy, Debug)]
+enum Making {
+    Never,
+    Begun(Instant),
+    Done,
 }
 
 /// A witness that has shown that it can be used.
@@ -47,26 +60,49 @@ enum Testimony {
 
 impl Witness {
     pub(super) fn new(arn: KeyArn) -> Self {
-        Self { arn, ready: Mutex::default() }
+        Self { arn, ready: Mutex::default(), making: std::sync::Mutex::new(Making::Never) }
+    }
+
+    /// Whether it is to be made ready now; whoever hears that does it.
+    fn is_due(&self) -> bool {
+        let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = match *making {
+            Making::Never => true,
+            Making::Begun(at) => at.elapsed() >= AGAIN,
+            Making::Done => false,
+        };
+        if due {
+            *making = Making::Begun(Instant::now());
+        }
+        due
+    }
+
+    async fn is_ready(&self, canary: Canary) {
+        *self.ready.lock().await = Some(Ready { canary, said: None });
+        *self.making.lock().unwrap_or_else(PoisonError::into_inner) = Making::Done;
     }
 }
 
 impl AwsKms {
-    /// Makes the witness ready, now that credentials and endpoint have just worked.
-    pub(super) async fn prepare_witness(&self) {
-        let Some(witness) = &self.witness else { return };
-        let mut ready = witness.ready.lock().await;
-        if ready.is_some() {
+    /// Has the witness made ready, now that credentials and endpoint have just worked. Returns at
+    /// once: whoever got a key has it whatever becomes of this.
+    pub(super) fn prepare_witness(&self) {
+        let Some(witness) = self.witness.as_ref().filter(|witness| witness.is_due()) else {
             return;
-        }
+        };
+        let (kms, witness) = (self.clone(), Arc::clone(witness));
+        tokio::spawn(async move { kms.make_ready(&witness).await });
+    }
+
+    async fn make_ready(&self, witness: &Witness) {
         let mark = [("byokd-witness".to_owned(), "true".to_owned())];
         let Ok(context) = EncryptionContext::for_volume(Uuid::nil(), Purpose::Backup, mark) else {
             return;
         };
         match self.make_canary(&witness.arn, &context).await {
             Ok(canary) => {
+                witness.is_ready(canary).await;
                 info!(key = %witness.arn, "the witness key is ready");
-                *ready = Some(Ready { canary, said: None });
             }
             Err(error) => {
                 warn!(key = %witness.arn, %error, "the witness key cannot be used: every denial is taken for the customer's");
@@ -104,8 +140,7 @@ impl AwsKms {
     }
 
     async fn testimony(&self, witness: &Witness, asked: Instant, deadline: Instant) -> Testimony {
-        // While it is being made ready, which may take longer than a denial may wait, it knows
-        // nothing.
+        // Until it has been made ready it knows nothing, and nobody waits for that.
         let Ok(mut ready) = timeout_at(deadline, witness.ready.lock()).await else {
             return Testimony::Nothing;
         };
