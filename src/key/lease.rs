@@ -52,16 +52,15 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// The name of the alarm that such an answer is a reason for, in logs and rules; a success is
-    /// none.
+    /// The alert of `monitoring/alerts.yml` that such answers lead to; a success leads to none.
     #[must_use]
     pub fn alert(self) -> Option<&'static str> {
         match self {
             Self::Allowed => None,
-            Self::Denied => Some("key-denied"),
-            Self::Unavailable => Some("kms-unavailable"),
-            Self::Credentials => Some("own-credentials"),
-            Self::Mismatch => Some("volume-mismatch"),
+            Self::Denied => Some("KeyDenied"),
+            Self::Unavailable => Some("KmsUnreachable"),
+            Self::Credentials => Some("OwnCredentialsFailing"),
+            Self::Mismatch => Some("VolumeFenced"),
         }
     }
 }

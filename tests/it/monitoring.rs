@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use byokd::key::lease::Verdict;
 use byokd::kms::dev::{Fault, FaultKind};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -52,6 +53,17 @@ fn every_alert_has_a_runbook_and_every_runbook_an_alert() {
         for part in ["## What to look at\n", "## What to do\n"] {
             assert!(text.contains(part), "{runbook} says nothing under {part}");
         }
+    }
+}
+
+#[test]
+fn every_alert_that_the_log_names_is_one_of_the_rules() {
+    let text = rules();
+    let alerts = said(&text, "- alert:");
+    for verdict in [Verdict::Denied, Verdict::Unavailable, Verdict::Credentials, Verdict::Mismatch]
+    {
+        let alert = verdict.alert().unwrap();
+        assert!(alerts.contains(&alert), "{verdict:?}: no rule {alert}");
     }
 }
 
