@@ -17,7 +17,6 @@ use std::sync::Once;
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mlock, mmap_anonymous, munmap};
 use tracing::warn;
-use zeroize::Zeroize;
 
 /// The largest buffer: what one request, or one part of a larger one, holds. Chosen as the size at
 /// which the cost of a system call no longer shows while some of it still fits in a core's cache.
@@ -31,8 +30,8 @@ pub struct Buffer {
     base: NonNull<u8>,
     capacity: usize,
     len: usize,
-    /// Whether it may hold plaintext that has not been wiped.
-    dirty: bool,
+    /// How far from its start plaintext may reach that has not been wiped.
+    dirty: usize,
 }
 
 // SAFETY: the mapping is owned and nothing about it is tied to a thread.
@@ -44,7 +43,7 @@ impl Buffer {
         let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new private mapping at an address of the kernel's choice.
         let base = unsafe { mmap_anonymous(None, size, prot, MapFlags::MAP_PRIVATE) }?.cast();
-        let buffer = Self { base, capacity, len: capacity, dirty: false };
+        let buffer = Self { base, capacity, len: capacity, dirty: 0 };
         for advice in [MmapAdvise::MADV_DONTDUMP, MmapAdvise::MADV_DONTFORK] {
             // SAFETY: the range is the mapping just made; neither advice changes its contents.
             unsafe { madvise(base.cast(), capacity, advice) }?;
@@ -101,18 +100,22 @@ impl Buffer {
         self.base.as_ptr()
     }
 
-    fn wipe(&mut self) {
-        self.len = self.capacity;
-        self.bytes_mut().zeroize();
-        self.dirty = false;
+    /// Wipes what plaintext it may still hold from before.
+    pub(crate) fn wipe(&mut self) {
+        if self.dirty == 0 {
+            return;
+        }
+        let len = std::mem::replace(&mut self.len, self.dirty);
+        // Plain stores, which are far quicker than volatile ones; whoever looks sees them.
+        std::hint::black_box(self.bytes_mut()).fill(0);
+        std::hint::black_box(self.bytes());
+        (self.len, self.dirty) = (len, 0);
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.dirty {
-            self.wipe();
-        }
+        self.wipe();
         // SAFETY: the mapping is ours and ends here; no reference into it outlives self.
         let unmapped = unsafe { munmap(self.base.cast(), self.capacity) };
         debug_assert!(unmapped.is_ok(), "our own mapping can be unmapped");
@@ -126,7 +129,7 @@ impl Plaintext {
     /// Says that `buffer` now holds plaintext.
     #[must_use]
     pub fn new(mut buffer: Buffer) -> Self {
-        buffer.dirty = true;
+        buffer.dirty = buffer.dirty.max(buffer.len);
         Self(buffer)
     }
 
@@ -148,7 +151,10 @@ impl Plaintext {
 
     /// Only for the cipher, when it has overwritten every byte with ciphertext.
     pub(crate) fn sealed(mut self) -> Ciphertext {
-        self.0.dirty = false;
+        // Beyond it there may be more from before.
+        if self.0.dirty <= self.0.len {
+            self.0.dirty = 0;
+        }
         Ciphertext(self.0)
     }
 }
@@ -223,9 +229,19 @@ impl Pool {
         Ok(buffer)
     }
 
+    /// The same, with no plaintext from before in it: for whatever may have to wait.
+    ///
+    /// # Errors
+    /// The kernel has no memory.
+    pub fn take_clean(&mut self, len: usize) -> Result<Buffer, Errno> {
+        let mut buffer = self.take(len)?;
+        buffer.wipe();
+        Ok(buffer)
+    }
+
     /// Takes a buffer back, to be used again.
     pub fn give(&mut self, buffer: Buffer) {
-        self.dirty |= buffer.dirty;
+        self.dirty |= buffer.dirty > 0;
         if let Some(free) = self.classes.get_mut(class_of(buffer.capacity)) {
             free.push(buffer);
         }
@@ -244,7 +260,7 @@ impl Pool {
     /// Wipes whatever plaintext lies in it. Called before its connection waits for anyone.
     pub fn wipe(&mut self) {
         if self.dirty {
-            self.classes.iter_mut().flatten().filter(|b| b.dirty).for_each(Buffer::wipe);
+            self.classes.iter_mut().flatten().for_each(Buffer::wipe);
             self.dirty = false;
         }
     }
@@ -271,6 +287,27 @@ mod tests {
             assert_eq!(pool.take(len).unwrap().base.as_ptr().addr(), address);
         }
         assert!(pool.take(MAX_BUFFER + 1).is_err());
+    }
+
+    #[test]
+    fn what_lies_behind_a_shorter_use_is_wiped_too() {
+        let mut pool = Pool::new();
+        let mut plain = Plaintext::new(pool.take(8192).unwrap());
+        plain.bytes_mut().fill(0xaa);
+        pool.give_plaintext(plain);
+        // The same memory, used for less, and encrypted.
+        let mut shorter = Plaintext::new(pool.take(5000).unwrap());
+        shorter.bytes_mut().fill(0xbb);
+        pool.give_ciphertext(shorter.sealed());
+        pool.wipe();
+        let buffer = pool.take(8192).unwrap();
+        assert!(buffer.bytes()[5000..].iter().all(|b| *b == 0));
+        let mut plain = Plaintext::new(buffer);
+        plain.bytes_mut().fill(0xcc);
+        pool.give_plaintext(plain);
+        let clean = pool.take_clean(5000).unwrap();
+        pool.give(clean);
+        assert!(pool.take(8192).unwrap().bytes().iter().all(|b| *b == 0));
     }
 
     #[test]

@@ -300,7 +300,7 @@ impl Export {
     }
 
     /// How long the wait still lasts that began when the fence was closed last.
-    fn hold_ends_in(&self) -> Option<Duration> {
+    pub(crate) fn hold_ends_in(&self) -> Option<Duration> {
         let until = Duration::from_millis(self.held_until.load(Ordering::Acquire));
         until.checked_sub(clock::now().0).filter(|left| !left.is_zero())
     }

@@ -15,7 +15,9 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
-use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
+use nix::sys::statfs::{
+    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
+};
 use nix::unistd::{Whence, lseek64};
 
 use crate::buffer::{Buffer, Ciphertext, Pool};
@@ -31,8 +33,8 @@ pub enum Speed {
 }
 
 /// Whether a store that failed so may do better in a moment: it ran out of memory or slots, or the
-/// path to a disk flapped. A flush is never repeated: the kernel forgets what it could not write,
-/// and a second flush would succeed without it.
+/// path to a disk flapped. A flush is never repeated, nor a write that is one as well: the kernel
+/// forgets what it could not write, and a second flush would succeed without it.
 #[must_use]
 pub fn is_transient(error: &io::Error) -> bool {
     matches!(
@@ -79,6 +81,10 @@ pub struct Extent {
 /// ramfs has no constant in the C library.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
+/// File systems that take an operation without waiting for anything (`IOCB_NOWAIT`). FUSE waits for
+/// room in its queue, and network file systems for their servers.
+const NEVER_WAIT: [FsType; 3] = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC];
+
 /// The data segment of an open volume.
 pub struct Backing {
     file: File,
@@ -86,6 +92,8 @@ pub struct Backing {
     speed: Speed,
     direct: bool,
     block_device: bool,
+    /// The kernel may wait for it already when it is handed an operation.
+    waits: bool,
 }
 
 impl Backing {
@@ -113,6 +121,7 @@ impl Backing {
             speed: if in_memory { Speed::Immediate } else { Speed::Queued },
             direct: false,
             block_device,
+            waits: !block_device && !NEVER_WAIT.contains(&kind),
         };
         if direct == DirectIo::Auto
             && !in_memory
@@ -145,6 +154,12 @@ impl Backing {
     #[must_use]
     pub fn is_direct(&self) -> bool {
         self.direct
+    }
+
+    /// Whether handing it an operation may wait for it: then the kernel's own threads have to.
+    #[must_use]
+    pub fn may_wait(&self) -> bool {
+        self.waits
     }
 
     /// Where `at` lies, in bytes from the start of the file or device.

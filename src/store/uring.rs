@@ -64,6 +64,7 @@ struct Slot {
     token: u64,
     op: Op,
     fd: RawFd,
+    may_wait: bool,
     position: u64,
     len: u64,
     done: u32,
@@ -144,6 +145,7 @@ impl Ring {
             token,
             op,
             fd: backing.as_fd().as_raw_fd(),
+            may_wait: backing.may_wait(),
             position: backing.position(at),
             len,
             done: 0,
@@ -200,7 +202,8 @@ impl Ring {
                     .build()
             }
         };
-        self.enqueue(&entry.user_data(index as u64))
+        let flags = if slot.may_wait { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        self.enqueue(&entry.flags(flags).user_data(index as u64))
     }
 
     fn enqueue(&mut self, entry: &squeue::Entry) -> io::Result<()> {

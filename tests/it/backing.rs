@@ -336,7 +336,18 @@ impl HangingDisk {
     }
 
     pub(crate) fn signal(&self, signal: &str) {
-        run(Command::new("kill").args([signal, &self.nbdkit.0.id().to_string()]));
+        let pid = self.nbdkit.0.id();
+        run(Command::new("kill").args([signal, &pid.to_string()]));
+        if signal == "-STOP" {
+            // It takes effect thread by thread.
+            let stopped = |task: std::io::Result<std::fs::DirEntry>| {
+                let stat = std::fs::read_to_string(task.unwrap().path().join("stat"));
+                stat.is_ok_and(|stat| stat.contains(") T "))
+            };
+            until("nbdkit has stopped", || {
+                std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(stopped)
+            });
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use crate::customer::Customer;
 use crate::metrics::{get, value};
 use crate::mounts::can_mount;
 use crate::raw::{FLUSH, READ, Raw, TRIM, WRITE, request};
-use crate::support::{Daemon, Running, have, nbdsh, run, until};
+use crate::support::{Daemon, Running, have, nbdsh, python_nbd, run, until};
 
 /// Whether the memory of other processes can be read here.
 fn can_scan() -> bool {
@@ -223,11 +223,24 @@ impl Scene {
         Self { customer, daemon, needles, plain, front }
     }
 
+    fn metrics(&self) -> String {
+        let http = UnixStream::connect(self.front.dir.path().join("http")).unwrap();
+        get(http, "/metrics", "Host: localhost\r\n").1
+    }
+
     /// Requests of a volume that are taken and not answered.
     fn in_flight(&self, name: &str) -> f64 {
-        let http = UnixStream::connect(self.front.dir.path().join("http")).unwrap();
-        let (_, page) = get(http, "/metrics", "Host: localhost\r\n");
-        value(&page, &format!("byokd_io_in_flight{{volume=\"{name}\"}}"))
+        value(&self.metrics(), &format!("byokd_io_in_flight{{volume=\"{name}\"}}"))
+    }
+
+    /// Reads and writes of a volume that are answered.
+    fn requests(&self, name: &str) -> f64 {
+        let page = self.metrics();
+        let of = |operation| {
+            let labels = format!("{{volume=\"{name}\",operation=\"{operation}\"}}");
+            value(&page, &format!("byokd_io_request_duration_seconds_count{labels}"))
+        };
+        of("read") + of("write")
     }
 
     fn found(&self) -> Vec<&'static str> {
@@ -475,6 +488,100 @@ fn nothing_in_the_clear_waits_for_a_store_that_hangs() {
     for client in &mut clients {
         assert_eq!(client.write(12345, b"as before"), 0);
         assert_eq!(client.read(12345, 9), b"as before");
+    }
+}
+
+/// Keeps eight requests of all sizes under way, and ends at the first that fails.
+const BUSY: &str = "
+import random
+random.seed(7)
+p = bytes.fromhex('{plain}')
+for at in range(0, 8 << 20, 1 << 20): h.pwrite(p * 16384, at)
+ended = []
+flying = 0
+def over(error):
+    global flying
+    flying -= 1
+    if error.value: ended.append(error.value)
+    return 1
+while not ended:
+    while flying < 8 and not ended:
+        size = random.choice([4096, 65536, 300 << 10, 512 << 10, 1 << 20])
+        at = random.randrange(0, (7 << 20) // 4096) * 4096
+        flying += 1
+        if random.random() < 0.5:
+            h.aio_pread(nbd.Buffer(size), at, over)
+        else:
+            h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray((p * (size // 64 + 1))[:size])), at, over)
+    h.poll(-1)
+while flying: h.poll(-1)
+assert set(ended) == {1}, ended
+";
+
+#[test]
+fn nothing_in_the_clear_is_left_in_memory_that_was_used_before() {
+    if !can_scan() || !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let mut scene = Scene::new();
+    let disk = HangingDisk::new();
+    disk.define(&scene.daemon, "w", scene.customer.key.as_str());
+    scene.needles = Needles::new(&scene.customer.volume_key(&disk.path()), &scene.plain);
+    scene.daemon.ok(&["attach", "w"]);
+    let plain: String = scene.plain.iter().map(|byte| format!("{byte:02x}")).collect();
+    let script = BUSY.replace("{plain}", &plain);
+    let mut clients: Vec<_> = (0..3)
+        .map(|_| {
+            let mut client = python_nbd();
+            client.args(["-u", &scene.daemon.uri("w"), "-c", &script]).stdin(Stdio::null());
+            Running(client.spawn().unwrap())
+        })
+        .collect();
+    until("all are busy", || scene.requests("w") > 500.0);
+    // In the middle of it the store hangs, with requests of all kinds in it.
+    disk.signal("-STOP");
+    let mut before = 0.0;
+    until("nothing goes on", || {
+        let now = scene.requests("w");
+        std::mem::replace(&mut before, now) == now && scene.in_flight("w") >= 6.0
+    });
+    scene.customer.set_enabled(false);
+    until("the volume is fenced", || scene.daemon.state("w") == "fenced");
+    assert!(scene.found().is_empty(), "fenced, and the store hangs: {:?}", scene.found());
+    for client in &mut clients {
+        assert!(client.ends("each request was refused").success());
+    }
+}
+
+#[test]
+fn a_write_that_is_refused_before_all_of_it_has_come_changes_nothing() {
+    if !can_scan() || !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let scene = Scene::new();
+    let disk = HangingDisk::new();
+    disk.attach(&scene.daemon, "w", scene.customer.key.as_str());
+    let mut client = Raw::connected(&scene.daemon.dir.path().join("nbd/w.sock"), "w");
+    assert_eq!(client.write(1 << 20, &[b'o'; 65536]), 0);
+    // Whole sectors, and a part of one; something hangs in the store before them, or nothing does.
+    for (hangs, offset) in [(true, 1 << 20), (true, (1 << 20) + 777), (false, 1 << 20)] {
+        if hangs {
+            disk.signal("-STOP");
+            client.send(&request(0, READ, 1, 0, 4096));
+        }
+        client.send(&request(0, WRITE, 2, offset, 3000 + 4096));
+        client.send(&[b'n'; 1000]);
+        let asked = if hangs { 2.0 } else { 1.0 };
+        until("it has come in part", || scene.in_flight("w") == asked);
+        scene.customer.set_enabled(false);
+        until("the volume is fenced", || scene.daemon.state("w") == "fenced");
+        let answers = if hangs { 2 } else { 1 };
+        assert_eq!(errors(&mut client, answers), vec![1; answers], "EPERM");
+        disk.signal("-CONT");
+        scene.customer.set_enabled(true);
+        until("it is served again", || scene.daemon.state("w") == "serving");
+        client.send(&[b'n'; 2000 + 4096]);
+        assert!(client.read(1 << 20, 65536) == [b'o'; 65536], "as it was: {offset}");
     }
 }
 

@@ -306,7 +306,7 @@ impl Transmission {
             }
             if self.tasks_in_flight() {
                 self.send()?;
-                self.wait_for_ring()?;
+                self.wait_and_watch()?;
                 if self.receive_more()? {
                     self.watch = WATCH_CREDIT;
                 }
@@ -419,8 +419,9 @@ impl Transmission {
     }
 
     /// Receives exactly `to`, from what has arrived and then from the socket; meanwhile what is in
-    /// flight goes on. If the fence closes before all is there, `to` is wiped: it will be refused.
-    fn receive_exact(&mut self, to: &mut [u8]) -> Outcome {
+    /// flight goes on. If the fence closes before all is there, `to` is wiped, and the answer is
+    /// `false`: the request has been refused, and nothing may come of it.
+    fn receive_exact(&mut self, to: &mut [u8]) -> Outcome<bool> {
         let mut got = self.inbox.take(to);
         let mut void = false;
         while got < to.len() {
@@ -428,13 +429,14 @@ impl Transmission {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let closings = self.closings;
                     self.take_in_hand();
-                    let more = self.wait_for_more(&mut to[got..]);
+                    let waited = self.wait_for_more();
                     void |= self.closings != closings && !self.export.holds();
                     if void {
                         to[..got].zeroize();
                     }
                     self.lay_down();
-                    more?
+                    waited?;
+                    continue;
                 }
                 Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
                 other => other?,
@@ -444,47 +446,44 @@ impl Transmission {
                 to[..got].zeroize();
             }
         }
-        Ok(())
+        Ok(!void)
     }
 
-    /// Waits for more from the client; says how much of it is in `to` by now.
-    fn wait_for_more(&mut self, to: &mut [u8]) -> Outcome<usize> {
+    /// Waits for more from the client, or for whatever else has to be done.
+    fn wait_for_more(&mut self) -> Outcome {
         self.send()?;
         if self.tasks_in_flight() {
             self.watch = WATCH_CREDIT;
-            self.wait_for_ring()?;
-            return Ok(0);
+            return self.wait_and_watch();
         }
-        if self.export.holds() {
-            // A client that is slow to send is not cut off when its requests are to be held.
-            let mut fds = [
-                PollFd::new(self.stream.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.client.waker(), PollFlags::POLLIN),
-            ];
-            // Interrupted or not: what counts is looked at again.
-            let _polled = poll(&mut fds, PollTimeout::NONE);
-            if fds[1].any().unwrap_or(true) {
-                self.client.awake();
-                self.notice_fence()?;
-            }
-            return Ok(0);
+        // A client that is slow to send is not cut off by a fence: it is told like any other.
+        let mut fds = [
+            PollFd::new(self.stream.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.client.waker(), PollFlags::POLLIN),
+        ];
+        // Interrupted or not: what counts is looked at again.
+        let _polled = poll(&mut fds, PollTimeout::NONE);
+        if fds[1].any().unwrap_or(true) {
+            self.client.awake();
+            self.notice_fence()?;
         }
-        match self.stream.read(to) {
-            Ok(0) => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-            // Only the idle limit: a slow sender is not an error.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-            other => Ok(other?),
-        }
+        Ok(())
     }
 
     fn discard_payload(&mut self, mut left: u64) -> Outcome {
-        let mut scratch = self.pool.take(64 << 10).map_err(io::Error::from)?;
+        if left == 0 {
+            return Ok(());
+        }
+        let mut scratch = Plaintext::new(self.pool.take_clean(64 << 10).map_err(io::Error::from)?);
         while left > 0 {
-            let now = usize::try_from(left).unwrap_or(usize::MAX).min(scratch.len());
-            self.receive_exact(&mut scratch.bytes_mut()[..now])?;
+            let to = scratch.bytes_mut();
+            let now = usize::try_from(left).unwrap_or(usize::MAX).min(to.len());
+            self.receive_exact(&mut to[..now])?;
+            // The next piece may be long in coming.
+            to[..now].zeroize();
             left -= now as u64;
         }
-        self.pool.give_plaintext(Plaintext::new(scratch));
+        self.pool.give_plaintext(scratch);
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::buffer::{Ciphertext, MAX_BUFFER};
 use crate::device::Claim;
@@ -15,6 +15,13 @@ use crate::store::uring::{Completion, Op, Ring};
 use crate::store::{Backing, Durability, Speed};
 use crate::units::SectorRange;
 
+/// A store that answers within this time is not worth watching the client meanwhile, which costs
+/// about a microsecond for each request.
+const QUICK: Duration = Duration::from_micros(100);
+
+/// A moment later something that ends is over.
+const MOMENT: Duration = Duration::from_millis(1);
+
 impl Transmission {
     /// Starts one part of a task: at once where the store answers from memory, else by the ring.
     pub(super) fn start(
@@ -25,9 +32,12 @@ impl Transmission {
         claim: Option<Claim>,
         op: Op,
     ) -> Outcome {
-        self.tasks.expect(task).parts += 1;
+        let whole = self.tasks.expect(task);
+        whole.parts += 1;
+        let refused = whole.answered;
         let part = Part::new(Some(task), at, wanted, claim, &op);
-        self.submit(part, op)
+        // Refused while something was waited for: the client may have sent the next one by now.
+        if refused { self.abandon(part, op) } else { self.submit(part, op) }
     }
 
     pub(super) fn submit(&mut self, part: Part, op: Op) -> Outcome {
@@ -35,15 +45,13 @@ impl Transmission {
             let ended = do_now(self.export.backing(), part.at, op);
             return self.finish(part, ended);
         }
-        if self.ring.is_none() {
-            self.ring = Some(Ring::new()?);
-        }
-        while self.ring.as_ref().is_some_and(|ring| !ring.has_room()) {
-            if self.given_up {
-                return self.abandon(part, op);
+        match self.make_room() {
+            Ok(true) => {}
+            Ok(false) => return self.abandon(part, op),
+            Err(error) => {
+                self.undo(part, op);
+                return Err(error);
             }
-            self.send()?;
-            self.wait_for_ring()?;
         }
         let at = part.at;
         let token = self.parts.insert(part);
@@ -53,16 +61,38 @@ impl Transmission {
         }
     }
 
+    /// Waits until the ring has room; `false` if the fence has closed and the store keeps what fills
+    /// it.
+    fn make_room(&mut self) -> Outcome<bool> {
+        if self.ring.is_none() {
+            self.ring = Some(Ring::new()?);
+        }
+        while self.ring.as_ref().is_some_and(|ring| !ring.has_room()) {
+            if self.given_up {
+                return Ok(false);
+            }
+            self.send()?;
+            self.wait_for_ring()?;
+        }
+        Ok(true)
+    }
+
     /// A part that the store does not have is not done any more.
     pub(super) fn abandon(&mut self, part: Part, op: Op) -> Outcome {
+        let task = part.task;
+        self.undo(part, op);
+        let errno = self.why_given_up();
+        task.map_or(Ok(()), |task| self.part_ended(task, Err(errno)))
+    }
+
+    /// Gives back what a part has that the store does not have.
+    fn undo(&mut self, part: Part, op: Op) {
         if let Some(claim) = part.claim {
             self.lane.end(claim);
         }
         if let Op::Read(data) | Op::Write(data, _) = op {
             self.give_back(data.into_buffer(), part.held);
         }
-        let errno = self.why_given_up();
-        part.task.map_or(Ok(()), |task| self.part_ended(task, Err(errno)))
     }
 
     /// One part's I/O has ended.
@@ -193,14 +223,33 @@ impl Transmission {
         self.parts.len() > 0 || !self.later.is_empty()
     }
 
-    /// Waits for the ring: for a completion, the fence, or more from the client where that is worth
-    /// watching for.
+    /// Waits for the ring: for a completion or the fence.
     pub(super) fn wait_for_ring(&mut self) -> Outcome {
-        self.wait_until(None)
+        self.wait(None, false)
     }
 
-    /// The same, and no longer than `until`.
-    pub(super) fn wait_until(&mut self, until: Option<Instant>) -> Outcome {
+    /// The same, or for more from the client where that is worth watching for. Whoever calls this
+    /// takes what has come.
+    pub(super) fn wait_and_watch(&mut self) -> Outcome {
+        // Who has been told that his request failed may send the next one.
+        if self.watch > 0 || self.given_up || self.at_end {
+            return self.wait(None, !self.at_end);
+        }
+        let before = self.parts.len();
+        self.wait(Some(Instant::now() + QUICK), false)?;
+        if self.parts.len() == before {
+            // It takes its time, and nobody else's: the client may have sent more by now.
+            self.watch = 1;
+        }
+        Ok(())
+    }
+
+    /// As [`Transmission::wait_for_ring`], and no longer than `until`.
+    pub(super) fn wait_until(&mut self, until: Instant) -> Outcome {
+        self.wait(Some(until), false)
+    }
+
+    fn wait(&mut self, until: Option<Instant>, watches: bool) -> Outcome {
         if self.given_up {
             // It may be long until the store is done, and nobody else wipes meanwhile.
             self.pool.wipe();
@@ -210,12 +259,14 @@ impl Transmission {
             self.ring = Some(Ring::new()?);
         }
         let Some(ring) = self.ring.as_mut() else { return Ok(()) };
-        // Who has been told that his request failed may send the next one.
-        let watches = (self.watch > 0 || self.given_up) && !self.at_end;
         let socket = watches.then(|| self.stream.as_fd());
         let due = self.later.iter().filter(|_| ring.has_room()).map(|later| later.due);
-        let timeout =
-            due.chain(until).min().map(|due| due.saturating_duration_since(Instant::now()));
+        // Nobody wakes it while somebody tries to bring the key back.
+        let hold_ends = self.holding.then(|| self.export.hold_ends_in()).flatten();
+        let now = Instant::now();
+        let hold_ends = hold_ends.map(|left| now + left + MOMENT);
+        let timeout = due.chain(until).chain(hold_ends).min();
+        let timeout = timeout.map(|due| due.saturating_duration_since(now));
         let mut ended = std::mem::take(&mut self.ended);
         let waited = ring.wait(socket, self.client.waker(), timeout, &mut ended);
         if self.watch > 0 {

@@ -65,7 +65,7 @@ impl Transmission {
                 break;
             }
             let Ok(at) = self.export.geometry().sectors(offset, len) else { continue };
-            let buffer = self.pool.take(index(at.len())).map_err(io::Error::from)?;
+            let buffer = self.pool.take_clean(index(at.len())).map_err(io::Error::from)?;
             left -= buffer.len();
             let skip = index(offset - at.offset());
             let wanted = skip..skip + index(len);

@@ -7,6 +7,7 @@ use crate::buffer::Buffer;
 use crate::nbd::transmission::{
     Data, HOLD_LIMIT, OUTBOX_BYTES, OUTBOX_REPLIES, Outcome, Reply, Transmission, index,
 };
+use crate::store::Speed;
 use crate::units::SectorRange;
 
 impl Transmission {
@@ -90,7 +91,12 @@ impl Transmission {
             }
         }
         self.held += len;
-        Ok(self.pool.take(len).map_err(io::Error::from)?)
+        // A store that makes one wait gets no plaintext from before along with it.
+        let buffer = match self.export.backing().speed() {
+            Speed::Immediate => self.pool.take(len),
+            Speed::Queued => self.pool.take_clean(len),
+        };
+        Ok(buffer.map_err(io::Error::from)?)
     }
 
     pub(super) fn give_back(&mut self, buffer: Buffer, held: usize) {

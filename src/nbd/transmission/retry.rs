@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use crate::nbd::transmission::{Outcome, Part, Transmission};
-use crate::store::is_transient;
 use crate::store::uring::{Completion, Op};
+use crate::store::{Durability, is_transient};
 
 /// Tries after the first: 20 ms, 80 ms, 320 ms and 1.28 s apart. Some 2 s bridge a path that comes
 /// back or a moment without memory, and are well under what any client waits.
@@ -51,7 +51,9 @@ impl Transmission {
         let Completion { token, result: Err(error), buffer: Some(data) } = ended else {
             return Some(ended);
         };
-        if part.orphan || answered || !self.is_worth_a_try(&error, part.failures) {
+        // A write that has to be durable is a flush as well, and none is repeated.
+        let flushes = part.durability == Durability::Durable;
+        if part.orphan || answered || flushes || !self.is_worth_a_try(&error, part.failures) {
             return Some(Completion { token, result: Err(error), buffer: Some(data) });
         }
         let due = Instant::now() + pause(part.failures);
@@ -83,7 +85,7 @@ impl Transmission {
         }
         let until = Instant::now() + pause(failures);
         while Instant::now() < until && !self.export.gives_up() {
-            self.wait_until(Some(until))?;
+            self.wait_until(until)?;
         }
         Ok(!self.export.gives_up())
     }

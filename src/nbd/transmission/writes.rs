@@ -76,8 +76,14 @@ impl Transmission {
                 })
             }
             Source::Client => {
+                // The client may be long in sending it.
+                buffer.wipe();
                 let mut plain = Plaintext::new(buffer);
-                self.receive_exact(plain.bytes_mut())?;
+                if !self.receive_exact(plain.bytes_mut())? {
+                    self.pool.give_plaintext(plain);
+                    self.release(held);
+                    return self.part_refused(task);
+                }
                 self.seal(plain, at, held)?
             }
             Source::Zeroes => {
@@ -97,11 +103,16 @@ impl Transmission {
             Some(claim) => self.start(task, at, 0..0, Some(claim), Op::Write(data, durability)),
             None => {
                 self.give_back(data.into_buffer(), held);
-                let errno = self.why_given_up();
-                self.tasks.expect(task).parts += 1;
-                self.part_ended(task, Err(errno))
+                self.part_refused(task)
             }
         }
+    }
+
+    /// A part of a task that is not even begun.
+    fn part_refused(&mut self, task: usize) -> Outcome {
+        let errno = self.why_given_up();
+        self.tasks.expect(task).parts += 1;
+        self.part_ended(task, Err(errno))
     }
 
     pub(super) fn seal(
@@ -166,9 +177,13 @@ impl Transmission {
         source: Source,
         durability: Durability,
     ) -> Outcome {
-        let mut new = Plaintext::new(self.pool.take(index(len)).map_err(io::Error::from)?);
+        let mut new = Plaintext::new(self.pool.take_clean(index(len)).map_err(io::Error::from)?);
         match source {
-            Source::Client => self.receive_exact(new.bytes_mut())?,
+            Source::Client if self.receive_exact(new.bytes_mut())? => {}
+            Source::Client => {
+                self.pool.give_plaintext(new);
+                return self.part_refused(task);
+            }
             Source::Zeroes => new.bytes_mut().fill(0),
         }
         self.take_in_hand();
