@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{Shutdown, getsockopt, shutdown};
@@ -33,6 +34,9 @@ use crate::volume::{Access, UnlockedVolume, VolumeError};
 /// How long a connection has, after the fence closed, to answer what it holds and wipe it. Then it
 /// is cut off: its client takes no answers. Together with [`CUT_OFF`] under a second.
 const QUIESCE: Duration = Duration::from_millis(600);
+
+/// The peer sends no more; nix has no name for it.
+pub(crate) const HANG_UP: PollFlags = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
 
 /// How long a connection that was cut off has to notice.
 const CUT_OFF: Duration = Duration::from_millis(200);
@@ -581,11 +585,23 @@ impl Export {
     pub(crate) fn wait_for_orphans(&self) -> Result<(), ExportError> {
         let deadline = Instant::now() + ORPHANS;
         let mut clients = lock(&self.clients);
+        let mut told = false;
         loop {
+            // Also what belongs to a client that has gone, which its connection may not know yet.
+            let gone = clients.iter().filter(|client| client.has_hung_up());
+            let gone: u64 = gone.map(|client| client.in_flight()).sum();
             let left = self.orphans.load(Ordering::Acquire);
+            let left = left.saturating_add(usize::try_from(gone).unwrap_or(usize::MAX));
             let now = Instant::now();
             if left == 0 {
                 return Ok(());
+            }
+            if !std::mem::replace(&mut told, true) {
+                info!(
+                    volume = self.name(),
+                    operations = left,
+                    "waiting for what an earlier connection left in the store"
+                );
             }
             if now >= deadline || self.is_stopping() {
                 return Err(ExportError::Stalled(left));
@@ -639,6 +655,19 @@ impl Client {
     fn shut(&self, how: Shutdown) {
         // The socket may be gone already, which is what is wanted.
         let _shut = shutdown(self.socket.as_raw_fd(), how);
+    }
+
+    /// Whether its peer sends no more.
+    fn has_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(self.socket.as_fd(), HANG_UP)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].any() != Some(false)
+    }
+
+    /// Its requests that are not answered yet.
+    fn in_flight(&self) -> u64 {
+        let mut totals = IoTotals::default();
+        totals.add(&self.io);
+        totals.in_flight()
     }
 
     fn is_clean(&self, closings: u64) -> bool {

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use crate::customer::Customer;
 use crate::metrics::{address, scrape, value};
 use crate::mounts::{LoopDevice, Mount, NbdFile, can_mount};
+use crate::raw::{Raw, WRITE, request};
 use crate::support::{Daemon, Running, have, nbdsh, output, python_nbd, run, until};
 
 const FAILED: i32 = 1;
@@ -250,7 +251,7 @@ fn who_can_write_to_the_store_makes_garbage_or_old_data_and_nothing_of_his_choic
         store.read_exact_at(&mut sector, sector_at(n)).unwrap();
         sector
     };
-    let mut client = crate::raw::Raw::connected(&daemon.dir.path().join("nbd/v.sock"), "v");
+    let mut client = Raw::connected(&daemon.dir.path().join("nbd/v.sock"), "v");
     for n in 0..2 {
         assert_eq!(client.write(n * 4096, &[b'o'; 4096]), 0);
     }
@@ -503,6 +504,31 @@ fn a_store_that_hangs_at_attach_does_so_before_kms_is_asked_for_the_key() {
     });
     assert!(asked() > before);
     daemon.ok(&["detach", "v"]);
+}
+
+#[test]
+fn a_write_that_a_client_left_hanging_does_not_undo_what_comes_after_it() {
+    if !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let daemon = Daemon::start();
+    let disk = HangingDisk::new();
+    disk.attach(&daemon, "v", &daemon.key());
+    let socket = daemon.dir.path().join("nbd/v.sock");
+    let mut gone = Raw::connected(&socket, "v");
+    assert_eq!(gone.write(0, &[b'o'; 4096]), 0);
+    disk.signal("-STOP");
+    gone.send(&[request(0, WRITE, 1, 0, 4096), vec![b'a'; 4096]].concat());
+    let taken = |n: u64| daemon.status("v")["connections"] == n;
+    until("the client is there", || taken(1));
+    drop(gone);
+    let mut next = Raw::connected(&socket, "v");
+    next.send(&[request(0, WRITE, 2, 0, 4096), vec![b'b'; 4096]].concat());
+    until("it is waited for", || daemon.log().contains("an earlier connection left in the store"));
+    assert!(taken(1), "the next one is not served meanwhile");
+    disk.signal("-CONT");
+    assert_eq!(next.simple_reply(2), 0);
+    assert!(next.read(0, 4096) == [b'b'; 4096]);
 }
 
 #[test]

@@ -6,10 +6,13 @@
 //! again, and what is in flight in the store is ciphertext both ways. What the client has sent and
 //! is not encrypted yet (a request, and up to 68 KiB behind it) waits in locked memory.
 
+use std::io;
+use std::os::fd::AsFd;
+
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::buffer::{Ciphertext, Plaintext};
-use crate::export::Stance;
+use crate::export::{HANG_UP, Stance};
 use crate::fence::EnterError;
 use crate::nbd::transmission::reads::unseal;
 use crate::nbd::transmission::requests::operation;
@@ -30,9 +33,16 @@ impl Transmission {
                 Stance::Held => {}
             }
             self.let_go()?;
-            let mut waker = [PollFd::new(self.client.waker(), PollFlags::POLLIN)];
+            let mut fds = [
+                PollFd::new(self.client.waker(), PollFlags::POLLIN),
+                PollFd::new(self.stream.as_fd(), HANG_UP),
+            ];
             // Interrupted or not: what counts is looked at again.
-            let _polled = poll(&mut waker, PollTimeout::from(LOOK_AGAIN_MILLIS));
+            let _polled = poll(&mut fds, PollTimeout::from(LOOK_AGAIN_MILLIS));
+            if fds[1].any() != Some(false) {
+                // Done later, its requests could undo those of a client that has come since.
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            }
             self.client.awake();
         }
     }
