@@ -361,9 +361,7 @@ impl Export {
 
     /// Requests that are not answered yet.
     pub fn in_flight(&self) -> u64 {
-        let mut totals = IoTotals::default();
-        lock(&self.clients).iter().for_each(|client| totals.add(&client.io));
-        totals.in_flight()
+        lock(&self.clients).iter().map(|client| client.in_flight()).sum()
     }
 
     /// Counts an error of the backing store.
@@ -476,7 +474,7 @@ impl Export {
 
     /// Whether requests are being served.
     pub fn is_serving(&self) -> bool {
-        !self.is_stopping() && self.fence.check().is_ok()
+        self.stance() == Stance::Serving
     }
 
     /// Whether service is ending.

@@ -223,6 +223,17 @@ impl Scene {
         Self { customer, daemon, needles, plain, front }
     }
 
+    /// With a volume `w` on a disk that can be made to hang, and its key to search for. The disk goes
+    /// first, for the daemon could not end without it.
+    fn on_a_disk_that_can_hang() -> (Self, HangingDisk) {
+        let mut scene = Self::new();
+        let disk = HangingDisk::new();
+        disk.define(&scene.daemon, "w", scene.customer.key.as_str());
+        scene.needles = Needles::new(&scene.customer.volume_key(&disk.path()), &scene.plain);
+        scene.daemon.ok(&["attach", "w"]);
+        (scene, disk)
+    }
+
     fn metrics(&self) -> String {
         let http = UnixStream::connect(self.front.dir.path().join("http")).unwrap();
         get(http, "/metrics", "Host: localhost\r\n").1
@@ -446,11 +457,7 @@ fn nothing_in_the_clear_waits_for_a_store_that_hangs() {
     if !can_scan() || !can_mount(&["nbdsh", "nbdkit"]) {
         return;
     }
-    let mut scene = Scene::new();
-    let disk = HangingDisk::new();
-    disk.define(&scene.daemon, "w", scene.customer.key.as_str());
-    scene.needles = Needles::new(&scene.customer.volume_key(&disk.path()), &scene.plain);
-    scene.daemon.ok(&["attach", "w"]);
+    let (scene, disk) = Scene::on_a_disk_that_can_hang();
     let data = scene.plain.repeat(64);
     let write = |cookie, at| [request(0, WRITE, cookie, at, 4096), data.clone()].concat();
     // Parts of sectors, alone and behind whatever hangs in the store before them.
@@ -523,11 +530,7 @@ fn nothing_in_the_clear_is_left_in_memory_that_was_used_before() {
     if !can_scan() || !can_mount(&["nbdsh", "nbdkit"]) {
         return;
     }
-    let mut scene = Scene::new();
-    let disk = HangingDisk::new();
-    disk.define(&scene.daemon, "w", scene.customer.key.as_str());
-    scene.needles = Needles::new(&scene.customer.volume_key(&disk.path()), &scene.plain);
-    scene.daemon.ok(&["attach", "w"]);
+    let (scene, disk) = Scene::on_a_disk_that_can_hang();
     let plain: String = scene.plain.iter().map(|byte| format!("{byte:02x}")).collect();
     let script = BUSY.replace("{plain}", &plain);
     let mut clients: Vec<_> = (0..3)

@@ -7,7 +7,7 @@
 //! is not encrypted yet (a request, and up to 68 KiB behind it) waits in locked memory.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -33,18 +33,29 @@ impl Transmission {
                 Stance::Held => {}
             }
             self.let_go()?;
-            let mut fds = [
-                PollFd::new(self.client.waker(), PollFlags::POLLIN),
-                PollFd::new(self.stream.as_fd(), HANG_UP),
-            ];
-            // Interrupted or not: what counts is looked at again.
-            let _polled = poll(&mut fds, PollTimeout::from(LOOK_AGAIN_MILLIS));
-            if fds[1].any() != Some(false) {
+            let at_most = PollTimeout::from(LOOK_AGAIN_MILLIS);
+            if self.wait_beside_waker(self.stream.as_fd(), HANG_UP, at_most) {
                 // Done later, its requests could undo those of a client that has come since.
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }
+        }
+    }
+
+    /// Waits for `events` of `fd`, says whether they came, and takes a wake-up. Interrupted or not:
+    /// what counts is looked at again by the caller.
+    pub(super) fn wait_beside_waker(
+        &self,
+        fd: BorrowedFd<'_>,
+        events: PollFlags,
+        at_most: PollTimeout,
+    ) -> bool {
+        let waker = PollFd::new(self.client.waker(), PollFlags::POLLIN);
+        let mut fds = [PollFd::new(fd, events), waker];
+        let _polled = poll(&mut fds, at_most);
+        if fds[1].any() != Some(false) {
             self.client.awake();
         }
+        fds[0].any() != Some(false)
     }
 
     /// Whether to knock at the gate again, after waiting for that if this volume's requests wait.

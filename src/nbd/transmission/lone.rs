@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::buffer::{Ciphertext, Plaintext};
@@ -102,16 +102,10 @@ impl Transmission {
         };
         std::thread::Builder::new().name("extents".into()).spawn(looks)?;
         loop {
-            let mut fds = [
-                PollFd::new(self.client.waker(), PollFlags::POLLIN),
-                PollFd::new(ended.as_fd(), PollFlags::POLLIN),
-            ];
-            // Interrupted or not: what counts is looked at again.
-            let _polled = poll(&mut fds, PollTimeout::NONE);
+            self.wait_beside_waker(ended.as_fd(), PollFlags::POLLIN, PollTimeout::NONE);
             if let Ok(runs) = told.try_recv() {
                 return Ok(Some(runs));
             }
-            self.client.awake();
             self.notice_fence()?;
             if self.export.gives_up() {
                 return Ok(None);

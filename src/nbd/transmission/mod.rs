@@ -28,7 +28,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFlags, PollTimeout};
 use thiserror::Error;
 use tracing::warn;
 use zeroize::Zeroize;
@@ -457,17 +457,8 @@ impl Transmission {
             return self.wait_and_watch();
         }
         // A client that is slow to send is not cut off by a fence: it is told like any other.
-        let mut fds = [
-            PollFd::new(self.stream.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.client.waker(), PollFlags::POLLIN),
-        ];
-        // Interrupted or not: what counts is looked at again.
-        let _polled = poll(&mut fds, PollTimeout::NONE);
-        if fds[1].any().unwrap_or(true) {
-            self.client.awake();
-            self.notice_fence()?;
-        }
-        Ok(())
+        self.wait_beside_waker(self.stream.as_fd(), PollFlags::POLLIN, PollTimeout::NONE);
+        self.notice_fence()
     }
 
     fn discard_payload(&mut self, mut left: u64) -> Outcome {

@@ -96,13 +96,13 @@ impl Transmission {
     }
 
     /// One part's I/O has ended.
-    pub(super) fn finish(&mut self, mut part: Part, ended: Completion) -> Outcome {
+    pub(super) fn finish(&mut self, part: Part, ended: Completion) -> Outcome {
         let Some(task) = part.task else {
             self.lone_ended(&part, ended);
             return Ok(());
         };
         let answered = self.tasks.expect(task).answered;
-        let Some(ended) = self.unless_tried_again(&mut part, ended, answered) else {
+        let Some((part, ended)) = self.unless_tried_again(part, ended, answered) else {
             return Ok(());
         };
         let Part { at, wanted, claim, held, orphan, doing, .. } = part;

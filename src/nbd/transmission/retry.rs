@@ -44,23 +44,22 @@ impl Transmission {
     /// How a part's I/O ended; `None` if it is tried again.
     pub(super) fn unless_tried_again(
         &mut self,
-        part: &mut Part,
+        part: Part,
         ended: Completion,
         answered: bool,
-    ) -> Option<Completion> {
+    ) -> Option<(Part, Completion)> {
         let Completion { token, result: Err(error), buffer: Some(data) } = ended else {
-            return Some(ended);
+            return Some((part, ended));
         };
         // A write that has to be durable is a flush as well, and none is repeated.
         let flushes = part.durability == Durability::Durable;
         if part.orphan || answered || flushes || !self.is_worth_a_try(&error, part.failures) {
-            return Some(Completion { token, result: Err(error), buffer: Some(data) });
+            return Some((part, Completion { token, result: Err(error), buffer: Some(data) }));
         }
         let due = Instant::now() + pause(part.failures);
         let op =
             if part.claim.is_some() { Op::Write(data, part.durability) } else { Op::Read(data) };
-        let again = Part { claim: part.claim.take(), wanted: part.wanted.clone(), ..*part };
-        let part = Part { failures: part.failures + 1, ..again };
+        let part = Part { failures: part.failures + 1, ..part };
         self.later.push(Later { due, part, op });
         None
     }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use crate::buffer::{Ciphertext, MAX_BUFFER, Plaintext};
 use crate::device::{Busy, Claim, Lane};
-use crate::fence::EnterError;
+use crate::fence::{EnterError, Gate};
+use crate::metrics::io::IoCounters;
 use crate::nbd::transmission::{Outcome, Reply, Transmission, index};
 use crate::nbd::wire::{Errno, FLAG_FUA, Head, Request};
 use crate::store::Durability;
@@ -82,55 +83,50 @@ impl Transmission {
                 if !self.receive_exact(plain.bytes_mut())? {
                     self.pool.give_plaintext(plain);
                     self.release(held);
-                    return self.part_refused(task);
+                    return self.part_refused(task, self.why_given_up());
                 }
-                self.seal(plain, at, held)?
+                self.sealed(plain, at, held)?
             }
             Source::Zeroes => {
                 buffer.bytes_mut().fill(0);
-                self.seal(Plaintext::new(buffer), at, held)?
+                self.sealed(Plaintext::new(buffer), at, held)?
             }
         };
         let data = match sealed {
             Ok(data) => data,
             Err(error) => {
                 let errno = self.refused(error);
-                self.tasks.expect(task).parts += 1;
-                return self.part_ended(task, Err(errno));
+                return self.part_refused(task, errno);
             }
         };
         match self.claim(at)? {
             Some(claim) => self.start(task, at, 0..0, Some(claim), Op::Write(data, durability)),
             None => {
                 self.give_back(data.into_buffer(), held);
-                self.part_refused(task)
+                self.part_refused(task, self.why_given_up())
             }
         }
     }
 
     /// A part of a task that is not even begun.
-    fn part_refused(&mut self, task: usize) -> Outcome {
-        let errno = self.why_given_up();
+    fn part_refused(&mut self, task: usize, errno: Errno) -> Outcome {
         self.tasks.expect(task).parts += 1;
         self.part_ended(task, Err(errno))
     }
 
-    pub(super) fn seal(
+    /// Encrypts what is to be written, when the fence lets it.
+    fn sealed(
         &mut self,
-        plain: Plaintext,
+        mut plain: Plaintext,
         at: SectorRange,
         held: usize,
     ) -> Outcome<Result<Ciphertext, EnterError>> {
         loop {
-            let error = match self.gate.enter() {
-                Ok(pass) => {
-                    let began = self.client.io().cipher_begins();
-                    let sealed = pass.seal(plain, at);
-                    self.client.io().cipher_ended(began);
-                    return Ok(Ok(sealed));
-                }
-                Err(error) => error,
+            let (error, back) = match seal(&self.gate, self.client.io(), plain, at) {
+                Ok(data) => return Ok(Ok(data)),
+                Err(refused) => refused,
             };
+            plain = back;
             if !self.wait_out(&error)? {
                 self.pool.give_plaintext(plain);
                 self.pool.wipe();
@@ -182,7 +178,7 @@ impl Transmission {
             Source::Client if self.receive_exact(new.bytes_mut())? => {}
             Source::Client => {
                 self.pool.give_plaintext(new);
-                return self.part_refused(task);
+                return self.part_refused(task, self.why_given_up());
             }
             Source::Zeroes => new.bytes_mut().fill(0),
         }
@@ -194,10 +190,7 @@ impl Transmission {
             Ok((at, claim, data)) => {
                 self.start(task, at, 0..0, Some(claim), Op::Write(data, durability))
             }
-            Err(errno) => {
-                self.tasks.expect(task).parts += 1;
-                self.part_ended(task, Err(errno))
-            }
+            Err(errno) => self.part_refused(task, errno),
         }
     }
 
@@ -240,14 +233,9 @@ impl Transmission {
                 Err(errno) => return Ok(Err(errno)),
             };
             plain.bytes_mut()[skip..skip + new.bytes().len()].copy_from_slice(new.bytes());
-            let error = match self.gate.enter() {
-                Ok(pass) => {
-                    let began = self.client.io().cipher_begins();
-                    let sealed = pass.seal(plain, at);
-                    self.client.io().cipher_ended(began);
-                    return Ok(Ok(sealed));
-                }
-                Err(error) => error,
+            let (error, plain) = match seal(&self.gate, self.client.io(), plain, at) {
+                Ok(data) => return Ok(Ok(data)),
+                Err(refused) => refused,
             };
             self.pool.give_plaintext(plain);
             self.release(held);
@@ -272,6 +260,24 @@ impl Transmission {
             }
             None => self.refuse(&request),
         }
+    }
+}
+
+/// Encrypts what is to be written, or gives it back as it is.
+fn seal(
+    gate: &Gate,
+    io: &IoCounters,
+    plain: Plaintext,
+    at: SectorRange,
+) -> Result<Ciphertext, (EnterError, Plaintext)> {
+    match gate.enter() {
+        Ok(pass) => {
+            let began = io.cipher_begins();
+            let data = pass.seal(plain, at);
+            io.cipher_ended(began);
+            Ok(data)
+        }
+        Err(error) => Err((error, plain)),
     }
 }
 
