@@ -10,8 +10,13 @@ BLOCK = 4096
 BLOCKS = 512
 
 
+def trace(volume):
+    """What is in every block of this volume, again and again."""
+    return f"clear text of {volume}, "
+
+
 def content(volume, block, version):
-    word = f"{volume} {block} {version};".encode()
+    word = f"{trace(volume)}{block} {version};".encode()
     return (word * (BLOCK // len(word) + 1))[:BLOCK]
 
 
@@ -25,6 +30,7 @@ class Client(threading.Thread):
         self.may_hold = [{0} for _ in range(BLOCKS)]
         self.version = 0
         self.last_success, self.began, self.operations, self.failed = time.monotonic(), None, 0, 0
+        # Paused, it has no request under way.
         self.paused, self.is_paused, self.ended = threading.Event(), threading.Event(), False
 
     def run(self):
@@ -35,15 +41,13 @@ class Client(threading.Thread):
                 self.converse(connection)
             except nbd.Error:
                 # Refused while the volume is detached or fenced, or its daemon is gone.
-                time.sleep(0.05)
+                self.rest(0.05)
 
     def converse(self, connection):
         while not self.ended and not connection.aio_is_closed() and not connection.aio_is_dead():
             if self.paused.is_set():
-                self.is_paused.set()
-                time.sleep(0.02)
+                self.rest(0.02)
                 continue
-            self.is_paused.clear()
             first = self.random.randrange(BLOCKS)
             count = min(self.random.choice((1, 1, 2, 8, 64)), BLOCKS - first)
             self.began = time.monotonic()
@@ -61,6 +65,11 @@ class Client(threading.Thread):
             finally:
                 self.began = None
             time.sleep(self.random.uniform(0, 0.03))
+
+    def rest(self, seconds):
+        if self.paused.is_set():
+            self.is_paused.set()
+        time.sleep(seconds)
 
     def write(self, connection, first, count):
         self.version += 1
