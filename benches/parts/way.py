@@ -20,6 +20,7 @@ class Way:
         self.lock = threading.Lock()
         self.counts = {}
         self.denied = {}
+        self.allowed = {}
         self.kept = []
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self.listener.getsockname()[1]
@@ -29,6 +30,13 @@ class Way:
         """When the first answer that denied this volume's canary or key was delivered unharmed."""
         with self.lock:
             return min((at for at in self.denied.get(volume, []) if at >= since), default=None)
+
+    def longest_without(self, volume, since):
+        """The longest time that this volume was without an unharmed success, of those that had not ended by `since`. A
+        success counts from when it was asked for."""
+        with self.lock:
+            asked = [*self.allowed.get(volume, []), time.monotonic()]
+        return max((b - a for a, b in zip(asked, asked[1:]) if b >= since), default=0.0)
 
     def forget(self):
         """Nothing is replayed that a daemon heard which has ended: a new one does not know what came before it."""
@@ -63,6 +71,7 @@ class Way:
             harm = self.random.choice(HARMS) if self.random.random() < self.harm else None
             place, pause = self.random.random(), self.random.uniform(0.05, 4)
             old = self.random.choice(self.kept) if self.kept else b""
+            asked = time.monotonic()
             self.counts[harm or "unharmed"] = self.counts.get(harm or "unharmed", 0) + 1
         if harm == "reset":
             reset(client)
@@ -97,15 +106,17 @@ class Way:
         else:
             client.sendall(answer)
         if harm in (None, "split", "replay"):
-            self.remember(request, answer)
+            self.remember(request, answer, asked)
         return True
 
-    def remember(self, request, answer):
+    def remember(self, request, answer, asked):
         volume = re.search(rb'"byokd:volume-uuid":\s*"([^"]+)"', request)
         with self.lock:
             self.kept = self.kept[-50:] + [answer]
             if volume and b"TrentService.Decrypt" in request and any(word in answer for word in DENIALS):
                 self.denied.setdefault(volume[1].decode(), []).append(time.monotonic())
+            elif volume and b'"Plaintext"' in answer:
+                self.allowed[volume[1].decode()] = self.allowed.get(volume[1].decode(), [])[-50:] + [asked]
 
     def ask(self, request):
         with socket.create_connection(("127.0.0.1", self.kms_port), timeout=5) as kms:

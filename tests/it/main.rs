@@ -6,6 +6,7 @@
     reason = "what a test leans on may fail it and say why, in helpers too"
 )]
 
+mod credentials;
 mod customer;
 mod support;
 
