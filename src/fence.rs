@@ -281,13 +281,15 @@ impl Gate {
 
 impl Drop for Gate {
     fn drop(&mut self) {
-        let cipher = lock(&self.slot.0).take();
-        // A cipher outlives its key only if the fence closed and opened between the two lines; then
-        // it must not be handed on, and it is not: closing took it out of the slot.
-        if let (Some(cipher), Some(custody)) = (cipher, lock(&self.fence.custody).as_mut())
-            && cipher.is_in(&custody.arena)
-        {
-            custody.spare.push(cipher);
+        // Whoever closes the fence waits for the slot, until the cipher is where it belongs.
+        let mut slot = lock(&self.slot.0);
+        let Some(cipher) = slot.take() else { return };
+        let mut custody = lock(&self.fence.custody);
+        // If the fence has closed and opened since, the cipher is another key's and must not be
+        // handed on.
+        match custody.as_mut() {
+            Some(custody) if cipher.is_in(&custody.arena) => custody.spare.push(cipher),
+            Some(_) | None => drop(cipher),
         }
     }
 }
@@ -408,6 +410,26 @@ mod tests {
         let _receipt = fence.close(FenceReason::Denied);
         assert!(arena.upgrade().is_none(), "nothing holds the round keys' memory any more");
         drop(gate);
+    }
+
+    #[test]
+    fn a_gate_that_goes_while_the_fence_closes_keeps_no_round_keys() {
+        for round in 0..2000 {
+            let fence = Fence::open(key(1)).unwrap();
+            let arena = Arc::downgrade(&lock(&fence.custody).as_ref().unwrap().arena);
+            let gate = fence.gate();
+            drop(gate.enter().unwrap());
+            let start = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    start.wait();
+                    drop(gate);
+                });
+                start.wait();
+                let _receipt = fence.close(FenceReason::Denied);
+                assert!(arena.upgrade().is_none(), "they outlive the fence in round {round}");
+            });
+        }
     }
 
     #[test]
