@@ -1,7 +1,7 @@
 //! Requests that wait for the key, at an export whose fence closes and opens many times a second.
 
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
@@ -34,9 +34,20 @@ pub(crate) fn key() -> VolumeKey {
 
 /// A volume whose requests wait for the key, without a daemon around it.
 pub(crate) fn held_export(dir: &Path, hold: Duration) -> Arc<Export> {
+    export(dir, Some(hold))
+}
+
+/// The same, whose requests wait if there is a time to.
+pub(crate) fn export(dir: &Path, hold: Option<Duration>) -> Arc<Export> {
     let backing = dir.join("v.img");
+    make(&backing);
+    open(&backing, hold)
+}
+
+/// A new volume with [`key`].
+pub(crate) fn make(backing: &Path) {
     let new = NewVolume::prepare(CreateOptions {
-        backing: backing.clone(),
+        backing: backing.to_owned(),
         capacity: BYTES,
         sector_size: SectorSize::B4096,
         label: "v".to_owned(),
@@ -48,7 +59,11 @@ pub(crate) fn held_export(dir: &Path, hold: Duration) -> Arc<Export> {
     let context = EncryptionContext::for_volume(new.uuid(), Purpose::Zeebe, []).unwrap();
     let wrapped = WrappedKey { key_arn: arn.parse().unwrap(), blob: vec![1; 64], context };
     new.commit(&key(), wrapped.clone(), Canary { wrapped, sha256: [0; 32] }).unwrap();
-    let volume = LockedVolume::open(&backing, Access::ReadWrite).unwrap().unlock(&key());
+}
+
+/// Serves that volume.
+pub(crate) fn open(backing: &Path, hold: Option<Duration>) -> Arc<Export> {
+    let volume = LockedVolume::open(backing, Access::ReadWrite).unwrap().unlock(&key());
     let options = ExportOptions {
         name: "v".to_owned(),
         description: String::new(),
@@ -56,7 +71,7 @@ pub(crate) fn held_export(dir: &Path, hold: Duration) -> Arc<Export> {
         trim: true,
         max_connections: 16,
         direct: DirectIo::Auto,
-        hold: Some(hold),
+        hold,
     };
     Export::open(volume.map_err(|(_, error)| error).unwrap(), key(), options).unwrap()
 }
@@ -76,12 +91,11 @@ fn open_and_close(export: &Export, rounds: &AtomicU32, over: &AtomicBool) {
     }
 }
 
-fn no_request_fails(place: &Path) {
-    let dir = tempfile::tempdir_in(place).unwrap();
-    let export = held_export(dir.path(), Duration::from_secs(600));
+/// Serves it on a socket in `dir`.
+pub(crate) fn serve_in(dir: &Path, export: &Arc<Export>) -> PathBuf {
     let table = ExportTable::new();
-    table.insert(Arc::clone(&export));
-    let socket = dir.path().join("socket");
+    table.insert(Arc::clone(export));
+    let socket = dir.join("socket");
     let listener = UnixListener::bind(&socket).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
@@ -89,6 +103,13 @@ fn no_request_fails(place: &Path) {
             serve(NbdStream::Unix(stream.unwrap()), table.clone()).unwrap();
         }
     });
+    socket
+}
+
+fn no_request_fails(place: &Path) {
+    let dir = tempfile::tempdir_in(place).unwrap();
+    let export = held_export(dir.path(), Duration::from_secs(600));
+    let socket = serve_in(dir.path(), &export);
     let (over, rounds) = (AtomicBool::new(false), AtomicU32::new(0));
     std::thread::scope(|scope| {
         let closer = scope.spawn(|| open_and_close(&export, &rounds, &over));

@@ -18,6 +18,7 @@ mod concurrency;
 mod console;
 mod documents;
 mod filesystem;
+mod flight;
 mod hold;
 mod hostile;
 mod journal;

@@ -76,12 +76,17 @@ pub(crate) fn extended(flags: u16, command: u16, cookie: u64, offset: u64, len: 
 pub(crate) struct Raw(UnixStream);
 
 impl Raw {
+    /// Over a connection that is past the handshake.
+    pub(crate) fn over(stream: UnixStream) -> Self {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        Self(stream)
+    }
+
     /// Connects, and takes the greeting; nothing is sent yet.
     pub(crate) fn greeted(socket: &Path) -> Self {
         let stream = UnixStream::connect(socket).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        let mut raw = Self(stream);
+        let mut raw = Self::over(stream);
         let greeting = raw.take::<18>().unwrap();
         assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT");
         raw
@@ -148,6 +153,14 @@ impl Raw {
         assert_eq!(head[..4], SIMPLE_MAGIC.to_be_bytes(), "in sync");
         assert_eq!(head[8..], cookie.to_be_bytes());
         u32::from_be_bytes(head[4..8].try_into().unwrap())
+    }
+
+    /// The cookie and the error of the next simple reply.
+    pub(crate) fn any_reply(&mut self) -> (u64, u32) {
+        let head = self.take::<16>().expect("a reply");
+        assert_eq!(head[..4], SIMPLE_MAGIC.to_be_bytes(), "in sync");
+        let cookie = u64::from_be_bytes(head[8..].try_into().unwrap());
+        (cookie, u32::from_be_bytes(head[4..8].try_into().unwrap()))
     }
 
     /// Sends a request without payload; its error.

@@ -46,8 +46,9 @@ impl Transmission {
             return self.finish(part, ended);
         }
         match self.make_room() {
-            Ok(true) => {}
-            Ok(false) => return self.abandon(part, op),
+            // The fence may have closed meanwhile, and the client may have sent the next one by now.
+            Ok(true) if !self.is_answered(&part) => {}
+            Ok(_) => return self.abandon(part, op),
             Err(error) => {
                 self.undo(part, op);
                 return Err(error);
@@ -59,6 +60,10 @@ impl Transmission {
             Some(ring) => Ok(ring.push(self.export.backing(), op, at, token as u64)?),
             None => Ok(()),
         }
+    }
+
+    fn is_answered(&self, part: &Part) -> bool {
+        part.task.and_then(|task| self.tasks.get(task)).is_some_and(|task| task.answered)
     }
 
     /// Waits until the ring has room; `false` if the fence has closed and the store keeps what fills

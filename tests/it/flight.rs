@@ -1,0 +1,69 @@
+//! Requests in flight when the fence closes, at an export without a daemon around it: nothing else
+//! decides what comes first.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use byokd::key::lease::FenceReason;
+
+use crate::hold::{export, key, serve_in};
+use crate::raw::{READ, Raw, WRITE_ZEROES, request};
+use crate::support::until;
+
+const SECTOR: u64 = 4096;
+const PERM: u32 = 1;
+
+/// The store as it is when nothing changes in it any more.
+fn at_rest(backing: &Path) -> Vec<u8> {
+    let mut before = Vec::new();
+    let mut since = Instant::now();
+    until("the store is at rest", || {
+        let now = std::fs::read(backing).unwrap();
+        if now != before {
+            (before, since) = (now, Instant::now());
+        }
+        since.elapsed() > Duration::from_millis(200)
+    });
+    before
+}
+
+/// Replies that their client does not take: more than fits into its socket.
+const READS: u64 = 5;
+/// More than the store is given at a time.
+const WRITES: u64 = 760;
+
+fn more_than_the_store_takes(client: &mut Raw) {
+    let read = (1..=READS).map(|n| request(0, READ, WRITES + n, 0, 1 << 20));
+    let write = |n| request(0, WRITE_ZEROES, n, n * SECTOR, u32::try_from(SECTOR).unwrap());
+    client.send(&read.chain((1..=WRITES).map(write)).collect::<Vec<_>>().concat());
+}
+
+#[test]
+fn what_was_refused_before_the_store_had_it_never_gets_there() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let export = export(dir.path(), None);
+    let socket = serve_in(dir.path(), &export);
+    let mut client = Raw::connected(&socket, "v");
+    assert_eq!(client.write(0, &vec![b'o'; 3 << 20]), 0);
+    more_than_the_store_takes(&mut client);
+    let backing = dir.path().join("v.img");
+    let before = at_rest(&backing);
+    assert!(export.in_flight() > 126, "there are more than it was given: {}", export.in_flight());
+    let _destroyed = export.close(FenceReason::Suspended);
+    let mut refused = BTreeSet::new();
+    for _ in 0..WRITES + READS {
+        match client.any_reply() {
+            (cookie, 0) if cookie > WRITES => drop(client.take_vec(1 << 20)),
+            (_, 0) => {}
+            (cookie, PERM) => drop(refused.insert(cookie)),
+            (cookie, error) => panic!("{cookie}: {error}"),
+        }
+    }
+    assert!(refused.contains(&WRITES), "the last one was not begun");
+    let after = at_rest(&backing);
+    assert!(after == before, "what was not begun when the fence closed is not done after it");
+    until("nothing is left in the store", || export.stalled() == 0);
+    export.restore(key()).unwrap();
+    assert_eq!(client.command(0, READ, 0, 0), 0);
+}
