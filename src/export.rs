@@ -437,6 +437,8 @@ impl Export {
             let _one_at_a_time = lock(&self.transition);
             self.fence.close(reason)
         };
+        // Who waits for a store that hangs has heard of the end, and not of the fence.
+        self.each_client(Client::wake);
         self.wait_clients(CUT_OFF, |_| false);
         if self.options.read_only {
             return Ok(receipt);

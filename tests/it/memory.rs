@@ -498,6 +498,67 @@ fn nothing_in_the_clear_waits_for_a_store_that_hangs() {
     }
 }
 
+/// The start of the volume `w`, which its store answers from a cache when it hangs.
+const CACHED: u32 = 2 << 20;
+
+/// A volume `w` whose store hangs but for its start, where the plaintext is, and clients of it.
+fn hanging_behind_its_start(clients: usize) -> (Scene, HangingDisk, Vec<Raw>) {
+    let (scene, disk) = Scene::on_a_disk_that_can_hang();
+    scene.daemon.ok(&["detach", "w"]);
+    scene.daemon.define("w", "direct = \"off\"");
+    scene.daemon.ok(&["attach", "w"]);
+    let socket = scene.daemon.dir.path().join("nbd/w.sock");
+    let mut clients: Vec<_> = (0..clients).map(|_| Raw::connected(&socket, "w")).collect();
+    // Each has opened the store, which forgets what was cached before.
+    assert!(clients.iter_mut().all(|client| client.read(0, 1).len() == 1));
+    let data = scene.plain.repeat(CACHED as usize / PLAIN);
+    assert_eq!(clients[0].write(0, &data), 0);
+    assert!(clients[0].read(0, CACHED) == data);
+    until("none is kept", || !scene.found().contains(&"plaintext"));
+    disk.signal("-STOP");
+    (scene, disk, clients)
+}
+
+/// A read that is answered as a whole, and is done in part when the store hangs.
+fn half_a_read() -> Vec<u8> {
+    request(0, READ, 1, 0, 6 << 20)
+}
+
+#[test]
+fn nothing_in_the_clear_is_left_of_a_client_that_has_gone_while_the_store_hangs() {
+    if !can_scan() || !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let (scene, disk, mut clients) = hanging_behind_its_start(1);
+    clients[0].send(&half_a_read());
+    until("half of it is decrypted", || scene.found().contains(&"plaintext"));
+    // It says something that makes no sense, before something that is not looked at any more.
+    let nonsense = [request(0, FLUSH, 2, 0, 0), vec![0x5a; 28], scene.plain.repeat(16)].concat();
+    clients[0].send(&nonsense);
+    until("it was received", || scene.in_flight("w") == 2.0);
+    assert!(scene.found().contains(&"key"));
+    scene.daemon.ok(&["key", "suspend", "w"]);
+    assert!(scene.found().is_empty(), "fenced, and the store hangs: {:?}", scene.found());
+    drop(clients);
+    disk.signal("-CONT");
+}
+
+#[test]
+fn nothing_in_the_clear_is_left_of_a_volume_that_was_detached_while_its_store_hangs() {
+    if !can_scan() || !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let (scene, disk, mut clients) = hanging_behind_its_start(40);
+    clients.iter_mut().for_each(|client| client.send(&half_a_read()));
+    until("each is decrypted in part", || scene.in_flight("w") == 40.0);
+    assert!(scene.found().contains(&"plaintext"));
+    let (code, answer) = scene.daemon.ctl(&["detach", "w"]);
+    assert_eq!(code, 1, "the last flush cannot be done: {answer}");
+    assert!(scene.found().is_empty(), "detached, and the store hangs: {:?}", scene.found());
+    drop(clients);
+    disk.signal("-CONT");
+}
+
 /// Keeps eight requests of all sizes under way, and ends at the first that fails.
 const BUSY: &str = "
 import random

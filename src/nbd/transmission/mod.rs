@@ -336,10 +336,15 @@ impl Transmission {
     /// counted as orphaned, so that nothing new overtakes it.
     fn wind_down(&mut self) {
         self.outbox.clear();
+        // What has been read of larger replies, and what nobody looks at any more: the store may take
+        // its time.
+        for task in self.tasks.iter_mut() {
+            task.answered = true;
+            task.whole.clear();
+        }
+        self.inbox = Inbox::default();
         self.pool.trim();
-        self.inbox.wipe();
         self.orphan_parts();
-        self.tasks.iter_mut().for_each(|task| task.answered = true);
         self.client.set_idle(true);
         self.at_end = true;
         for Later { part, op, .. } in std::mem::take(&mut self.later) {
