@@ -25,15 +25,17 @@ use crate::crypt::CryptError;
 use crate::device::WriteOrder;
 use crate::fence::{Fence, KeyDestroyed};
 use crate::key::VolumeKey;
-use crate::key::lease::FenceReason;
+use crate::key::lease::{FENCE_MARGIN, FenceReason, UNCONFIRMED};
 use crate::metrics::io::{IoCounters, IoTotals};
 use crate::store::{Backing, DirectIo};
 use crate::units::{Geometry, SectorSize, millis};
 use crate::volume::{Access, UnlockedVolume, VolumeError};
 
 /// How long a connection has, after the fence closed, to answer what it holds and wipe it. Then it
-/// is cut off: its client takes no answers. Together with [`CUT_OFF`] under a second.
-const QUIESCE: Duration = Duration::from_millis(600);
+/// is cut off: its client takes no answers. Nothing may be sent later than is promised of a denial
+/// that was believed at last.
+const QUIESCE: Duration = Duration::from_millis(450);
+const _: () = assert!(UNCONFIRMED.as_millis() + QUIESCE.as_millis() < FENCE_MARGIN.as_millis());
 
 /// The peer sends no more; nix has no name for it.
 pub(crate) const HANG_UP: PollFlags = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
