@@ -470,6 +470,17 @@ impl Export {
         });
     }
 
+    /// The kernel gave one of its connections up, and sends what was in flight there on the others at
+    /// once. They end as well: what is still in the store of it could undo what is written after its
+    /// copy. On new connections it waits for that ([`Export::wait_for_orphans`]).
+    pub(crate) fn end_kernel_connections(&self) {
+        self.each_client(|client| {
+            if client.kernel {
+                client.shut(Shutdown::Both);
+            }
+        });
+    }
+
     /// Requests of the kernel's client that failed by a fence or by the backing store.
     pub fn failed_in_kernel(&self) -> u64 {
         let clients = lock(&self.clients);

@@ -325,15 +325,19 @@ impl HangingDisk {
 
     /// The same, to be attached later.
     pub(crate) fn define(&self, daemon: &Daemon, name: &str, key: &str) {
-        // What nbdfuse shows is a file whose size cannot be changed, so the volume is copied there.
         daemon.create("made", "8M", key);
-        run(Command::new("dd")
-            .args(["conv=notrunc", "bs=1M", "status=none"])
-            .arg(format!("if={}", daemon.backing("made").display()))
-            .arg(format!("of={}", self.path().display())));
+        self.put(&daemon.backing("made"));
         daemon.ok(&["volume", "forget", "made"]);
         let definition = daemon.dir.path().join(format!("volumes.d/{name}.toml"));
         std::fs::write(definition, format!("backing = \"{}\"\n", self.path().display())).unwrap();
+    }
+
+    /// Copies a volume there: the size of the file that nbdfuse shows cannot be changed.
+    pub(crate) fn put(&self, volume: &Path) {
+        run(Command::new("dd")
+            .args(["conv=notrunc", "bs=1M", "status=none"])
+            .arg(format!("if={}", volume.display()))
+            .arg(format!("of={}", self.path().display())));
     }
 
     pub(crate) fn signal(&self, signal: &str) {

@@ -2,13 +2,19 @@
 //! decides what comes first.
 
 use std::collections::BTreeSet;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use byokd::export::{Export, ExportTable};
 use byokd::key::lease::FenceReason;
+use byokd::nbd::kernel;
 
-use crate::hold::{export, key, serve_in};
-use crate::raw::{READ, Raw, WRITE_ZEROES, request};
+use crate::backing::HangingDisk;
+use crate::hold::{export, key, make, open, serve_in};
+use crate::mounts::can_mount;
+use crate::raw::{READ, Raw, WRITE, WRITE_ZEROES, request};
 use crate::support::until;
 
 const SECTOR: u64 = 4096;
@@ -66,4 +72,43 @@ fn what_was_refused_before_the_store_had_it_never_gets_there() {
     until("nothing is left in the store", || export.stalled() == 0);
     export.restore(key()).unwrap();
     assert_eq!(client.command(0, READ, 0, 0), 0);
+}
+
+/// A connection of the kernel's client.
+fn of_the_kernel(export: &Arc<Export>, table: &ExportTable) -> Raw {
+    let (kernel, ours) = UnixStream::pair().unwrap();
+    kernel::serve(ours, Arc::clone(export), table, drop).unwrap();
+    Raw::over(kernel)
+}
+
+/// The kernel sends what a connection that it gave up had in flight on its others, at once. What is
+/// still in the store of it could undo what is written after that.
+#[test]
+fn no_connection_of_the_kernel_goes_on_while_one_that_it_gave_up_has_requests_in_the_store() {
+    if !can_mount(&["nbdkit"]) {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let made = dir.path().join("v.img");
+    make(&made);
+    let disk = HangingDisk::new();
+    disk.put(&made);
+    let export = open(&disk.path(), None);
+    let table = ExportTable::new();
+    let mut given_up = of_the_kernel(&export, &table);
+    let mut other = of_the_kernel(&export, &table);
+    assert_eq!(given_up.write(0, &[b'o'; 4096]), 0);
+    assert_eq!(other.write(8192, &[b'o'; 4096]), 0);
+    disk.signal("-STOP");
+    given_up.send(&[request(0, WRITE, 1, 0, 4096), vec![b'a'; 4096]].concat());
+    until("it is in the store", || export.in_flight() == 1);
+    drop(given_up);
+    assert!(other.is_closed(), "it has to connect again, and to wait");
+    let mut next = of_the_kernel(&export, &table);
+    next.send(&[request(0, WRITE, 2, 0, 4096), vec![b'b'; 4096]].concat());
+    disk.signal("-CONT");
+    assert_eq!(next.simple_reply(2), 0);
+    assert!(next.read(0, 4096) == [b'b'; 4096]);
+    drop(next);
+    until("nobody is connected", || export.connections() == 0);
 }

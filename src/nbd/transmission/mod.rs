@@ -276,6 +276,9 @@ impl Transmission {
         self.stream.tune()?;
         self.stream.set_write_timeout(Some(SEND_TIMEOUT))?;
         let result = self.serve();
+        if result.is_err() {
+            self.tell_the_kernels_others();
+        }
         self.wind_down();
         result
     }
@@ -329,6 +332,13 @@ impl Transmission {
                     return Ok(Ending::Closed);
                 }
             }
+        }
+    }
+
+    /// A connection that the kernel gave up with requests in the store ends its others.
+    fn tell_the_kernels_others(&self) {
+        if self.client.is_kernel() && self.tasks_in_flight() && !self.export.is_stopping() {
+            self.export.end_kernel_connections();
         }
     }
 
@@ -404,6 +414,7 @@ impl Transmission {
             Ok(0) => {
                 // Its replies are still sent: it may have closed only one direction.
                 self.at_end = true;
+                self.tell_the_kernels_others();
                 Ok(false)
             }
             Ok(_) => {
