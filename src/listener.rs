@@ -4,16 +4,24 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::unistd::{Gid, Group, Uid, User, getgrouplist};
 use tokio::net::unix::UCred;
 use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use crate::export::ExportTable;
 use crate::nbd::serve;
 use crate::nbd::stream::NbdStream;
+
+/// Connections of one socket at a time that are not yet counted by an export: in their handshake,
+/// or waiting for what an earlier one left. The next ones wait to be accepted. Chosen far above what
+/// honest clients need at once, who are through in milliseconds, and far below what the process has
+/// of threads and descriptors, which other volumes and KMS need too.
+const NEWCOMERS: usize = 512;
 
 /// Mode of every socket: owner and group.
 const SOCKET_MODE: u32 = 0o660;
@@ -112,10 +120,12 @@ impl Listener {
     /// The socket cannot be made.
     pub fn nbd_unix(path: &Path, peers: Peers, table: ExportTable) -> io::Result<Self> {
         let (listener, socket) = bind(path, &peers)?;
+        let places = Arc::new(Semaphore::new(NEWCOMERS));
         let task = tokio::spawn(async move {
             loop {
+                let place = Arc::clone(&places).acquire_owned().await;
                 match accept(&listener, &peers).await {
-                    Ok(Some(stream)) => hand_over(NbdStream::Unix(stream), &table),
+                    Ok(Some(stream)) => hand_over(NbdStream::Unix(stream), &table, place),
                     Ok(None) => {}
                     Err(error) => pause_after(&error).await,
                 }
@@ -135,12 +145,14 @@ impl Listener {
         }
         let listener = TcpListener::bind(address).await?;
         info!(address = %listener.local_addr()?, "NBD over TCP, without TLS, for this machine only");
+        let places = Arc::new(Semaphore::new(NEWCOMERS));
         let task = tokio::spawn(async move {
             loop {
+                let place = Arc::clone(&places).acquire_owned().await;
                 let accepted = listener.accept().await;
                 match accepted.and_then(|(stream, _)| stream.into_std()) {
                     Ok(stream) => match stream.set_nonblocking(false) {
-                        Ok(()) => hand_over(NbdStream::Tcp(stream), &table),
+                        Ok(()) => hand_over(NbdStream::Tcp(stream), &table, place),
                         Err(error) => pause_after(&error).await,
                     },
                     Err(error) => pause_after(&error).await,
@@ -171,8 +183,9 @@ async fn accept(
     Ok(Some(stream))
 }
 
-fn hand_over(stream: NbdStream, table: &ExportTable) {
-    if let Err(error) = serve(stream, table.clone()) {
+/// Its `place` is free again when an export counts it, or it has gone.
+fn hand_over(stream: NbdStream, table: &ExportTable, place: impl Send + 'static) {
+    if let Err(error) = serve(stream, table.clone(), place) {
         warn!(%error, "connection dropped: no thread for it");
     }
 }

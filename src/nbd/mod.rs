@@ -62,12 +62,13 @@ pub enum ConnectionError {
     Transmission(#[from] TransmissionError),
 }
 
-/// Serves one connection on a thread of its own; returns at once.
+/// Serves one connection on a thread of its own; returns at once. `place`, which it takes among
+/// those who shake hands, is dropped when an export counts it.
 ///
 /// # Errors
 /// No thread could be started; the connection is dropped.
-pub fn serve(stream: NbdStream, table: ExportTable) -> io::Result<()> {
-    let body = move || match converse(stream, &table) {
+pub fn serve(stream: NbdStream, table: ExportTable, place: impl Send + 'static) -> io::Result<()> {
+    let body = move || match converse(stream, &table, place) {
         Ok(()) => debug!("connection closed"),
         Err(error @ ConnectionError::Transmission(TransmissionError::Io(_))) => {
             debug!(%error, "connection lost");
@@ -78,7 +79,11 @@ pub fn serve(stream: NbdStream, table: ExportTable) -> io::Result<()> {
     Ok(())
 }
 
-fn converse(stream: NbdStream, table: &ExportTable) -> Result<(), ConnectionError> {
+fn converse(
+    stream: NbdStream,
+    table: &ExportTable,
+    place: impl Send,
+) -> Result<(), ConnectionError> {
     let Some(negotiated) = shake_hands(&stream, table)? else { return Ok(()) };
     let Some(export) = table.find(&negotiated.export) else {
         return Err(ConnectionError::Refused(negotiated.export));
@@ -91,6 +96,7 @@ fn converse(stream: NbdStream, table: &ExportTable) -> Result<(), ConnectionErro
         return Err(ConnectionError::Refused(negotiated.export));
     };
     let member = Member { export: Arc::clone(&export), client: Arc::clone(&client) };
+    drop(place);
     stream.set_read_timeout(None)?;
     let modes = Modes { style: negotiated.style, base_allocation: negotiated.base_allocation };
     let budget = Arc::clone(table.budget());

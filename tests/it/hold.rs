@@ -100,7 +100,7 @@ pub(crate) fn serve_in(dir: &Path, export: &Arc<Export>) -> PathBuf {
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             // The peers' threads end with their connections.
-            serve(NbdStream::Unix(stream.unwrap()), table.clone()).unwrap();
+            serve(NbdStream::Unix(stream.unwrap()), table.clone(), ()).unwrap();
         }
     });
     socket

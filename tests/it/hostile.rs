@@ -1,7 +1,9 @@
 //! Clients that lie, stall, vanish and come in crowds. Beside each an honest one is served, and
 //! nothing of them is left.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -12,7 +14,7 @@ use crate::raw::{
     OPT_SET_META, OPT_STRUCTURED, READ, REP_ACK, REP_ERR_INVALID, REP_ERR_UNKNOWN, REP_ERR_UNSUP,
     Raw, TRIM, WRITE, WRITE_ZEROES, extended, named, option, request,
 };
-use crate::support::{Daemon, until};
+use crate::support::{Daemon, run, until};
 
 const EINVAL: u32 = 22;
 const ENOSPC: u32 = 28;
@@ -336,6 +338,37 @@ fn a_thousand_connections_are_served_and_let_go_of() {
             assert_eq!(raw.read(0, 512).len(), 512);
         }
     });
+}
+
+#[test]
+fn a_crowd_that_does_not_end_its_handshake_keeps_nobody_from_other_volumes_or_from_kms() {
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    for name in ["v", "w"] {
+        daemon.volume(name, "1M", &key);
+    }
+    // Fewer files than the crowd has heads.
+    let limits = ["--nofile=700:700", "--pid", &daemon.pid().to_string()];
+    run(Command::new("prlimit").args(limits));
+    let socket = |name: &str| daemon.dir.path().join(format!("nbd/{name}.sock"));
+    let crowd: Vec<_> =
+        (0..900).map(|_| UnixStream::connect(socket("v")).expect("there is a queue")).collect();
+    let (mut threads, mut since) = (0, Instant::now());
+    until("it takes no more of them", || {
+        let (now, _) = held(&daemon, &socket("v"));
+        if std::mem::replace(&mut threads, now) != now {
+            since = Instant::now();
+        }
+        now >= 500 && since.elapsed() > Duration::from_millis(500)
+    });
+    let began = Instant::now();
+    let mut other = Raw::connected(&socket("w"), "w");
+    assert_eq!(other.write(0, b"served"), 0);
+    daemon.ok(&["key", "recheck", "w"]);
+    // They are let go of after ten seconds.
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    drop(crowd);
+    assert_eq!(Raw::connected(&socket("v"), "v").write(0, b"served"), 0);
 }
 
 #[test]

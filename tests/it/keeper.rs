@@ -154,7 +154,7 @@ fn a_restore_under_way_keeps_neither_an_operator_nor_requests_waiting() {
     let socket = dir.path().join("socket");
     let listener = UnixListener::bind(&socket).unwrap();
     let mut client = std::thread::scope(|scope| {
-        scope.spawn(|| serve(NbdStream::Unix(listener.accept().unwrap().0), table).unwrap());
+        scope.spawn(|| serve(NbdStream::Unix(listener.accept().unwrap().0), table, ()).unwrap());
         Raw::connected(&socket, "v")
     });
 
