@@ -95,7 +95,7 @@ pub enum ExportError {
 pub struct Export {
     options: ExportOptions,
     volume: UnlockedVolume,
-    backing: Backing,
+    backing: Arc<Backing>,
     sector_size: SectorSize,
     /// Bytes a client may use; it only grows.
     capacity: AtomicU64,
@@ -198,7 +198,7 @@ impl Export {
         Ok(Arc::new(Self {
             options: ExportOptions { read_only, ..options },
             volume,
-            backing,
+            backing: Arc::new(backing),
             sector_size: geometry.sector_size(),
             capacity: AtomicU64::new(geometry.capacity()),
             fence,
@@ -533,8 +533,12 @@ impl Export {
         &self.fence
     }
 
-    pub(crate) fn backing(&self) -> &Backing {
-        &self.backing
+    /// The store, for one connection ([`Backing::for_one`]).
+    pub(crate) fn store_for_one(&self) -> io::Result<Arc<Backing>> {
+        Ok(match self.backing.for_one()? {
+            Some(own) => Arc::new(own),
+            None => Arc::clone(&self.backing),
+        })
     }
 
     pub(crate) fn write_order(&self) -> &Arc<WriteOrder> {

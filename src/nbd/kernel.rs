@@ -58,11 +58,13 @@ fn transmit(
     // It may come from a daemon before this one, with limits of its own.
     stream.set_read_timeout(None)?;
     let stream = NbdStream::Unix(stream);
+    let store = export.store_for_one()?;
     let client = export.join(stream.as_fd(), PeerKind::Kernel)?.ok_or_else(refused)?;
     let member = Member { export: Arc::clone(export), client: Arc::clone(&client) };
     let modes = Modes { style: ReplyStyle::Simple, base_allocation: None };
     let budget = Arc::clone(table.budget());
-    let mut transmission = Transmission::new(stream, Arc::clone(export), client, budget, modes);
+    let mut transmission =
+        Transmission::new(stream, Arc::clone(export), client, store, budget, modes);
     let result = transmission.run();
     drop(transmission);
     drop(member);

@@ -92,6 +92,7 @@ fn converse(
         warn!(volume = export.name(), %error, "connection refused");
         return Err(ConnectionError::Refused(negotiated.export));
     }
+    let store = export.store_for_one()?;
     let Some(client) = export.join(stream.as_fd(), PeerKind::Program)? else {
         return Err(ConnectionError::Refused(negotiated.export));
     };
@@ -100,7 +101,7 @@ fn converse(
     stream.set_read_timeout(None)?;
     let modes = Modes { style: negotiated.style, base_allocation: negotiated.base_allocation };
     let budget = Arc::clone(table.budget());
-    let mut transmission = Transmission::new(stream, export, client, budget, modes);
+    let mut transmission = Transmission::new(stream, export, client, store, budget, modes);
     let result = transmission.run();
     drop(transmission);
     drop(member);

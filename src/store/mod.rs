@@ -91,6 +91,7 @@ pub struct Backing {
     data_offset: u64,
     speed: Speed,
     direct: bool,
+    read_only: bool,
     block_device: bool,
     /// The kernel may wait for it already when it is handed an operation.
     waits: bool,
@@ -120,6 +121,7 @@ impl Backing {
             data_offset,
             speed: if in_memory { Speed::Immediate } else { Speed::Queued },
             direct: false,
+            read_only,
             block_device,
             waits: !block_device && !NEVER_WAIT.contains(&kind),
         };
@@ -136,6 +138,22 @@ impl Backing {
             }
         }
         Ok(backing)
+    }
+
+    /// The same for one client, where the kernel keeps what is written and writes it later: it tells
+    /// each open file once of what it could not write, so that whoever flushes needs one of his own.
+    /// `None` where writes are written at once.
+    ///
+    /// # Errors
+    /// The file cannot be opened again.
+    pub fn for_one(&self) -> io::Result<Option<Self>> {
+        if self.direct || self.read_only || self.speed == Speed::Immediate {
+            return Ok(None);
+        }
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let Self { data_offset, speed, direct, read_only, block_device, waits, .. } = *self;
+        Ok(Some(Self { file, data_offset, speed, direct, read_only, block_device, waits }))
     }
 
     fn reads_one(&self, probe: SectorRange) -> bool {

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use crate::customer::Customer;
 use crate::metrics::{address, scrape, value};
 use crate::mounts::{LoopDevice, Mount, NbdFile, can_mount};
-use crate::raw::{Raw, WRITE, request};
+use crate::raw::{FLUSH, Raw, WRITE, request};
 use crate::support::{Daemon, Running, have, nbdsh, output, python_nbd, run, until};
 
 const FAILED: i32 = 1;
@@ -652,4 +652,34 @@ fn a_store_that_fails_for_a_moment_is_tried_again_and_one_that_goes_on_is_an_err
     disk.fail(false);
     nbdsh(&uri, "h.pread(4096, 3 << 20)");
     daemon.ok(&["detach", "v"]);
+}
+
+#[test]
+fn each_client_is_told_that_what_it_wrote_is_not_on_the_store() {
+    if !can_mount(&["nbdkit"]) {
+        return;
+    }
+    let daemon = Daemon::start();
+    let disk = HangingDisk::new();
+    disk.define(&daemon, "v", &daemon.key());
+    let device = LoopDevice::new(&disk.path(), &[]);
+    // The kernel keeps what is written, and writes it when it is flushed.
+    daemon.define("v", &format!("backing = \"{}\"\ndirect = \"off\"", device.path()));
+    daemon.ok(&["attach", "v"]);
+    let socket = daemon.dir.path().join("nbd/v.sock");
+    let mut clients = [0, 1 << 20].map(|at| (at, Raw::connected(&socket, "v")));
+    let write = |(at, client): &mut (u64, Raw)| client.write(*at, &[b'w'; 65536]);
+    let flush = |(_, client): &mut (u64, Raw)| client.command(0, FLUSH, 0, 0);
+    assert_eq!(clients.each_mut().map(write), [0, 0]);
+    assert_eq!(clients.each_mut().map(flush), [0, 0]);
+    disk.fail(true);
+    assert_eq!(clients.each_mut().map(write), [0, 0], "it is kept");
+    assert_eq!(clients.each_mut().map(flush), [5, 5], "EIO, to whoever wrote");
+    disk.fail(false);
+    assert_eq!(clients.each_mut().map(write), [0, 0]);
+    assert_eq!(clients.each_mut().map(flush), [0, 0]);
+    drop(clients);
+    // How the last flush ends is not this test's.
+    let _detached = daemon.ctl(&["detach", "v"]);
+    until("it is detached", || daemon.state("v") == "detached");
 }

@@ -54,8 +54,8 @@ impl Transmission {
 
     /// Has the store do this alone, and waits; `None` if the fence closed meanwhile.
     fn alone(&mut self, at: SectorRange, op: Op) -> Outcome<Option<Completion>> {
-        if self.export.backing().speed() == Speed::Immediate {
-            return Ok(Some(do_now(self.export.backing(), at, op)));
+        if self.store.speed() == Speed::Immediate {
+            return Ok(Some(do_now(&self.store, at, op)));
         }
         let part = Part::new(None, at, 0..0, None, &op);
         self.submit(part, op)?;
@@ -89,15 +89,15 @@ impl Transmission {
         at: SectorRange,
         most: usize,
     ) -> Outcome<Option<io::Result<Vec<Extent>>>> {
-        if self.export.backing().speed() == Speed::Immediate {
-            return Ok(Some(self.export.backing().extents(at, most)));
+        if self.store.speed() == Speed::Immediate {
+            return Ok(Some(self.store.extents(at, most)));
         }
         let ended = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(io::Error::from)?);
         let (tell, told) = mpsc::sync_channel(1);
-        let (export, end) = (Arc::clone(&self.export), Arc::clone(&ended));
+        let (store, end) = (Arc::clone(&self.store), Arc::clone(&ended));
         let looks = move || {
             // Nobody waits any more if the fence closed.
-            let _told = tell.send(export.backing().extents(at, most));
+            let _told = tell.send(store.extents(at, most));
             let _woken = end.write(1);
         };
         std::thread::Builder::new().name("extents".into()).spawn(looks)?;

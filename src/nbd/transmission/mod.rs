@@ -44,8 +44,8 @@ use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::slab::Slab;
 use crate::nbd::transmission::spin::Spin;
 use crate::nbd::wire::{BadMagic, Command, Errno, Head, ReplyStyle, Request};
-use crate::store::Durability;
 use crate::store::uring::{Completion, Ring};
+use crate::store::{Backing, Durability};
 use crate::units::SectorRange;
 
 /// The largest request served and advertised: clients in the wild send 50 MB.
@@ -188,6 +188,8 @@ pub struct Transmission {
     outbox: Vec<Reply>,
     outbox_bytes: usize,
     ring: Option<Ring>,
+    /// After the ring, which uses it to its end.
+    store: Arc<Backing>,
     ended: Vec<Completion>,
     tasks: Slab<Task>,
     parts: Slab<Part>,
@@ -226,6 +228,7 @@ impl Transmission {
         stream: NbdStream,
         export: Arc<Export>,
         client: Arc<Client>,
+        store: Arc<Backing>,
         budget: Arc<Budget>,
         modes: Modes,
     ) -> Self {
@@ -244,6 +247,7 @@ impl Transmission {
             outbox: Vec::with_capacity(OUTBOX_REPLIES + 1),
             outbox_bytes: 0,
             ring: None,
+            store,
             ended: Vec::new(),
             tasks: Slab::default(),
             parts: Slab::default(),

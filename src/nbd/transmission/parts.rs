@@ -41,8 +41,8 @@ impl Transmission {
     }
 
     pub(super) fn submit(&mut self, part: Part, op: Op) -> Outcome {
-        if self.export.backing().speed() == Speed::Immediate {
-            let ended = do_now(self.export.backing(), part.at, op);
+        if self.store.speed() == Speed::Immediate {
+            let ended = do_now(&self.store, part.at, op);
             return self.finish(part, ended);
         }
         match self.make_room() {
@@ -57,7 +57,7 @@ impl Transmission {
         let at = part.at;
         let token = self.parts.insert(part);
         match self.ring.as_mut() {
-            Some(ring) => Ok(ring.push(self.export.backing(), op, at, token as u64)?),
+            Some(ring) => Ok(ring.push(&self.store, op, at, token as u64)?),
             None => Ok(()),
         }
     }
@@ -135,7 +135,7 @@ impl Transmission {
         };
         if part.then_flush && result.is_ok() && !answered {
             let part = Part::new(Some(task), at, 0..0, None, &Op::Flush);
-            if self.export.backing().speed() == Speed::Immediate {
+            if self.store.speed() == Speed::Immediate {
                 return self.submit(part, Op::Flush);
             }
             self.later.push(Later { due: Instant::now(), part, op: Op::Flush });

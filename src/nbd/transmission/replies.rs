@@ -92,7 +92,7 @@ impl Transmission {
         }
         self.held += len;
         // A store that makes one wait gets no plaintext from before along with it.
-        let buffer = match self.export.backing().speed() {
+        let buffer = match self.store.speed() {
             Speed::Immediate => self.pool.take(len),
             Speed::Queued => self.pool.take_clean(len),
         };

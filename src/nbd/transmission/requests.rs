@@ -53,7 +53,7 @@ impl Transmission {
             Command::Cache => {
                 let at = self.export.geometry().sectors(request.offset, request.len);
                 match at {
-                    Ok(at) if !self.export.backing().is_direct() => {
+                    Ok(at) if !self.store.is_direct() => {
                         let task = self.begin(request, 0);
                         self.start(task, at, 0..0, None, Op::WillNeed)
                     }
