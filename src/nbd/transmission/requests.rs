@@ -16,6 +16,7 @@ use crate::nbd::wire::{
     Command, Errno, FLAG_DF, FLAG_FAST_ZERO, FLAG_FUA, FLAG_NO_HOLE, FLAG_PAYLOAD_LEN,
     FLAG_REQ_ONE, Head, ReplyStyle, Request, block_status,
 };
+use crate::store::Extent;
 use crate::store::uring::Op;
 use crate::units::SectorRange;
 
@@ -177,17 +178,7 @@ impl Transmission {
                 return self.reply(Reply::Head(Head::error(self.modes.style, &request, errno)));
             }
         };
-        let mut skip = request.offset - at.offset();
-        let mut left = request.len.min(limit);
-        let mut told = Vec::with_capacity(runs.len());
-        for run in runs {
-            let len = run.len.saturating_sub(skip).min(left);
-            skip = skip.saturating_sub(run.len);
-            left -= len;
-            if len > 0 {
-                told.push((len, run.allocated));
-            }
-        }
+        let told = told(&runs, request.offset - at.offset(), request.len.min(limit));
         let context = self.modes.base_allocation.unwrap_or_default();
         self.reply(Reply::Body(block_status(self.modes.style, &request, context, &told)))
     }
@@ -241,6 +232,25 @@ impl Transmission {
     }
 }
 
+/// What is told about `asked` bytes, of which the first is `skip` bytes into `runs`.
+fn told(runs: &[Extent], mut skip: u64, asked: u64) -> Vec<(u64, bool)> {
+    let mut left = asked;
+    let mut told = Vec::with_capacity(runs.len());
+    for run in runs {
+        let len = run.len.saturating_sub(skip).min(left);
+        skip = skip.saturating_sub(run.len);
+        left -= len;
+        if len > 0 {
+            told.push((len, run.allocated));
+        }
+    }
+    if told.is_empty() {
+        // Few runs, and smaller than a sector. An answer has to say something, and this is never wrong.
+        told.push((asked, true));
+    }
+    told
+}
+
 /// What a request is counted as.
 pub(super) fn operation(request: &Request) -> IoOperation {
     match request.command {
@@ -252,5 +262,19 @@ pub(super) fn operation(request: &Request) -> IoOperation {
         Command::Cache | Command::BlockStatus | Command::Disconnect | Command::Unknown(_) => {
             IoOperation::Other
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_status_says_something_of_what_was_asked_for_and_no_more() {
+        let hole = Extent { len: 1024, allocated: false };
+        let data = Extent { len: 8192, allocated: true };
+        assert_eq!(told(&[hole, data], 0, 4096), [(1024, false), (3072, true)]);
+        assert_eq!(told(&[data, hole], 512, 9000), [(7680, true), (1024, false)]);
+        assert_eq!(told(&[hole], 2048, 512), [(512, true)], "a run that ends before it");
     }
 }
