@@ -11,7 +11,10 @@ use clap::Parser;
 
 fn main() -> Code {
     let args = Args::parse();
-    log::start(args.log, "byokd-kernel");
+    let _log = match log::start(args.log, "byokd-kernel") {
+        Ok(log) => log,
+        Err(error) => return fail(&error),
+    };
     let helper = match passed_socket() {
         Some(socket) => Helper::on(socket, args.user.as_deref()),
         None => Helper::at(&args.listen, args.user.as_deref()),

@@ -19,7 +19,10 @@ static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 fn main() -> Code {
     let args = Args::parse();
-    log::start(args.log, "byokd");
+    let _log = match log::start(args.log, "byokd") {
+        Ok(log) => log,
+        Err(error) => return fail(ExitCode::Failed, &error, NO_THREAD),
+    };
     let systemd = Systemd::from_env();
     if let Err(error) = harden() {
         return fail(
@@ -43,12 +46,20 @@ fn main() -> Code {
         .thread_name("control")
         .enable_all()
         .build();
-    match runtime.map(|runtime| runtime.block_on(daemon::run(setup, systemd))) {
-        Ok(Ok(())) => ExitCode::Ok.into(),
-        Ok(Err(error)) => fail(error.exit(), &error, error.remedy()),
-        Err(error) => fail(ExitCode::Failed, &error, "Free memory or raise the limit of threads."),
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(ExitCode::Failed, &error, NO_THREAD),
+    };
+    let ended = runtime.block_on(daemon::run(setup, systemd));
+    // Threads that a store or a name server keeps waiting may never end.
+    runtime.shutdown_background();
+    match ended {
+        Ok(()) => ExitCode::Ok.into(),
+        Err(error) => fail(error.exit(), &error, error.remedy()),
     }
 }
+
+const NO_THREAD: &str = "Free memory or raise the limit of threads.";
 
 #[expect(clippy::print_stderr, reason = "the last words of a daemon that could not start")]
 fn fail(exit: ExitCode, why: &dyn std::fmt::Display, remedy: &str) -> Code {

@@ -18,18 +18,52 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
 use crate::log::limit::{Limit, line};
+use crate::log::queue::{Queue, Sink, lost};
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
 /// The longest value of a field: with all of a line's fields that long, it still is one datagram.
 const LONGEST: usize = 8 << 10;
 
-/// Writes to the journal.
+/// Has entries written to the journal.
 pub(super) struct Journal {
+    entries: Queue<Sent>,
+    program: &'static str,
+    limit: Limit,
+}
+
+/// An entry, and the line that is written where the journal does not take it.
+pub(super) struct Sent {
+    entry: Vec<u8>,
+    line: String,
+}
+
+impl AsRef<[u8]> for Sent {
+    fn as_ref(&self) -> &[u8] {
+        &self.entry
+    }
+}
+
+struct Socket {
     socket: UnixDatagram,
     to: PathBuf,
     program: &'static str,
-    limit: Limit,
+}
+
+impl Sink for Socket {
+    type Line = Sent;
+
+    fn write(&mut self, Sent { entry, line }: Sent) {
+        if self.socket.send_to(&entry, &self.to).is_err() {
+            // Also when the journal is being restarted: what is written here waits for it.
+            let _lost = writeln!(io::stderr(), "{line}");
+        }
+    }
+
+    fn lost(&mut self, count: u64) {
+        let text = lost(count);
+        self.write(Entry::default().sent(Level::ERROR, self.program, &text));
+    }
 }
 
 impl Journal {
@@ -47,18 +81,16 @@ impl Journal {
         let socket = UnixDatagram::unbound()?;
         // The journal drops an empty entry; without a journal there is an error.
         socket.send_to(&[], &to)?;
-        Ok(Self { socket, to, program, limit: Limit::default() })
+        let entries = Queue::start(Socket { socket, to, program })?;
+        Ok(Self { entries, program, limit: Limit::default() })
+    }
+
+    pub(super) fn entries(&self) -> Queue<Sent> {
+        self.entries.clone()
     }
 
     fn send(&self, entry: Entry, level: Level, text: &str) {
-        let entry = entry
-            .with("MESSAGE", text)
-            .with("PRIORITY", &priority(level).to_string())
-            .with("SYSLOG_IDENTIFIER", self.program);
-        if self.socket.send_to(&entry.0, &self.to).is_err() {
-            // Also when the journal is being restarted: what is written here waits for it.
-            let _lost = writeln!(io::stderr(), "<{}>{text}", priority(level));
-        }
+        self.entries.put(entry.sent(level, self.program, text));
     }
 }
 
@@ -99,6 +131,14 @@ impl Entry {
         self
     }
 
+    fn sent(self, level: Level, program: &str, text: &str) -> Sent {
+        let entry = self
+            .with("MESSAGE", text)
+            .with("PRIORITY", &priority(level).to_string())
+            .with("SYSLOG_IDENTIFIER", program);
+        Sent { entry: entry.0, line: format!("<{}>{text}", priority(level)) }
+    }
+
     fn put(&mut self, name: &str, value: &str) {
         let value = &value.as_bytes()[..value.floor_char_boundary(LONGEST)];
         self.0.extend([name.as_bytes(), b"\n"].concat());
@@ -128,6 +168,7 @@ impl Visit for Entry {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::time::Duration;
 
     use tracing::{error, warn};
     use tracing_subscriber::layer::SubscriberExt;
@@ -164,6 +205,7 @@ mod tests {
         let journald = UnixDatagram::bind(&path).unwrap();
         let journal = Journal::at(path.clone(), "byokd").unwrap();
         assert_eq!(journald.recv(&mut [0]).unwrap(), 0, "only to see that it is there");
+        let entries = journal.entries();
         let all = tracing_subscriber::registry().with(journal);
         // A thread of its own: the kernel keeps few datagrams that nobody reads.
         let reads = std::thread::spawn(move || read(&journald));
@@ -180,6 +222,7 @@ mod tests {
                 warn!("again");
             }
         });
+        entries.flush(Duration::from_secs(30));
         UnixDatagram::unbound().unwrap().send_to(&[], &path).unwrap();
         let entries = reads.join().unwrap();
         assert_eq!(entries.len(), 22, "what repeats is left out");

@@ -1,6 +1,10 @@
 //! Lines of text, with the count of those that were left out.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::fd::AsFd;
+use std::time::Duration;
 
 use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt::format::{Format, Full, Writer};
@@ -9,6 +13,53 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::log::limit::Limit;
+use crate::log::queue::{Queue, Sink, lost};
+
+/// Standard error, behind a queue.
+#[derive(Clone)]
+pub(super) struct StandardError(Queue<Vec<u8>>);
+
+impl StandardError {
+    pub(super) fn start() -> io::Result<Self> {
+        // Without the lock of the standard library's: what hangs here hangs nobody else.
+        let file = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+        Ok(Self(Queue::start(Lines(file))?))
+    }
+
+    pub(super) fn flush(&self, within: Duration) {
+        self.0.flush(within);
+    }
+}
+
+impl io::Write for StandardError {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.put(line.to_vec());
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Lines(File);
+
+impl Sink for Lines {
+    type Line = Vec<u8>;
+
+    fn write(&mut self, line: Vec<u8>) {
+        // There is nobody left to tell.
+        let _lost = self.0.write_all(&line);
+    }
+
+    fn lost(&mut self, count: u64) {
+        let mut line = String::new();
+        let mut writer = Writer::new(&mut line);
+        if SystemTime.format_time(&mut writer).is_ok() {
+            self.write(format!("{line} ERROR {}\n", lost(count)).into_bytes());
+        }
+    }
+}
 
 /// The usual format, for lines that pass the limit.
 pub(super) struct Limited {

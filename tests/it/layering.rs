@@ -14,6 +14,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("exit", &[]),
     ("log", &["log::*"]),
     ("log::limit", &[]),
+    ("log::queue", &[]),
     ("harden", &[]),
     ("progress", &[]),
     ("systemd", &["progress"]),
