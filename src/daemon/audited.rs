@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use tokio::task::spawn_blocking;
-
 use crate::audit::record::{Event, Kind, Peer};
 use crate::audit::{Audit, OnFailure};
 use crate::config::VolumeConfig;
@@ -11,6 +9,7 @@ use crate::control::{Answer, Problem, Request};
 use crate::daemon::refusals::{Answered, by_panic, refused};
 use crate::daemon::{Daemon, Setup};
 use crate::exit::ExitCode;
+use crate::keeper::threads::apart;
 
 /// A request that was recorded.
 pub(super) struct Asked {
@@ -90,7 +89,7 @@ impl Daemon {
     /// settings say so.
     pub(super) async fn first_record(&self, what: &str, event: Event) -> Answered<()> {
         let audit = Arc::clone(&self.audit);
-        let recorded = spawn_blocking(move || audit.durable(event)).await;
+        let recorded = apart("audit-wait", move || audit.durable(event)).await;
         recorded.map_err(|e| by_panic(what, e))?.map_err(|e| {
             refused(
                 ExitCode::Failed,

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 use uuid::Uuid;
@@ -21,6 +20,7 @@ use crate::control::Problem;
 use crate::daemon::refusals::{Answered, by_kernel, refused};
 use crate::daemon::{Daemon, Service, Volume};
 use crate::exit::ExitCode;
+use crate::keeper::threads::apart;
 use crate::kernel::client::KernelClient;
 use crate::kernel::sysfs::{self, Device};
 use crate::kernel::{Connect, MAX_CONNECTIONS, PurgeStep};
@@ -91,7 +91,7 @@ impl Daemon {
             Service::Attached(attached) => {
                 Some((Arc::clone(&attached.export), attached.keeper.reports()))
             }
-            Service::Detached | Service::Attaching | Service::Detaching => None,
+            Service::Detached | Service::Attaching(_) | Service::Detaching(_) => None,
         });
         let Some((export, reports)) = served else { return Ok(()) };
         let uuid = export.volume().header().uuid();
@@ -261,7 +261,7 @@ impl Daemon {
         }
         for (name, volume) in all {
             let backing = volume.with(|now| now.config.backing.clone());
-            let header = timeout(MATCH, spawn_blocking(move || inspect(&backing))).await;
+            let header = timeout(MATCH, apart("look", move || inspect(&backing))).await;
             if matches!(header, Ok(Ok(Ok((header, _)))) if header.uuid() == uuid) {
                 return Some((name, volume));
             }

@@ -13,10 +13,11 @@ use tracing::{info, warn};
 
 use crate::control::VolumeStatus;
 use crate::daemon::refusals::{Answered, refused};
-use crate::daemon::status::status;
-use crate::daemon::{Daemon, Service, Volume};
+use crate::daemon::status::{each, status};
+use crate::daemon::{Daemon, Keyed, Service, Volume};
 use crate::exit::ExitCode;
 use crate::keeper::Teller;
+use crate::keeper::threads::apart;
 use crate::key::wrapped::KeyArn;
 
 impl Daemon {
@@ -24,14 +25,9 @@ impl Daemon {
         self.setup.config.volumes_dir.join(format!("{name}.suspended"))
     }
 
-    /// Whether an operator keeps the volume fenced.
-    pub(super) fn is_suspended(&self, name: &str) -> bool {
-        self.suspension(name).exists()
-    }
-
     /// Refuses what wants the key of a volume that an operator keeps fenced.
-    pub(super) fn not_suspended(&self, what: &str, name: &str) -> Answered<()> {
-        if self.is_suspended(name) {
+    pub(super) async fn not_suspended(&self, what: &str, name: &str) -> Answered<()> {
+        if self.is_suspended(name).await {
             let remedy = format!("Whoever may end that: byokctl key resume {name}");
             let why = "an operator suspended its key";
             return Err(refused(ExitCode::WrongState, what, why, remedy));
@@ -39,24 +35,43 @@ impl Daemon {
         Ok(())
     }
 
+    /// Whether an operator keeps the volume fenced.
+    async fn is_suspended(&self, name: &str) -> bool {
+        let path = self.suspension(name);
+        // Without a thread to look, it is as if he did.
+        apart("suspended", move || path.exists()).await.unwrap_or(true)
+    }
+
     /// Forgets a suspension, if there is one.
-    pub(super) fn unsuspend(&self, name: &str) -> io::Result<()> {
-        match std::fs::remove_file(self.suspension(name)) {
+    pub(super) async fn unsuspend(&self, name: &str) -> io::Result<()> {
+        let (path, directory) = (self.suspension(name), self.setup.config.volumes_dir.clone());
+        let removed = apart("resume", move || match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => File::open(&self.setup.config.volumes_dir)?.sync_all(),
-        }
+            _ => File::open(directory)?.sync_all(),
+        });
+        removed.await.flatten()
     }
 
     pub(super) async fn suspend(&self, name: &str) -> Answered<Box<VolumeStatus>> {
         let what = format!("suspend the key of volume {name}");
         let volume = self.find(&what, name).await?;
-        let kept = File::create(self.suspension(name))
-            .and_then(|file| file.sync_all())
-            .and_then(|()| File::open(&self.setup.config.volumes_dir)?.sync_all());
-        // The fence does not wait for a disk that is full.
+        let (path, directory) = (self.suspension(name), self.setup.config.volumes_dir.clone());
+        let keep = apart("suspend", move || {
+            File::create(path)?.sync_all()?;
+            File::open(directory)?.sync_all()
+        });
+        let fence = async {
+            if let Some(teller) = teller(&volume) {
+                teller.suspend().await;
+            }
+        };
+        // The fence does not wait for a disk, be it full or hanging.
+        let (kept, ()) = tokio::join!(keep, fence);
+        // Its key came meanwhile, before the file was there to be seen.
         if let Some(teller) = teller(&volume) {
             teller.suspend().await;
         }
+        let kept = kept.flatten();
         kept.map_err(|e| {
             let why = format!("it is fenced, but will not be after a restart: {e}");
             refused(ExitCode::Failed, &what, why, "Check the volumes directory, and suspend again.")
@@ -68,7 +83,7 @@ impl Daemon {
     pub(super) async fn resume(&self, name: &str) -> Answered<Box<VolumeStatus>> {
         let what = format!("resume the key of volume {name}");
         let volume = self.find(&what, name).await?;
-        if !self.is_suspended(name) {
+        if !self.is_suspended(name).await {
             return Err(refused(
                 ExitCode::WrongState,
                 &what,
@@ -76,8 +91,8 @@ impl Daemon {
                 format!("See `byokctl status {name}`."),
             ));
         }
-        self.unsuspend(name)
-            .map_err(|e| refused(ExitCode::Failed, &what, e, "Check the volumes directory."))?;
+        let resumed = self.unsuspend(name).await;
+        resumed.map_err(|e| refused(ExitCode::Failed, &what, e, "Check the volumes directory."))?;
         info!(volume = name, "an operator resumed the key");
         if let Some(teller) = teller(&volume) {
             teller.resume().await;
@@ -111,27 +126,16 @@ impl Daemon {
             ));
         }
         while probes.join_next().await.is_some() {}
-        let mut volumes = Vec::with_capacity(chosen.len());
-        for (name, volume) in chosen {
-            volumes.push(status(&name, &volume).await);
-        }
-        Ok(volumes)
+        Ok(each(chosen).await)
     }
 }
 
 fn key_of(service: &Service) -> Option<KeyArn> {
-    match service {
-        Service::Attached(attached) => {
-            Some(attached.export.volume().header().token().wrapped.key_arn.clone())
-        }
-        Service::Detached | Service::Attaching | Service::Detaching => None,
-    }
+    let Keyed { export, .. } = service.keyed()?;
+    Some(export.volume().header().token().wrapped.key_arn.clone())
 }
 
-/// The way to the volume's keeper, while it is attached.
+/// The way to the volume's keeper, while its key may be here.
 pub(super) fn teller(volume: &Volume) -> Option<Teller> {
-    volume.with(|now| match &now.service {
-        Service::Attached(attached) => Some(attached.keeper.teller()),
-        Service::Detached | Service::Attaching | Service::Detaching => None,
-    })
+    volume.with(|now| Some(now.service.keyed()?.teller))
 }

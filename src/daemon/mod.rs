@@ -24,13 +24,14 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::task::JoinSet;
 use tracing::info;
 
 use crate::attachment::Attachment;
@@ -49,8 +50,9 @@ use crate::daemon::refusals::Answered;
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportTable};
 use crate::http::{Http, HttpError};
-use crate::keeper::Keeper;
 use crate::keeper::group::Groups;
+use crate::keeper::threads::apart;
+use crate::keeper::{Keeper, Teller};
 use crate::key::lease::{LeasePolicy, ProbePlan};
 use crate::key::secret::use_locked_pages_only;
 use crate::key::wrapped::Role;
@@ -229,6 +231,8 @@ pub struct Daemon {
     reloading: tokio::sync::Mutex<()>,
     /// Attaches volumes that a reload said should be.
     tries: Mutex<JoinSet<()>>,
+    /// No volume goes into service any more.
+    stopping: AtomicBool,
     /// Settings that were changed since the start.
     at_restart: Mutex<Option<Problem>>,
 }
@@ -263,9 +267,30 @@ struct Now {
 /// Whether a volume is in service.
 enum Service {
     Detached,
-    Attaching,
+    /// Its key is here once KMS has given it.
+    Attaching(Option<Keyed>),
     Attached(Attached),
-    Detaching,
+    Detaching(Keyed),
+}
+
+/// A volume whose key is here, and the way to its keeper: whatever is waited for, an operator can
+/// fence it.
+#[derive(Clone)]
+struct Keyed {
+    export: Arc<Export>,
+    teller: Teller,
+}
+
+impl Service {
+    /// The volume and the way to its keeper, while its key may be here.
+    fn keyed(&self) -> Option<Keyed> {
+        match self {
+            Self::Attached(attached) => Some(attached.keyed()),
+            Self::Attaching(keyed) => keyed.clone(),
+            Self::Detaching(keyed) => Some(keyed.clone()),
+            Self::Detached => None,
+        }
+    }
 }
 
 /// A volume in service. Dropped, it stops probing and listening.
@@ -274,6 +299,12 @@ struct Attached {
     keeper: Keeper,
     socket: PathBuf,
     _listener: Listener,
+}
+
+impl Attached {
+    fn keyed(&self) -> Keyed {
+        Keyed { export: Arc::clone(&self.export), teller: self.keeper.teller() }
+    }
 }
 
 impl Volume {
@@ -360,6 +391,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         creating: Mutex::default(),
         reloading: tokio::sync::Mutex::default(),
         tries: Mutex::default(),
+        stopping: AtomicBool::new(false),
         at_restart: Mutex::default(),
         setup,
     });
@@ -411,8 +443,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     daemon.stop(&notifier).await;
     drop(watchdog);
     drop(dev);
-    // The runtime has nothing else to do.
-    let _stopped = spawn_blocking(move || audit.stop(by)).await;
+    let _stopped = apart("audit-stop", move || audit.stop(by)).await;
     info!("stopped");
     Ok(())
 }
@@ -515,12 +546,8 @@ impl Daemon {
     }
 
     async fn every_status(&self) -> Answer {
-        let all = self.volumes().clone();
-        let mut volumes = Vec::with_capacity(all.len());
-        for (name, volume) in all {
-            volumes.push(status::status(&name, &volume).await);
-        }
-        self.volumes_are(volumes)
+        let all: Vec<_> = self.volumes().clone().into_iter().collect();
+        self.volumes_are(status::each(all).await)
     }
 
     fn volumes_are(&self, volumes: Vec<VolumeStatus>) -> Answer {

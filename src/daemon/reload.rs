@@ -9,7 +9,6 @@ use std::sync::{Arc, PoisonError};
 
 use jiff::Timestamp;
 use tokio::signal::unix::Signal;
-use tokio::task::spawn_blocking;
 use tracing::{error, info};
 
 use crate::audit::record::{Event, Kind};
@@ -18,6 +17,7 @@ use crate::control::{Problem, Reloaded};
 use crate::daemon::refusals::{Answered, by_panic, refused};
 use crate::daemon::{Daemon, Now, Service, Volume};
 use crate::exit::ExitCode;
+use crate::keeper::threads::apart;
 use crate::units::rfc3339;
 
 /// What a definition that was read has come to.
@@ -46,7 +46,7 @@ impl Daemon {
         let _one_at_a_time = self.reloading.lock().await;
         let file = self.setup.file.as_ref().map(|(file, _)| file.clone());
         let dir = self.setup.config.volumes_dir.clone();
-        let read = spawn_blocking(move || {
+        let read = apart("reload", move || {
             let settings = file.map(|file| load(&file)).transpose();
             all(settings, load_volumes(&dir))
         });

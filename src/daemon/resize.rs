@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use tokio::task::spawn_blocking;
 use tracing::info;
 
 use crate::audit::record::{Event, Kind};
@@ -13,6 +12,7 @@ use crate::daemon::rewrap::{Before, in_service};
 use crate::daemon::status::status;
 use crate::daemon::{Daemon, Volume};
 use crate::exit::ExitCode;
+use crate::keeper::threads::apart;
 use crate::kms::KeyService;
 use crate::volume::{Access, LockedVolume, NextHeader};
 
@@ -22,7 +22,7 @@ impl Daemon {
         let volume = self.find(&what, name).await?;
         // One header after the other.
         let _one_at_a_time = volume.rewrapping.lock().await;
-        self.not_suspended(&what, name)?;
+        self.not_suspended(&what, name).await?;
         let before = self.before(&what, name, &volume).await?;
         let now = before.header.token().capacity;
         let sector = before.header.segment().sector_size.bytes_u64();
@@ -67,7 +67,8 @@ impl Daemon {
         let unwrapped = kms.unwrap_key(wrapped).await;
         let (key, proof) = unwrapped.map_err(|e| by_service(what, &e))?;
         let (header, path) = (Arc::clone(&before.header), before.path.clone());
-        let sealed = spawn_blocking(move || NextHeader::resize(header, &key, size, &path)).await;
+        // Not among work that may hang, as the key would.
+        let sealed = apart("seal", move || NextHeader::resize(header, &key, size, &path)).await;
         let next = sealed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
         let event = Event::new(Kind::Resize).volume(name).wrapped(wrapped);
         let event = event.request_id(proof.request_id.as_deref());
@@ -77,7 +78,7 @@ impl Daemon {
         let alone = volume.changing.lock().await;
         let export = volume.with(|now| in_service(&now.service));
         let backing = before.config.backing.clone();
-        let grown = spawn_blocking(move || match export {
+        let grown = apart("grow", move || match export {
             // A store that stalls keeps nobody from detaching the volume: its lock is the store's.
             Some(export) => export.volume().grow(&next),
             None => LockedVolume::open(&backing, Access::ReadWrite)?.grow(&next),

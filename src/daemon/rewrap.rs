@@ -7,7 +7,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::task::spawn_blocking;
 use tracing::info;
 
 use crate::audit::record::{Event, Kind};
@@ -20,6 +19,7 @@ use crate::daemon::volumes::is_the_one;
 use crate::daemon::{Daemon, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::Export;
+use crate::keeper::threads::apart;
 use crate::key::lease::Connection;
 use crate::key::wrapped::KeyArn;
 use crate::kms::{KeyService, Proof, ServiceError};
@@ -42,7 +42,7 @@ impl Daemon {
         let what = format!("rewrap the key of volume {name}");
         let volume = self.find(&what, name).await?;
         let _one_at_a_time = volume.rewrapping.lock().await;
-        self.not_suspended(&what, name)?;
+        self.not_suspended(&what, name).await?;
         let before = self.before(&what, name, &volume).await?;
         let from = before.header.token().wrapped.key_arn.clone();
         let to = to.unwrap_or_else(|| from.clone());
@@ -75,7 +75,7 @@ impl Daemon {
             let path = export.volume().backing_path().to_owned();
             return Ok(Before { config, path, header: export.volume().header() });
         }
-        let config = match self.read_definition(name) {
+        let config = match self.read_definition(name).await {
             Ok(Some(config)) => config,
             Ok(None) => volume.with(|now| now.config.clone()),
             Err(why) => {
@@ -84,7 +84,7 @@ impl Daemon {
         };
         let path = config.backing.clone();
         let store = path.clone();
-        let inspected = spawn_blocking(move || inspect(&store)).await;
+        let inspected = apart("look", move || inspect(&store)).await;
         let (header, _) =
             inspected.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
         is_the_one(what, &config, &header)?;
@@ -108,8 +108,9 @@ impl Daemon {
         probed.map_err(|e| by_kms(e.into()))?;
         let (key, proof) = kms.unwrap_key(&wrapped).await.map_err(by_kms)?;
         let (header, path) = (Arc::clone(&before.header), before.path.clone());
+        // Not among work that may hang, as the key would.
         let sealed =
-            spawn_blocking(move || NextHeader::seal(header, &key, wrapped, canary, &path)).await;
+            apart("seal", move || NextHeader::seal(header, &key, wrapped, canary, &path)).await;
         let next = sealed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
         Ok((next, proof))
     }
@@ -126,7 +127,7 @@ impl Daemon {
         let in_service = volume.with(|now| in_service(&now.service)).zip(teller(volume));
         let Some((export, teller)) = in_service else {
             let backing = config.backing.clone();
-            let written = spawn_blocking(move || {
+            let written = apart("header", move || {
                 LockedVolume::open(&backing, Access::ReadWrite)?.replace_header(&next)
             });
             return written.await.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e));
@@ -134,7 +135,7 @@ impl Daemon {
         // A store that stalls keeps nobody from detaching the volume: its lock is the store's.
         drop(alone);
         let key = next.header().token().wrapped.key_arn.clone();
-        let written = spawn_blocking(move || export.volume().replace_header(&next)).await;
+        let written = apart("header", move || export.volume().replace_header(&next)).await;
         written.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
         let interval = config.lease.policy(self.setup.policy).interval;
         teller.rewrapped(self.groups.join(&key, config.role().as_ref(), interval)).await;
@@ -145,6 +146,6 @@ impl Daemon {
 pub(super) fn in_service(service: &Service) -> Option<Arc<Export>> {
     match service {
         Service::Attached(attached) => Some(Arc::clone(&attached.export)),
-        Service::Detached | Service::Attaching | Service::Detaching => None,
+        Service::Detached | Service::Attaching(_) | Service::Detaching(_) => None,
     }
 }

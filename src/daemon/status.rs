@@ -2,9 +2,8 @@
 //! a disk is read.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
-
-use tokio::task::spawn_blocking;
 
 use crate::attachment::purge::Done;
 use crate::attachment::{Attachment, Requests};
@@ -13,35 +12,35 @@ use crate::control::{
     ClientStatus, DeviceRequests, DeviceStatus, IoStatus, LeaseStatus, Problem, PurgeStatus,
     VolumeState, VolumeStatus,
 };
-use crate::daemon::{Attached, Now, Service, Volume};
+use crate::daemon::look::look_at;
+use crate::daemon::{Attached, Keyed, Now, Service, Volume};
 use crate::export::Connected;
 use crate::keeper::KeyReport;
 use crate::key::lease::LeaseWord;
 use crate::kms::trouble::{Trouble, trouble};
 use crate::luks2::Header;
 use crate::units::{SectorSize, millis, rfc3339, word};
-use crate::volume::inspect;
+
+/// How long headers are waited for: a disk that is busy gives one in that time.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Everything known of a volume.
-pub(super) async fn status(name: &str, volume: &Volume) -> VolumeStatus {
-    let mut status = volume.with(|now| known(name, now));
-    if !is_in_service(&status) {
-        let backing = status.backing.clone();
-        match spawn_blocking(move || inspect(&backing)).await {
-            Ok(Ok((header, note))) => {
-                describe_header(&mut status, &header);
-                status.header_note = note;
-            }
-            Ok(Err(error)) => status.header_note = Some(error.to_string()),
-            Err(error) => status.header_note = Some(error.to_string()),
-        }
+pub(super) async fn status(name: &str, volume: &Arc<Volume>) -> VolumeStatus {
+    let one = vec![(name.to_owned(), Arc::clone(volume))];
+    match each(one).await.pop() {
+        Some(status) => status,
+        None => volume.with(|now| known(name, now)),
     }
-    status
+}
+
+/// Everything known of these, with headers as they are now; a store that hangs keeps nobody waiting.
+pub(super) async fn each(volumes: Vec<(String, Arc<Volume>)>) -> Vec<VolumeStatus> {
+    look_at(volumes, Duration::ZERO, PATIENCE).await
 }
 
 /// Whether its header is in memory.
-pub(super) fn is_in_service(status: &VolumeStatus) -> bool {
-    matches!(status.state, VolumeState::Serving | VolumeState::Unverified | VolumeState::Fenced)
+pub(super) fn has_header(status: &VolumeStatus) -> bool {
+    status.uuid.is_some()
 }
 
 /// What is in memory.
@@ -71,8 +70,15 @@ pub(super) fn known(name: &str, now: &Now) -> VolumeStatus {
         headline: String::new(),
         trouble: None,
     };
-    if let Service::Attached(attached) = &now.service {
-        in_service(&mut status, attached);
+    match &now.service {
+        Service::Attached(attached) => in_service(&mut status, attached),
+        Service::Attaching(Some(Keyed { export, .. }))
+        | Service::Detaching(Keyed { export, .. }) => {
+            describe_header(&mut status, &export.volume().header());
+            status.header_note = export.volume().recovery();
+            status.read_only = export.options().read_only;
+        }
+        Service::Attaching(None) | Service::Detached => {}
     }
     if let (VolumeState::Detached, Some(problem)) = (status.state, &status.problem) {
         status.trouble = Some(not_attached(problem));
@@ -85,8 +91,8 @@ pub(super) fn known(name: &str, now: &Now) -> VolumeStatus {
 pub(super) fn state(service: &Service) -> VolumeState {
     match service {
         Service::Detached => VolumeState::Detached,
-        Service::Attaching => VolumeState::Attaching,
-        Service::Detaching => VolumeState::Detaching,
+        Service::Attaching(_) => VolumeState::Attaching,
+        Service::Detaching(_) => VolumeState::Detaching,
         Service::Attached(attached) => state_by(&attached.keeper.report()),
     }
 }

@@ -5,14 +5,16 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::mpsc;
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
@@ -23,10 +25,9 @@ use crate::config::{
 };
 use crate::control::{Problem, VolumeCreate, VolumeStatus};
 use crate::daemon::devices::{AttachHow, store};
-use crate::daemon::keys::teller;
 use crate::daemon::refusals::{Answered, by_export, by_panic, by_service, by_volume, refused};
 use crate::daemon::status::status;
-use crate::daemon::{Attached, Daemon, Service, Volume};
+use crate::daemon::{Attached, Daemon, Keyed, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportOptions};
 use crate::keeper::plan::PlanStep;
@@ -55,6 +56,12 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// How soon a first denial of a volume with a device is confirmed.
 const CONFIRM: Duration = Duration::from_millis(500);
+
+/// How long a stop waits for what is being done to a volume, where service ends with it.
+const BEING_DONE: Duration = Duration::from_secs(20);
+
+/// The same where there is no service to end: it may wait for a store that hangs.
+const BEING_TRIED: Duration = Duration::from_secs(2);
 
 /// Descriptors that no further volume takes: what is attached needs them for clients, and for asking
 /// KMS. A node that could not ask would lose all its volumes when their allowances end.
@@ -90,7 +97,8 @@ impl Daemon {
         if let Some(volume) = self.volumes().get(name) {
             return Ok(Arc::clone(volume));
         }
-        let definition = if is_volume_name(name) { self.read_definition(name) } else { Ok(None) };
+        let definition =
+            if is_volume_name(name) { self.read_definition(name).await } else { Ok(None) };
         match definition {
             Ok(Some(config)) => {
                 let mut volumes = self.volumes();
@@ -111,8 +119,10 @@ impl Daemon {
         self.setup.config.volumes_dir.join(format!("{name}.toml"))
     }
 
-    pub(super) fn read_definition(&self, name: &str) -> Result<Option<VolumeConfig>, String> {
-        load_volume(&self.definition(name)).map_err(|e| e.to_string())
+    pub(super) async fn read_definition(&self, name: &str) -> Result<Option<VolumeConfig>, String> {
+        let path = self.definition(name);
+        let read = apart("definition", move || load_volume(&path).map_err(|e| e.to_string()));
+        read.await.unwrap_or_else(|e| Err(e.to_string()))
     }
 
     fn reserve(&self, what: &str, name: &str) -> Answered<Reserved<'_>> {
@@ -155,7 +165,9 @@ impl Daemon {
         config.uuid = Some(uuid);
         config.role_arn = create.role.as_ref().map(|role| role.arn.clone());
         config.external_id = create.role.and_then(|role| role.external_id);
-        self.define(&create.name, &config).map_err(|e| {
+        let (path, defined) = (self.definition(&create.name), config.clone());
+        let written = apart("define", move || define(&path, &defined)).await;
+        written.flatten().map_err(|e| {
             let why = format!("the volume is made, but its definition is not written: {e}");
             refused(
                 ExitCode::Failed,
@@ -184,7 +196,7 @@ impl Daemon {
             force: create.force,
             preallocate: create.preallocate,
         };
-        let prepared = spawn_blocking(move || NewVolume::prepare(options)).await;
+        let prepared = apart("prepare", move || NewVolume::prepare(options)).await;
         let new = prepared.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
         let pairs = create.context.clone();
         let context = EncryptionContext::for_volume(new.uuid(), create.purpose, pairs)
@@ -199,21 +211,9 @@ impl Daemon {
         let event = event.detail("backing", &create.backing.display().to_string());
         self.first_record(what, event).await?;
         let uuid = new.uuid();
-        let committed = spawn_blocking(move || new.commit(&key.key, key.wrapped, canary)).await;
+        let committed = apart("commit", move || new.commit(&key.key, key.wrapped, canary)).await;
         committed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
         Ok(uuid)
-    }
-
-    /// Writes a definition so that it is there whole or not at all.
-    fn define(&self, name: &str, config: &VolumeConfig) -> io::Result<()> {
-        let path = self.definition(name);
-        let text = toml::to_string(config).map_err(io::Error::other)?;
-        let new = path.with_extension("toml.new");
-        let mut file = File::create(&new)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        std::fs::rename(&new, &path)?;
-        File::open(&self.setup.config.volumes_dir)?.sync_all()
     }
 
     pub(super) async fn forget(&self, name: &str) -> Answered<()> {
@@ -228,13 +228,15 @@ impl Daemon {
                 format!("Detach it first: byokctl detach {name}"),
             ));
         }
-        match std::fs::remove_file(self.definition(name)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                return Err(refused(ExitCode::Failed, &what, e, "Check the volumes directory."));
-            }
-            _ => {}
-        }
-        self.unsuspend(name)
+        let definition = self.definition(name);
+        let removed = apart("forget", move || match std::fs::remove_file(definition) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        });
+        let removed = removed.await.flatten();
+        removed.map_err(|e| refused(ExitCode::Failed, &what, e, "Check the volumes directory."))?;
+        let unsuspended = self.unsuspend(name).await;
+        unsuspended
             .map_err(|e| refused(ExitCode::Failed, &what, e, "Check the volumes directory."))?;
         self.volumes().remove(name);
         self.audit
@@ -268,6 +270,16 @@ impl Daemon {
         let what = format!("attach volume {name}");
         let volume = self.find(&what, name).await?;
         let _alone = volume.changing.lock().await;
+        self.goes_into_service(&what)?;
+        if !self.volumes().get(name).is_some_and(|known| Arc::ptr_eq(known, &volume)) {
+            let why = "it was forgotten meanwhile";
+            return Err(refused(
+                ExitCode::WrongState,
+                &what,
+                why,
+                "Attach it again if it is back.",
+            ));
+        }
         if volume.with(|now| matches!(now.service, Service::Attached(_))) {
             return Err(refused(
                 ExitCode::WrongState,
@@ -280,8 +292,10 @@ impl Daemon {
             let remedy = "Raise LimitNOFILE for byokd, or attach fewer volumes.";
             refused(ExitCode::Failed, &what, why, remedy)
         })?;
-        self.not_suspended(&what, name)?;
-        let config = match load_volume_with_hash(&self.definition(name)) {
+        self.not_suspended(&what, name).await?;
+        let definition = self.definition(name);
+        let loaded = apart("definition", move || load_volume_with_hash(&definition)).await;
+        let config = match loaded.map_err(|e| by_panic(&what, e))? {
             Ok(Some((config, hash))) => {
                 if volume.with(|now| now.definition.replace(hash)) != Some(hash) {
                     let event = Event::new(Kind::ConfigLoad).volume(name);
@@ -303,7 +317,7 @@ impl Daemon {
         volume.with(|now| {
             now.config = config.clone();
             now.at_next_attach = Vec::new();
-            now.service = Service::Attaching;
+            now.service = Service::Attaching(None);
         });
         let done = match self.unlock(&what, name, &volume, &config, how.read_only).await {
             Ok(attached) => {
@@ -340,12 +354,6 @@ impl Daemon {
             });
         });
         done?;
-        // Suspended while KMS was being asked.
-        if self.is_suspended(name)
-            && let Some(teller) = teller(&volume)
-        {
-            teller.suspend().await;
-        }
         Ok(Box::new(status(name, &volume).await))
     }
 
@@ -367,7 +375,7 @@ impl Daemon {
             Auto::Off => DirectIo::Off,
         };
         let backing = config.backing.clone();
-        let opened = spawn_blocking(move || {
+        let opened = apart("open", move || {
             let locked = LockedVolume::open(&backing, access)?;
             // A store that hangs does so now, not when the key is here.
             locked.open_store(direct)?;
@@ -394,14 +402,23 @@ impl Daemon {
             hold: config.hold(),
         };
         let tried = what.to_owned();
-        let opened = spawn_blocking(move || {
+        // Not among work that may hang: the key has no lease yet.
+        let opened = apart("unlock", move || {
             let unlocked = locked.unlock(&key).map_err(|(_, e)| by_volume(&tried, &e))?;
             let purpose = unlocked.header().token().wrapped.context.purpose();
             let description = purpose.map(|p| format!("byokd volume for {p}")).unwrap_or_default();
             Export::open(unlocked, key, ExportOptions { description, ..options })
                 .map_err(|e| by_export(&tried, &e))
         });
-        let export = opened.await.map_err(|e| by_panic(what, e))??;
+        let opened = opened.await.map_err(|e| by_panic(what, e))?;
+        let unused = |error| {
+            // The error had it wiped.
+            let event = event(Kind::KeyDestroyed).reason(FenceReason::Detached);
+            self.audit.record(event);
+            error
+        };
+        let export = opened.map_err(unused)?;
+        let custody = Unserved { export: Some(Arc::clone(&export)), daemon: self, name };
         let steps = config.on_fence.iter();
         let on_fence =
             steps.map(|s| PlanStep { run: s.run.clone(), timeout: s.timeout.0 }).collect();
@@ -417,12 +434,17 @@ impl Daemon {
             self.progress.part(format!("the keeper of {name}"), ATTACHING),
             Arc::clone(&volume.counters),
         );
+        // From here on an operator can fence it. He did, if he was quicker.
+        let keyed = Keyed { export: Arc::clone(&export), teller: keeper.teller() };
+        volume.with(|now| now.service = Service::Attaching(Some(keyed)));
         let attach = event(Kind::Attach).detail("backing", &config.backing.display().to_string());
         let attach = attach.detail("access", if read_only { "read-only" } else { "read-write" });
         let socket = self.setup.config.nbd_dir.join(format!("{name}.sock"));
         let ready = async {
+            self.goes_into_service(what)?;
+            self.not_suspended(what, name).await?;
             let mended = Arc::clone(&export);
-            let repaired = spawn_blocking(move || mended.volume().repair()).await;
+            let repaired = apart("repair", move || mended.volume().repair()).await;
             repaired.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
             self.first_record(what, attach).await?;
             let table = self.table.only(Arc::clone(&export));
@@ -435,11 +457,12 @@ impl Daemon {
             Ok(listener) => listener,
             Err(error) => {
                 drop(keeper);
-                let _key_destroyed = export.close(FenceReason::Detached);
+                drop(custody);
                 keeper::settle(&export).await;
                 return Err(error);
             }
         };
+        custody.served();
         self.table.insert(Arc::clone(&export));
         info!(volume = name, request_id = proof.request_id, socket = %socket.display(), "attached");
         Ok(Attached { export, keeper, socket, _listener: listener })
@@ -486,9 +509,12 @@ impl Daemon {
         reason: FenceReason,
     ) -> io::Result<bool> {
         let taken =
-            volume.with(|now| match std::mem::replace(&mut now.service, Service::Detaching) {
-                Service::Attached(attached) => Some(attached),
-                other @ (Service::Detached | Service::Attaching | Service::Detaching) => {
+            volume.with(|now| match std::mem::replace(&mut now.service, Service::Detached) {
+                Service::Attached(attached) => {
+                    now.service = Service::Detaching(attached.keyed());
+                    Some(attached)
+                }
+                other @ (Service::Detached | Service::Attaching(_) | Service::Detaching(_)) => {
                     now.service = other;
                     None
                 }
@@ -529,6 +555,31 @@ impl Daemon {
                 error!(volume = name, error = %e, "detached: the key is destroyed, the last flush failed");
                 Err(e)
             }
+        }
+    }
+
+    /// Refuses what would put a volume into service while the daemon stops.
+    fn goes_into_service(&self, what: &str) -> Answered<()> {
+        if self.stopping.load(Ordering::SeqCst) {
+            let remedy = "Attach it when byokd runs again.";
+            return Err(refused(ExitCode::WrongState, what, "the daemon is stopping", remedy));
+        }
+        Ok(())
+    }
+
+    fn destroy(&self, name: &str, export: &Export, reason: FenceReason) {
+        let _key_destroyed = export.close(reason);
+        let header = export.volume().header();
+        let event = Event::new(Kind::KeyDestroyed).volume(name).wrapped(&header.token().wrapped);
+        self.audit.record(event.reason(reason));
+    }
+
+    /// The daemon stops, and something that is being done to a volume does not end.
+    fn give_up(&self, name: &str, volume: &Volume) {
+        let keyed = volume.with(|now| now.service.keyed());
+        error!(volume = name, "not waited for: something that is being done to it does not end");
+        if let Some(Keyed { export, .. }) = keyed {
+            self.destroy(name, &export, FenceReason::Stopping);
         }
     }
 
@@ -592,11 +643,19 @@ impl Daemon {
     /// Ends service of every volume, all at the same time. Devices in the kernel stay: their
     /// connections are for the next daemon, once everything is flushed and the keys are destroyed.
     pub(super) async fn stop(self: &Arc<Self>, notifier: &Notifier) {
+        self.stopping.store(true, Ordering::SeqCst);
         let mut ends = JoinSet::new();
         for (name, volume) in self.volumes().clone() {
             let daemon = Arc::clone(self);
             ends.spawn(async move {
-                let _alone = volume.changing.lock().await;
+                let patience = volume.with(|now| match now.service {
+                    Service::Attached(_) | Service::Detaching(_) => BEING_DONE,
+                    Service::Detached | Service::Attaching(_) => BEING_TRIED,
+                });
+                let Ok(_alone) = timeout(patience, volume.changing.lock()).await else {
+                    daemon.give_up(&name, &volume);
+                    return Vec::new();
+                };
                 let device = volume.with(|now| now.device.take());
                 let mut sockets = Vec::new();
                 if let Some(device) = &device {
@@ -614,6 +673,42 @@ impl Daemon {
             sockets.extend(ended.unwrap_or_default());
         }
         store(notifier, &sockets);
+    }
+}
+
+/// A volume whose key is here and that nobody is served of yet. Dropped, whatever becomes of its
+/// attach, the key is destroyed.
+struct Unserved<'a> {
+    export: Option<Arc<Export>>,
+    daemon: &'a Daemon,
+    name: &'a str,
+}
+
+impl Unserved<'_> {
+    fn served(mut self) {
+        self.export = None;
+    }
+}
+
+impl Drop for Unserved<'_> {
+    fn drop(&mut self) {
+        if let Some(export) = self.export.take() {
+            self.daemon.destroy(self.name, &export, FenceReason::Detached);
+        }
+    }
+}
+
+/// Writes a definition so that it is there whole or not at all.
+fn define(path: &Path, config: &VolumeConfig) -> io::Result<()> {
+    let text = toml::to_string(config).map_err(io::Error::other)?;
+    let new = path.with_extension("toml.new");
+    let mut file = File::create(&new)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(&new, path)?;
+    match path.parent() {
+        Some(directory) => File::open(directory)?.sync_all(),
+        None => Ok(()),
     }
 }
 

@@ -113,10 +113,11 @@ fn a_dead_disk_keeps_nobody_waiting_who_looks() {
     let (_, whole) = json_of(&address, "/api/v1/volumes/v");
     assert_eq!(whole["volume"]["key"], key, "the header of a detached volume is read");
     // Reading from a pipe that nobody writes to ends as soon as reading from a disk that is gone.
-    daemon.create("gone", "8M", &key);
     let backing = daemon.backing("gone");
-    std::fs::remove_file(&backing).unwrap();
     nix::unistd::mkfifo(&backing, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let definition = daemon.dir.path().join("volumes.d/gone.toml");
+    std::fs::write(definition, format!("backing = \"{}\"\n", backing.display())).unwrap();
+    daemon.ok(&["reload"]);
     for _ in 0..2 {
         let (status, gone) = json_of(&address, "/api/v1/volumes/gone");
         assert_eq!((status, &gone["volume"]["key"]), (200, &Value::Null));

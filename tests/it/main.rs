@@ -40,6 +40,7 @@ mod resize;
 mod revocation;
 mod rewrap;
 mod seeds;
+mod stuck;
 mod systemd;
 mod tls;
 mod units;

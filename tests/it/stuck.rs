@@ -1,0 +1,195 @@
+//! What stands still beside a daemon takes nothing from those it has nothing to do with.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use byokd::kms::dev::{Fault, FaultKind};
+use nix::libc;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+
+use crate::backing::HangingDisk;
+use crate::customer::Customer;
+use crate::metrics::{address, scrape, value};
+use crate::mounts::can_mount;
+use crate::support::{Daemon, Running, have, nbdsh, until};
+
+/// A pipe that nobody reads and that takes nothing more once it is [`fill`]ed.
+fn pipe(path: &Path) -> File {
+    mkfifo(path, Mode::from_bits_truncate(0o600)).unwrap();
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap()
+}
+
+fn fill(pipe: &mut File) {
+    for piece in [4096, 1] {
+        while pipe.write(&vec![b'.'; piece]).is_ok() {}
+    }
+}
+
+/// Runs byokctl, which must not hang.
+fn ctl(daemon: &Daemon, args: &[&str]) -> i32 {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_byokctl"));
+    command.arg("--socket").arg(daemon.socket()).args(args);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let ended = Running(command.spawn().unwrap()).ends(&format!("byokctl {args:?}"));
+    ended.code().unwrap()
+}
+
+/// A volume whose store hangs as soon as it is opened for reading: a pipe that nobody writes to.
+fn hanging(daemon: &Daemon, name: &str) {
+    let store = daemon.backing(name);
+    mkfifo(&store, Mode::from_bits_truncate(0o600)).unwrap();
+    let definition = daemon.dir.path().join(format!("volumes.d/{name}.toml"));
+    std::fs::write(definition, format!("backing = \"{}\"\n", store.display())).unwrap();
+}
+
+#[test]
+fn a_log_that_nobody_reads_holds_neither_a_fence_nor_a_stop_back() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut log = pipe(&dir.path().join("log"));
+    let mut daemon = Daemon::start_in(dir);
+    let key = daemon.key();
+    daemon.volume("v", "8M", &key);
+    let uri = daemon.uri("v");
+    fill(&mut log);
+    assert_eq!(ctl(&daemon, &["status", "v"]), 0);
+    daemon.ok(&["dev", "key", "disable", &key]);
+    nbdsh(
+        &uri,
+        "import time\n\
+         began = time.monotonic()\n\
+         try:\n    \
+             while time.monotonic() - began < 10: h.pread(4096, 0)\n    \
+             raise Exception('it is served on')\n\
+         except nbd.Error as error: assert error.errno == 'EPERM', error\n\
+         assert time.monotonic() - began < 4.1, time.monotonic() - began",
+    );
+    daemon.ok(&["dev", "key", "enable", &key]);
+    until("the volume is served again", || daemon.state("v") == "serving");
+    assert!(daemon.terminate().success());
+}
+
+#[test]
+fn stores_that_hang_take_no_thread_from_other_volumes() {
+    let daemon = Daemon::start();
+    hanging(&daemon, "h");
+    // More than the runtime has threads for what blocks.
+    let asking: Vec<_> = (0..600)
+        .map(|_| {
+            let mut stream = UnixStream::connect(daemon.socket()).unwrap();
+            stream.write_all(b"{\"request\":\"status\",\"name\":\"h\"}\n").unwrap();
+            stream
+        })
+        .collect();
+    assert_eq!(ctl(&daemon, &["status", "h"]), 0, "what is in memory is told");
+    let key = daemon.key();
+    let backing = daemon.backing("v");
+    let backing = backing.to_str().unwrap();
+    let made =
+        ["volume", "create", "v", "--backing", backing, "--size", "8M", "--purpose", "zeebe"];
+    assert_eq!(ctl(&daemon, &[&made[..], &["--key", &key]].concat()), 0);
+    assert_eq!(ctl(&daemon, &["attach", "v"]), 0);
+    drop(asking);
+}
+
+#[test]
+fn a_store_that_hangs_at_attach_does_not_keep_the_daemon_from_stopping() {
+    let mut daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.volume("v", "8M", &key);
+    hanging(&daemon, "h");
+    let mut attach = Command::new(env!("CARGO_BIN_EXE_byokctl"));
+    attach.arg("--socket").arg(daemon.socket()).args(["attach", "--read-only", "h"]);
+    let attach = attach.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let _attach = Running(attach);
+    let address = address(&daemon);
+    until("the store hangs", || {
+        let sample = "byokd_volume_state{volume=\"h\",state=\"attaching\"}";
+        let page = scrape(&address);
+        page.contains(sample) && value(&page, sample) > 0.0
+    });
+    assert!(daemon.terminate().success());
+}
+
+#[test]
+fn an_operator_fences_a_volume_that_is_being_detached_though_its_store_hangs() {
+    if !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let daemon = Daemon::start();
+    // It goes before the daemon, which could not end without it.
+    let disk = HangingDisk::new();
+    let key = daemon.key();
+    disk.attach(&daemon, "v", &key);
+    disk.signal("-STOP");
+    let client = Command::new("/usr/bin/python3")
+        .args(["-u", "-m", "nbd", "-u", &daemon.uri("v"), "-c"])
+        .arg("h.aio_pread(nbd.Buffer(65536), 0)\nwhile True: h.poll(-1)")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let _client = Running(client);
+    let address = address(&daemon);
+    let metric = |sample: &str| value(&scrape(&address), sample);
+    until("a request hangs in the store", || metric("byokd_io_in_flight{volume=\"v\"}") > 0.0);
+    std::thread::scope(|scope| {
+        let detach = scope.spawn(|| daemon.ctl(&["detach", "v"]));
+        let state = "byokd_volume_state{volume=\"v\",state=\"detaching\"}";
+        until("it waits for the request", || metric(state) > 0.0);
+        let began = Instant::now();
+        let suspended = ctl(&daemon, &["key", "suspend", "v"]);
+        // The request is waited for for 10 s.
+        let took = began.elapsed();
+        let status = daemon.status("v");
+        let log = daemon.log();
+        disk.signal("-CONT");
+        detach.join().unwrap();
+        assert_eq!(suspended, 0);
+        assert!(took < Duration::from_secs(5), "{took:?}");
+        assert_eq!(status["state"], "detaching");
+        assert!(status["uuid"].is_string(), "its header is in memory: {status}");
+        assert!(log.contains("reason=Suspended"), "{log}");
+    });
+}
+
+#[test]
+fn an_operator_fences_a_volume_whose_attach_waits_for_a_store_that_hangs() {
+    if !can_mount(&["nbdkit"]) {
+        return;
+    }
+    let customer = Customer::new();
+    let daemon = customer.daemon();
+    // It goes before the daemon, which could not end without it.
+    let disk = HangingDisk::new();
+    disk.define(&daemon, "v", customer.key.as_str());
+    // One copy of its header is damaged, and will be repaired when the key is here.
+    let store = OpenOptions::new().write(true).open(disk.path()).unwrap();
+    store.write_all_at(&[0xff; 900], 4096).unwrap();
+    drop(store);
+    // KMS answers the second attempt, seconds after the first.
+    customer.kms.inject(Fault::new(FaultKind::Timeout).on(&["Decrypt"]).times(1));
+    let asked = customer.kms.requests().len();
+    std::thread::scope(|scope| {
+        let attach = scope.spawn(|| daemon.ctl(&["attach", "v"]));
+        until("KMS is asked for the key", || customer.kms.requests().len() > asked);
+        disk.signal("-STOP");
+        until("the key is here", || daemon.status("v")["uuid"].is_string());
+        let suspended = ctl(&daemon, &["key", "suspend", "v"]);
+        let (state, log) = (daemon.state("v"), daemon.log());
+        disk.signal("-CONT");
+        attach.join().unwrap();
+        assert_eq!((suspended, state.as_str()), (0, "attaching"));
+        assert!(log.contains("fenced: the key is destroyed"), "{log}");
+    });
+    assert_ne!(daemon.state("v"), "serving");
+}
