@@ -464,6 +464,7 @@ impl<K: KeyService> Keeping<K> {
             Err(error) => {
                 let verdict = error.verdict;
                 self.heard(&error);
+                self.lease.attribute(error.whose);
                 verdict
             }
         };
@@ -554,9 +555,13 @@ impl<K: KeyService> Keeping<K> {
 
     /// Keeps what KMS said, and logs and records it when it is news.
     fn heard(&mut self, error: &KmsError) {
-        let news = self.report.evidence.as_ref().is_none_or(|e| e.code != error.code);
-        if news || self.lease.state() == LeaseState::Held {
-            let denied = error.verdict == Verdict::Denied;
+        let denied = error.verdict == Verdict::Denied;
+        let last = self.report.evidence.as_ref();
+        let news = last.is_none_or(|e| (&e.code, e.verdict) != (&error.code, error.verdict));
+        let state = self.lease.state();
+        // What a sibling heard may have come between.
+        let first = denied && state.serves() && self.lease.first_denial().is_none();
+        if news || first || state == LeaseState::Held {
             let kind = if denied { Kind::Denial } else { Kind::KmsError };
             self.audit.record(self.event(kind).error(error));
             warn!(

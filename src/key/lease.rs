@@ -65,6 +65,18 @@ impl Verdict {
     }
 }
 
+/// Whose doing a denial is, as far as a witness can tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Whose {
+    /// Nobody can tell.
+    #[default]
+    Unknown,
+    /// The customer's: the witness may be used, or the words of KMS leave no doubt.
+    Customers,
+    /// Our own: the witness is denied as well.
+    Ours,
+}
+
 /// What the key state `Unavailable` means: the customer disconnected the custom key store that
 /// holds the key. AWS shows the same state when it lost the connection by itself, so this is a
 /// setting.
@@ -305,6 +317,8 @@ pub struct KeyLease {
     last_success: Moment,
     /// When the first denial of the current run was heard.
     first_denial: Option<Moment>,
+    /// It is certain that one of them was the customer's.
+    certain: bool,
     /// Answers in a row that did not fit the volume.
     mismatches: u32,
     /// Why the fence is closed, if it is.
@@ -321,6 +335,7 @@ impl KeyLease {
             since: asked,
             last_success: asked,
             first_denial: None,
+            certain: false,
             mismatches: 0,
             closed: None,
         }
@@ -420,6 +435,9 @@ impl KeyLease {
         if verdict != Verdict::Mismatch {
             self.mismatches = 0;
         }
+        if verdict == Verdict::Allowed {
+            self.certain = false;
+        }
         let step = match verdict {
             Verdict::Allowed => self.allowed(now),
             Verdict::Denied => self.denied(now),
@@ -427,6 +445,20 @@ impl KeyLease {
             Verdict::Unavailable | Verdict::Credentials => self.no_verdict(now),
         };
         if step == Step::None { self.tick(now) } else { step }
+    }
+
+    /// The answer that is to be observed next says whose doing it is that KMS denies the key. What
+    /// is our own takes back a denial of which nobody could tell, for it was the same: else a witness
+    /// that was silent once would cost a volume whose customer has denied nothing.
+    pub fn attribute(&mut self, whose: Whose) {
+        match whose {
+            Whose::Unknown => {}
+            Whose::Customers => self.certain = true,
+            Whose::Ours if self.state == LeaseState::Suspect && !self.certain => {
+                self.first_denial = None;
+            }
+            Whose::Ours => {}
+        }
     }
 
     /// Time has passed. To be called at least as often as a probe is due, and when the machine
@@ -646,6 +678,32 @@ mod tests {
         }
         assert_eq!(lease.serves_until(), Some(Moment(at(21).0 + Duration::from_millis(500))));
         assert_eq!(lease.tick(at(22)), Step::Fence(FenceReason::Denied));
+    }
+
+    #[test]
+    fn what_is_our_own_takes_a_denial_back_of_which_nobody_could_tell_and_no_other() {
+        let hears = |lease: &mut KeyLease, second, verdict, whose| {
+            lease.attribute(whose);
+            lease.observe(at(second), verdict, at(second))
+        };
+        let mut unsure = lease();
+        hears(&mut unsure, 10, Verdict::Denied, Whose::Unknown);
+        assert_eq!(unsure.state(), LeaseState::Suspect);
+        for second in 11..3600 {
+            assert_eq!(hears(&mut unsure, second, Verdict::Credentials, Whose::Ours), Step::None);
+            assert_eq!(unsure.state(), LeaseState::Unverified);
+        }
+        let mut certain = lease();
+        hears(&mut certain, 10, Verdict::Denied, Whose::Customers);
+        hears(&mut certain, 11, Verdict::Credentials, Whose::Ours);
+        assert_eq!(certain.state(), LeaseState::Suspect);
+        assert_eq!(certain.tick(at(22)), Step::Fence(FenceReason::Denied));
+        hears(&mut certain, 23, Verdict::Allowed, Whose::Unknown);
+        hears(&mut certain, 24, Verdict::Allowed, Whose::Unknown);
+        certain.restored(at(24), at(24));
+        hears(&mut certain, 34, Verdict::Denied, Whose::Unknown);
+        hears(&mut certain, 35, Verdict::Credentials, Whose::Ours);
+        assert_eq!(certain.state(), LeaseState::Unverified, "that is another run of denials");
     }
 
     #[test]

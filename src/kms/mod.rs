@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::key::VolumeKey;
-use crate::key::lease::{Connection, Verdict};
+use crate::key::lease::{Connection, Verdict, Whose};
 use crate::key::secret::SecretMemoryError;
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
 
@@ -82,6 +82,8 @@ pub struct KmsError {
     pub verdict: Verdict,
     /// What a person should do about it, one sentence.
     pub remedy: String,
+    /// Whose doing it is that KMS denies the key, as far as a witness can tell.
+    pub whose: Whose,
 }
 
 /// A data key just made: the secret, and the same key wrapped.

@@ -8,13 +8,14 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use byokd::audit::Audit;
+use byokd::audit::record::Kind;
 use byokd::clock;
 use byokd::export::{Export, ExportTable};
 use byokd::keeper::group::Groups;
 use byokd::keeper::plan::PlanStep;
 use byokd::keeper::{Keeper, Terms};
 use byokd::key::VolumeKey;
-use byokd::key::lease::{Connection, LeasePolicy, LeaseWord, ProbePlan, Verdict};
+use byokd::key::lease::{Connection, LeasePolicy, LeaseWord, ProbePlan, Verdict, Whose};
 use byokd::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
 use byokd::kms::{KeyDescription, KeyService, KmsError, NewKey, Operation, Proof, ServiceError};
 use byokd::nbd::serve;
@@ -30,6 +31,8 @@ use crate::support::until;
 #[derive(Default)]
 struct Will {
     denies: AtomicBool,
+    /// By a fault of our own.
+    fails: AtomicBool,
     stalls: AtomicBool,
     asked_for_key: AtomicU32,
 }
@@ -44,7 +47,8 @@ impl KeyService for Will {
     }
 
     async fn probe(&self, canary: &Canary, _: Connection) -> Result<Proof, KmsError> {
-        if !self.denies.load(Ordering::SeqCst) {
+        let ours = self.fails.load(Ordering::SeqCst);
+        if !ours && !self.denies.load(Ordering::SeqCst) {
             return Ok(Proof { request_id: None });
         }
         Err(KmsError {
@@ -53,8 +57,9 @@ impl KeyService for Will {
             code: "DisabledException".to_owned(),
             message: String::new(),
             request_id: None,
-            verdict: Verdict::Denied,
+            verdict: if ours { Verdict::Credentials } else { Verdict::Denied },
             remedy: String::new(),
+            whose: Whose::Unknown,
         })
     }
 
@@ -79,6 +84,7 @@ impl KeyService for Will {
 struct Kept {
     will: Arc<Will>,
     export: Arc<Export>,
+    audit: Arc<Audit>,
     keeper: Keeper,
     _progress: Progress,
 }
@@ -92,7 +98,8 @@ impl Kept {
             confirm: Duration::from_millis(10),
             ..LeasePolicy::default()
         };
-        let terms = Terms { policy, asked: clock::now(), on_fence, audit: Audit::in_memory() };
+        let audit = Audit::in_memory();
+        let terms = Terms { policy, asked: clock::now(), on_fence, audit: Arc::clone(&audit) };
         let progress = Progress::default();
         let keeper = Keeper::start(
             Arc::clone(&export),
@@ -103,7 +110,7 @@ impl Kept {
             progress.part("the keeper", Duration::from_secs(60)),
             Arc::default(),
         );
-        Self { will, export, keeper, _progress: progress }
+        Self { will, export, audit, keeper, _progress: progress }
     }
 
     fn denies(&self, denies: bool) {
@@ -142,6 +149,21 @@ fn a_fence_needs_no_thread_that_other_work_may_use_up() {
     runtime.block_on(kept.keeper.teller().suspend());
     assert!(kept.export.gatekeeper().is_closed(), "an operator is not kept waiting either");
     drop(release);
+}
+
+#[test]
+fn a_denial_is_recorded_that_follows_a_fault_of_our_own_with_the_same_words() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let runtime = Runtime::new().unwrap();
+    let kept = Kept::start(&runtime, dir.path(), Duration::from_secs(2), Vec::new());
+    kept.will.fails.store(true, Ordering::SeqCst);
+    until("the fault is heard", || kept.state() == LeaseWord::Unverified);
+    kept.denies(true);
+    kept.will.fails.store(false, Ordering::SeqCst);
+    until("the fence closes", || kept.export.gatekeeper().is_closed());
+    let kinds: Vec<_> =
+        kept.audit.recent(Some("v"), 0, 100).iter().map(|record| record.event.event).collect();
+    assert!(kinds.contains(&Kind::Denial), "{kinds:?}");
 }
 
 #[test]

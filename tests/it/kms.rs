@@ -4,14 +4,15 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use aws_sdk_kms::types::{KeySpec, KeyUsageType};
-use byokd::key::lease::{KeyLease, LeasePolicy, Moment, Step, Verdict};
+use byokd::key::lease::{Connection, KeyLease, LeasePolicy, Moment, Step, Verdict};
 use byokd::key::wrapped::Canary;
-use byokd::kms::KeyService as _;
 use byokd::kms::aws::{AwsKms, AwsSettings};
 use byokd::kms::dev::{DEV_REGION, Fault, FaultKind};
+use byokd::kms::{KeyService as _, Observer, Operation};
 use serde_json::Value;
 
 use crate::customer::Customer;
@@ -71,15 +72,15 @@ fn an_endpoint_that_is_no_kms_is_no_verdict() {
 pub(crate) struct BadWay {
     address: std::net::SocketAddr,
     /// Of a thousand answers, so many are damaged.
-    damaged: std::sync::Arc<std::sync::atomic::AtomicU32>,
+    damaged: Arc<std::sync::atomic::AtomicU32>,
 }
 
 impl BadWay {
     fn new(to: std::net::SocketAddr, seed: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let damaged = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
-        let (share, mut state) = (std::sync::Arc::clone(&damaged), seed);
+        let damaged = Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let (share, mut state) = (Arc::clone(&damaged), seed);
         // It ends with the test's process.
         std::thread::spawn(move || {
             let mut earlier = Vec::new();
@@ -301,6 +302,33 @@ fn what_a_witness_said_before_a_question_was_sent_is_no_testimony_about_its_answ
         assert_eq!(customer.probe(&client, &canary).0, verdict);
         customer.kms.clear_faults();
     }
+}
+
+#[test]
+fn a_request_whose_answer_nobody_waits_for_any_more_is_told_all_the_same() {
+    let customer = Customer::new();
+    let calls = Arc::new(Mutex::new(Vec::new()));
+    let told = Arc::clone(&calls);
+    let observer: Observer = Arc::new(move |call| told.lock().unwrap().push(call));
+    let settings = AwsSettings { observer: Some(observer), ..customer.client_settings() };
+    let client = customer.runtime.block_on(AwsKms::connect(settings)).unwrap();
+    let canary = customer.canary(&client);
+    calls.lock().unwrap().clear();
+    customer.kms.inject(Fault::new(FaultKind::Timeout).on(&["Decrypt"]));
+    let before = customer.kms.requests().len();
+    let (kms, asked) = (client.clone(), canary.clone());
+    let probe = customer.runtime.spawn(async move { kms.probe(&asked, Connection::Pooled).await });
+    until("it is under way", || customer.kms.requests().len() > before);
+    probe.abort();
+    until("it is told", || !calls.lock().unwrap().is_empty());
+    customer.kms.clear_faults();
+    assert_eq!(customer.probe(&client, &canary).0, Verdict::Allowed);
+    let calls = calls.lock().unwrap();
+    let told: Vec<_> = calls.iter().map(|call| (call.operation, call.error.as_deref())).collect();
+    let decrypt = Operation::Decrypt;
+    assert_eq!(told, [(decrypt, Some("NoAnswer")), (decrypt, None)], "each once");
+    assert_eq!(calls[0].context.as_ref(), Some(&canary.wrapped.context));
+    assert!(calls[0].request_id.is_none() && calls[1].request_id.is_some());
 }
 
 #[test]

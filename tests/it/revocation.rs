@@ -280,6 +280,26 @@ fn a_denial_that_the_witness_shares_takes_nothing_away() {
     until("the volume is fenced", || daemon.state("v") == "fenced");
 }
 
+#[test]
+fn a_witness_that_was_silent_once_costs_no_volume() {
+    let customer = Customer::new();
+    let witness = customer.another_key();
+    let daemon = customer
+        .daemon_with(&format!("witness_key = \"{witness}\"\n"), "probe_interval = \"1s\"\n");
+    daemon.volume("v", "1M", customer.key.as_str());
+    until("the witness can speak", || daemon.log().contains("the witness key is ready"));
+    // Its first answer is none; then our own role is seen to be broken.
+    let silent = Fault::new(FaultKind::Garbage).on(&["Decrypt"]).times(1);
+    customer.kms.inject(Fault { key: Some(witness.to_string()), ..silent });
+    customer.kms.inject(Fault::error(400, "AccessDeniedException", "not authorized"));
+    until("it is suspected first", || daemon.log().contains("to=Suspect"));
+    let before = customer.kms.requests().len();
+    // For longer than an unconfirmed denial waits for to be believed.
+    until("it was probed again and again", || customer.kms.requests().len() > before + 10);
+    assert_eq!(daemon.state("v"), "unverified");
+    never_fenced(&daemon, "v");
+}
+
 /// fio, writing and verifying all it wrote, over four connections, in sizes and places of all
 /// kinds, for at least ten seconds.
 fn load(daemon: &Daemon) -> Running {

@@ -3,9 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use aws_sdk_kms::config::interceptors::{
-    BeforeSerializationInterceptorContextRef, FinalizerInterceptorContextRef,
+    BeforeSerializationInterceptorContextRef, BeforeTransmitInterceptorContextRef,
+    FinalizerInterceptorContextRef,
 };
 use aws_sdk_kms::config::{ConfigBag, Intercept, RuntimeComponents};
 use aws_sdk_kms::error::ProvideErrorMetadata;
@@ -61,6 +64,20 @@ impl Intercept for Calls {
         Ok(())
     }
 
+    // Whoever asked may not wait for the answer, and the customer's CloudTrail has the request.
+    fn read_before_transmit(
+        &self,
+        _context: &BeforeTransmitInterceptorContextRef<'_>,
+        _components: &RuntimeComponents,
+        config: &mut ConfigBag,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync + 'static>> {
+        if let Some(about) = config.load::<About>().cloned() {
+            let (observer, told) = (Arc::clone(&self.0), AtomicBool::new(false));
+            config.interceptor_state().store_put(UnderWay { observer, about, told });
+        }
+        Ok(())
+    }
+
     // It looks at headers and errors, never at the output: that holds the plaintext.
     fn read_after_attempt(
         &self,
@@ -80,6 +97,9 @@ impl Intercept for Calls {
             Some(Ok(_)) | None => None,
         };
         let request_id = request_id.map(str::to_owned);
+        if let Some(under_way) = config.load::<UnderWay>() {
+            under_way.told.store(true, Ordering::Relaxed);
+        }
         (self.0)(Call { operation, key, context: pairs, request_id, error });
         Ok(())
     }
@@ -94,6 +114,33 @@ struct About {
 }
 
 impl Storable for About {
+    type Storer = StoreReplace<Self>;
+}
+
+/// A request whose answer is waited for. Dropped before, nobody waits any more.
+struct UnderWay {
+    observer: Observer,
+    about: About,
+    told: AtomicBool,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        if !*self.told.get_mut() {
+            let About { operation, key, context } = self.about.clone();
+            let error = Some("NoAnswer".to_owned());
+            (self.observer)(Call { operation, key, context, request_id: None, error });
+        }
+    }
+}
+
+impl std::fmt::Debug for UnderWay {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("UnderWay").field(&self.about).finish()
+    }
+}
+
+impl Storable for UnderWay {
     type Storer = StoreReplace<Self>;
 }
 

@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use super::{AwsKms, CANARY_LEN};
-use crate::key::lease::Verdict;
+use crate::key::lease::{Verdict, Whose};
 use crate::key::wrapped::{EncryptionContext, KeyArn, Purpose, WrappedKey};
 use crate::kms::verdict::{self, Answer, Unproven};
 use crate::kms::{CheckStep, KeyDescription, KeyService, KmsError, Operation};
@@ -116,6 +116,7 @@ impl AwsKms {
             format!("use a key in {}, or configure the region {}", self.region, arn.region())
         };
         Err(KmsError {
+            whose: Whose::Unknown,
             operation,
             key: arn.clone(),
             code: "WrongRegion".to_owned(),
@@ -138,6 +139,7 @@ impl AwsKms {
         };
         let judgement = verdict::judge(answer, self.store);
         Err(KmsError {
+            whose: Whose::Unknown,
             operation: Operation::DescribeKey,
             key: arn.clone(),
             code: "NotEnabled".to_owned(),
@@ -153,6 +155,7 @@ impl AwsKms {
             return Ok(());
         }
         Err(KmsError {
+            whose: Whose::Unknown,
             operation: Operation::DescribeKey,
             key: arn.clone(),
             code: "NotSymmetric".to_owned(),

@@ -15,6 +15,7 @@
 //! | file | what it is |
 //! |---|---|
 //! | `settings.rs` | region, endpoint, credentials, time limits |
+//! | `answers.rs` | the answers that have come, so that none counts twice |
 //! | `calls.rs` | every request, told to whoever keeps account of them |
 //! | `check.rs` | a key tried step by step, and the rules it has to keep |
 //! | `witness.rs` | whose fault a denial is |
@@ -23,15 +24,15 @@
 //! Four SDK clients share one configuration, so one set of cached credentials: with and without
 //! retries, with pooled and with fresh connections.
 
+mod answers;
 mod calls;
 mod check;
 mod settings;
 mod witness;
 mod words;
 
-use std::collections::VecDeque;
 use std::error::Error;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use aws_config::SdkConfig;
@@ -47,10 +48,8 @@ use zeroize::Zeroizing;
 
 use super::http::{self, Reuse};
 use super::verdict::{self, Answer, Unproven};
-use super::{
-    Call, KeyDescription, KeyService, KmsError, NewKey, Observer, Operation, Proof, ServiceError,
-};
-use crate::key::lease::{Connection, DisconnectedStore, Verdict};
+use super::{KeyDescription, KeyService, KmsError, NewKey, Operation, Proof, ServiceError};
+use crate::key::lease::{Connection, DisconnectedStore, Verdict, Whose};
 use crate::key::secret::SecretMemoryError;
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
 use crate::key::{VOLUME_KEY_LEN, VolumeKey};
@@ -61,6 +60,7 @@ use settings::{retries, shared_config, timeouts};
 use witness::Witness;
 use words::{Kind, Words};
 
+pub use answers::Answers;
 pub use settings::{AwsSettings, AwsSettingsError, RoleToAssume};
 
 /// AWS KMS, or whatever speaks its protocol at the configured endpoint. Clones share everything.
@@ -78,17 +78,13 @@ pub struct AwsKms {
     store: DisconnectedStore,
     witness: Option<Arc<Witness>>,
     calls: Arc<KmsCalls>,
-    observer: Option<Observer>,
     /// The limit for a probe.
     probe_limit: Duration,
     /// The limit for a call that is retried.
     call_limit: Duration,
-    /// Request ids of the latest answers, oldest first.
-    seen: Arc<Mutex<VecDeque<String>>>,
+    /// Answers that have come.
+    answers: Arc<Answers>,
 }
-
-/// Request ids that are remembered: some minutes of a node with many volumes.
-const REMEMBERED: usize = 1024;
 
 impl AwsKms {
     /// Sets the clients up. Nothing is sent to KMS yet; finding a region or credentials may read
@@ -147,10 +143,9 @@ impl AwsKms {
             store: settings.disconnected_store,
             witness: settings.witness.clone().map(Witness::new).map(Arc::new),
             calls: Arc::clone(&settings.calls),
-            observer: settings.observer.clone(),
             probe_limit: attempt,
             call_limit: operation,
-            seen: Arc::default(),
+            answers: Arc::clone(&settings.answers),
         })
     }
 
@@ -182,29 +177,6 @@ impl AwsKms {
     /// When a probe that begins now has to have ended, with all that belongs to it.
     fn probe_deadline(&self) -> Instant {
         Instant::now() + self.probe_limit
-    }
-
-    /// A request that an earlier answer led to; `None` if it has no answer by the `deadline`. It is
-    /// told to the observer then too: the customer's CloudTrail may have it.
-    async fn follow_up<T>(
-        &self,
-        operation: Operation,
-        arn: &KeyArn,
-        context: Option<&EncryptionContext>,
-        deadline: Instant,
-        request: impl Future<Output = T>,
-    ) -> Option<T> {
-        let ended = timeout_at(deadline, Box::pin(request)).await.ok();
-        if let (None, Some(observer)) = (&ended, &self.observer) {
-            observer(Call {
-                operation,
-                key: arn.clone(),
-                context: context.cloned(),
-                request_id: None,
-                error: Some("NoAnswer".to_owned()),
-            });
-        }
-        ended
     }
 
     /// A data key of `len` bytes.
@@ -293,10 +265,8 @@ impl AwsKms {
         };
         let mut answer = send().await;
         if answer.as_ref().is_err_and(|e| e.code().is_some_and(verdict::is_signature_error)) {
-            let context = Some(&wrapped.context);
-            let again = self.follow_up(Operation::Decrypt, arn, context, deadline, send()).await;
             // Without one, the first answer is what there is: our signature was refused.
-            answer = again.unwrap_or(answer);
+            answer = by(deadline, send()).await.unwrap_or(answer);
         }
         let mut output = match answer {
             Ok(output) => output,
@@ -366,21 +336,13 @@ impl AwsKms {
             request_id,
             verdict: judgement.verdict,
             remedy: judgement.remedy.to_owned(),
+            whose: Whose::Unknown,
         }
     }
 
     /// Whether an answer with this request id came before; it is remembered.
     fn is_replayed(&self, id: Option<&str>) -> bool {
-        let Some(id) = id else { return false };
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if seen.iter().any(|earlier| earlier == id) {
-            return true;
-        }
-        if seen.len() >= REMEMBERED {
-            seen.pop_front();
-        }
-        seen.push_back(id.to_owned());
-        false
+        id.is_some_and(|id| self.answers.came_before(id))
     }
 
     /// The error of a call, judged. An invalid key state is looked up first, for the exception
@@ -427,8 +389,7 @@ impl AwsKms {
     /// decision of the customer's.
     async fn state_of(&self, arn: &KeyArn, deadline: Instant) -> Option<String> {
         let request = self.confirming.describe_key().key_id(arn.as_str()).send();
-        let answer =
-            self.follow_up(Operation::DescribeKey, arn, None, deadline, request).await?.ok()?;
+        let answer = by(deadline, request).await?.ok()?;
         if self.is_replayed(answer.request_id()) {
             return None;
         }
@@ -533,6 +494,11 @@ impl AwsKms {
             Some(_) | None => Err(unproven(Unproven::Empty)),
         }
     }
+}
+
+/// The answer to a request that an earlier answer led to, if it comes by the `deadline`.
+async fn by<T>(deadline: Instant, request: impl Future<Output = T>) -> Option<T> {
+    timeout_at(deadline, Box::pin(request)).await.ok()
 }
 
 impl KeyService for AwsKms {

@@ -16,6 +16,7 @@ use thiserror::Error;
 use crate::key::lease::{DisconnectedStore, PROBE_LIMIT};
 use crate::key::wrapped::KeyArn;
 use crate::kms::Observer;
+use crate::kms::aws::answers::Answers;
 use crate::kms::http::{self, Reuse};
 use crate::metrics::counters::KmsCalls;
 
@@ -49,6 +50,8 @@ pub struct AwsSettings {
     pub observer: Option<Observer>,
     /// Where requests are counted.
     pub calls: Arc<KmsCalls>,
+    /// Answers that have come, to whomever of those with these settings.
+    pub answers: Arc<Answers>,
 }
 
 /// A role to assume, in the customer's account or ours.
@@ -80,6 +83,7 @@ impl Default for AwsSettings {
             static_credentials: None,
             observer: None,
             calls: Arc::default(),
+            answers: Arc::default(),
         }
     }
 }

@@ -14,10 +14,10 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::AwsKms;
-use crate::key::lease::{Connection, Verdict};
+use super::{AwsKms, by};
+use crate::key::lease::{Connection, Verdict, Whose};
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, Purpose};
-use crate::kms::{KeyService, KmsError, Operation};
+use crate::kms::{KeyService, KmsError};
 
 /// The answer of the witness delays a fence: it gets less time than a probe.
 const LIMIT: Duration = Duration::from_millis(750);
@@ -50,13 +50,8 @@ struct Ready {
     said: Option<(Instant, Testimony)>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Testimony {
-    /// It is denied as well.
-    Ours,
-    /// It may be used, or did not answer.
-    Nothing,
-}
+/// What a witness says of a denial; [`Whose::Unknown`] if it does not answer.
+type Testimony = Whose;
 
 impl Witness {
     pub(super) fn new(arn: KeyArn) -> Self {
@@ -119,15 +114,19 @@ impl AwsKms {
         deadline: Instant,
     ) -> KmsError {
         let Some(witness) = &self.witness else { return error };
-        if error.verdict != Verdict::Denied || error.code != AMBIGUOUS || error.key == witness.arn {
+        if error.verdict != Verdict::Denied || error.key == witness.arn {
             return error;
         }
+        if error.code != AMBIGUOUS {
+            return KmsError { whose: Whose::Customers, ..error };
+        }
         match self.testimony(witness, asked, deadline.min(Instant::now() + LIMIT)).await {
-            Testimony::Nothing => error,
-            Testimony::Ours => {
+            whose @ (Whose::Unknown | Whose::Customers) => KmsError { whose, ..error },
+            Whose::Ours => {
                 warn!(key = %error.key, witness = %witness.arn, "denied, and so is the witness key: our own role, a service control policy or a VPC endpoint policy refuses");
                 KmsError {
                     verdict: Verdict::Credentials,
+                    whose: Whose::Ours,
                     remedy: format!(
                         "the witness key {} is denied as well, so the fault is byokd's own: mend its role, \
                          the service control policy or the VPC endpoint policy",
@@ -142,9 +141,9 @@ impl AwsKms {
     async fn testimony(&self, witness: &Witness, asked: Instant, deadline: Instant) -> Testimony {
         // Until it has been made ready it knows nothing, and nobody waits for that.
         let Ok(mut ready) = timeout_at(deadline, witness.ready.lock()).await else {
-            return Testimony::Nothing;
+            return Whose::Unknown;
         };
-        let Some(Ready { canary, said }) = ready.as_mut() else { return Testimony::Nothing };
+        let Some(Ready { canary, said }) = ready.as_mut() else { return Whose::Unknown };
         if let Some((at, testimony)) = *said
             && at >= asked
         {
@@ -152,14 +151,13 @@ impl AwsKms {
         }
         let now = Instant::now();
         let probe = self.probe_plainly(canary, Connection::Fresh, deadline);
-        let (arn, context) = (&witness.arn, Some(&canary.wrapped.context));
-        let testimony =
-            match self.follow_up(Operation::Decrypt, arn, context, deadline, probe).await {
-                Some(Err(error)) if error.verdict == Verdict::Denied && error.code == AMBIGUOUS => {
-                    Testimony::Ours
-                }
-                Some(_) | None => Testimony::Nothing,
-            };
+        let testimony = match by(deadline, probe).await {
+            Some(Err(error)) if error.verdict == Verdict::Denied && error.code == AMBIGUOUS => {
+                Whose::Ours
+            }
+            Some(Ok(_)) => Whose::Customers,
+            Some(Err(_)) | None => Whose::Unknown,
+        };
         *said = Some((now, testimony));
         testimony
     }

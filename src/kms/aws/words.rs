@@ -10,7 +10,7 @@ use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use aws_smithy_runtime_api::client::result::ConnectorError;
 use tracing::warn;
 
-use crate::key::lease::DisconnectedStore;
+use crate::key::lease::{DisconnectedStore, Whose};
 use crate::key::wrapped::KeyArn;
 use crate::kms::verdict::{self, Answer, Transport, Unproven};
 use crate::kms::{KmsError, Operation};
@@ -113,6 +113,7 @@ impl Words {
             request_id: self.request_id,
             verdict: judgement.verdict,
             remedy: judgement.remedy.to_owned(),
+            whose: Whose::Unknown,
         }
     }
 }
