@@ -63,10 +63,6 @@ impl Daemon {
             let (known, volume, mut tried) = {
                 let mut volumes = self.volumes();
                 let known = volumes.get(&name).cloned();
-                // Forgotten since it was read.
-                if known.is_none() && !self.definition(&name).exists() {
-                    continue;
-                }
                 let tried = known
                     .as_ref()
                     .is_some_and(|v| v.with(|now| now.config.attach == AttachWhen::Auto));
@@ -74,6 +70,13 @@ impl Daemon {
                 let volume = volume.or_insert_with(|| Arc::new(Volume::new(config.clone())));
                 (known.is_some(), Arc::clone(volume), tried)
             };
+            // Forgotten since it was read, if it was so before it was known again: whoever forgets it
+            // from now on takes it from those that are known.
+            if !known && !self.is_defined(&name).await.unwrap_or(true) {
+                let stays = |other: &Volume| other.with(|now| is_in_use(now));
+                self.volumes().retain(|_, other| !Arc::ptr_eq(other, &volume) || stays(other));
+                continue;
+            }
             names.insert(name.clone());
             if !known {
                 reloaded.added.push(name.clone());
@@ -93,7 +96,7 @@ impl Daemon {
                 tries.spawn(Arc::clone(self).attach_patiently(name, None));
             }
         }
-        self.drop_removed(&names, &mut reloaded);
+        self.drop_removed(&names, &mut reloaded).await;
         for (change, names) in [("defined", &reloaded.added), ("removed", &reloaded.removed)] {
             for name in names {
                 let event = Event::new(Kind::ConfigChange).volume(name);
@@ -122,10 +125,17 @@ impl Daemon {
     }
 
     /// Volumes whose definitions are gone are not known any more, unless they are in use.
-    fn drop_removed(&self, names: &BTreeSet<String>, reloaded: &mut Reloaded) {
-        self.volumes().retain(|name, volume| {
+    async fn drop_removed(&self, names: &BTreeSet<String>, reloaded: &mut Reloaded) {
+        let mut gone: Vec<_> = self.volumes().clone().into_iter().collect();
+        gone.retain(|(name, _)| !names.contains(name));
+        for at in (0..gone.len()).rev() {
             // Made since the directory was read.
-            if names.contains(name) || self.definition(name).exists() {
+            if self.is_defined(&gone[at].0).await.unwrap_or(true) {
+                gone.swap_remove(at);
+            }
+        }
+        self.volumes().retain(|name, volume| {
+            if !gone.iter().any(|(_, gone)| Arc::ptr_eq(gone, volume)) {
                 return true;
             }
             let in_use = volume.with(|now| {

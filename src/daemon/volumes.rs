@@ -125,20 +125,32 @@ impl Daemon {
         read.await.unwrap_or_else(|e| Err(e.to_string()))
     }
 
-    fn reserve(&self, what: &str, name: &str) -> Answered<Reserved<'_>> {
-        let mut creating = self.creating();
-        let taken = self.volumes().contains_key(name)
-            || self.definition(name).exists()
-            || !creating.insert(name.to_owned());
-        if taken {
-            return Err(refused(
+    /// Whether there is a definition of that name.
+    pub(super) async fn is_defined(&self, name: &str) -> io::Result<bool> {
+        let path = self.definition(name);
+        apart("definition", move || path.exists()).await
+    }
+
+    async fn reserve(&self, what: &str, name: &str) -> Answered<Reserved<'_>> {
+        let taken = || {
+            refused(
                 ExitCode::WrongState,
                 what,
                 "there is a volume of that name",
                 "Choose another name, or `byokctl volume forget` that one (its data stays).",
-            ));
+            )
+        };
+        let reserved = {
+            let mut creating = self.creating();
+            if self.volumes().contains_key(name) || !creating.insert(name.to_owned()) {
+                return Err(taken());
+            }
+            Reserved { daemon: self, name: name.to_owned() }
+        };
+        if self.is_defined(name).await.map_err(|e| by_panic(what, e))? {
+            return Err(taken());
         }
-        Ok(Reserved { daemon: self, name: name.to_owned() })
+        Ok(reserved)
     }
 
     pub(super) async fn create(&self, create: VolumeCreate) -> Answered<Box<VolumeStatus>> {
@@ -159,7 +171,7 @@ impl Daemon {
                 "Give the backing file or device as an absolute path.",
             ));
         }
-        let reserved = self.reserve(&what, &create.name)?;
+        let reserved = self.reserve(&what, &create.name).await?;
         let uuid = self.make(&what, &create).await?;
         let mut config = VolumeConfig::new(create.backing);
         config.uuid = Some(uuid);
@@ -209,9 +221,12 @@ impl Daemon {
         probed.map_err(|e| by_kms(e.into()))?;
         let event = Event::new(Kind::Create).volume(&create.name).wrapped(&key.wrapped);
         let event = event.detail("backing", &create.backing.display().to_string());
-        self.first_record(what, event).await?;
         let uuid = new.uuid();
-        let committed = apart("commit", move || new.commit(&key.key, key.wrapped, canary)).await;
+        // Not among work that may hang, as the key would.
+        let sealed = apart("seal", move || new.seal(key.key, key.wrapped, canary)).await;
+        let sealed = sealed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
+        self.first_record(what, event).await?;
+        let committed = apart("commit", move || sealed.commit()).await;
         committed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
         Ok(uuid)
     }

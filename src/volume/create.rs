@@ -1,5 +1,6 @@
 //! New volumes: a store is chosen, locked and checked before the customer's key is asked for
-//! anything, and written only when the key has proved that it can be used.
+//! anything, and written only when the key has proved that it can be used. The header is sealed with
+//! the volume key, the key goes, and only then is the store written: the key does not wait for it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -35,7 +36,7 @@ pub struct CreateOptions {
 }
 
 /// A store chosen for a volume, locked and checked, with nothing written to it. Dropped before
-/// [`NewVolume::commit`] it leaves no trace.
+/// [`SealedVolume::commit`] it leaves no trace.
 pub struct NewVolume {
     file: Flock<File>,
     options: CreateOptions,
@@ -100,17 +101,16 @@ impl NewVolume {
         self.uuid
     }
 
-    /// Writes the volume: when this returns, it is on stable storage.
+    /// Seals the volume's header with its key, which goes. Nothing is written yet.
     ///
     /// # Errors
-    /// It could not be written, for example for lack of space; a file made for it is removed.
-    pub fn commit(
-        mut self,
-        key: &VolumeKey,
+    /// The header does not fit, or the system gives no randomness.
+    pub fn seal(
+        self,
+        key: VolumeKey,
         wrapped: WrappedKey,
         canary: Canary,
-    ) -> Result<(), VolumeError> {
-        let path = self.options.backing.clone();
+    ) -> Result<SealedVolume, VolumeError> {
         let header = Header::new(
             NewHeader {
                 uuid: self.uuid,
@@ -119,32 +119,54 @@ impl NewVolume {
                 sector_size: self.options.sector_size,
                 created: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
             },
-            key,
+            &key,
             wrapped,
             canary,
-        )
-        .map_err(|source| VolumeError::Header { path: path.clone(), source })?;
-        let total = DATA_OFFSET + self.options.capacity;
+        );
+        // Before what comes of it: a file that goes again may take its time.
+        drop(key);
+        let header = header
+            .map_err(|source| VolumeError::Header { path: self.options.backing.clone(), source })?;
+        Ok(SealedVolume { new: self, header })
+    }
+}
+
+/// A new volume whose header is sealed with its key and not yet written.
+pub struct SealedVolume {
+    new: NewVolume,
+    header: Header,
+}
+
+impl SealedVolume {
+    /// Writes the volume: when this returns, it is on stable storage. Blocks for as long as the store
+    /// does.
+    ///
+    /// # Errors
+    /// It could not be written, for example for lack of space; a file made for it is removed.
+    pub fn commit(self) -> Result<(), VolumeError> {
+        let Self { mut new, header } = self;
+        let path = new.options.backing.clone();
+        let total = DATA_OFFSET + new.options.capacity;
         let io = |doing| {
             let path = path.clone();
             move |e: io::Error| VolumeError::io(doing, &path, e)
         };
-        if !self.block_device {
+        if !new.block_device {
             // Cut to nothing first: blocks of what was there before are given back, not kept.
-            self.file.set_len(0).map_err(io("empty"))?;
-            self.file.set_len(total).map_err(io("extend"))?;
-            if self.options.preallocate {
+            new.file.set_len(0).map_err(io("empty"))?;
+            new.file.set_len(total).map_err(io("extend"))?;
+            if new.options.preallocate {
                 let len = i64::try_from(total).unwrap_or(i64::MAX);
-                fallocate(&*self.file, FallocateFlags::empty(), 0, len)
+                fallocate(&*new.file, FallocateFlags::empty(), 0, len)
                     .map_err(|e| VolumeError::io("allocate blocks for", &path, e))?;
             }
         }
-        wipe_signatures(&self.file, total, self.block_device).map_err(io("clear"))?;
-        write_header(&self.file, &header, &path)?;
-        if self.ours {
+        wipe_signatures(&new.file, total, new.block_device).map_err(io("clear"))?;
+        write_header(&new.file, &header, &path)?;
+        if new.ours {
             sync_directory(&path).map_err(io("sync the directory of"))?;
         }
-        self.ours = false;
+        new.ours = false;
         Ok(())
     }
 }

@@ -1,10 +1,11 @@
 //! Volumes on a backing store: made, opened, unlocked, their header updated without ever being
 //! without a good copy.
 //!
-//! A type for each state: [`NewVolume`] is a store chosen and locked but not yet written;
-//! [`LockedVolume`] has a header that was read; [`UnlockedVolume`] has one that the volume key has
-//! confirmed. All hold an exclusive lock (`flock`) on the store, so that no two daemons of a machine
-//! serve one volume; read-only opens share it.
+//! A type for each state: [`NewVolume`] is a store chosen and locked but not yet written, nor is
+//! [`SealedVolume`], whose header the volume key has sealed; [`LockedVolume`] has a header that was
+//! read; [`UnlockedVolume`] has one that the volume key has confirmed. All hold an exclusive lock
+//! (`flock`) on the store, so that no two daemons of a machine serve one volume; read-only opens
+//! share it.
 //!
 //! | file | what it is |
 //! |---|---|
@@ -34,7 +35,7 @@ use crate::store::{Backing, DirectIo};
 use crate::units::Geometry;
 use backing::{FOREIGN_SIGNATURES, check_writable, lock, read_up_to, signature, size_of};
 
-pub use create::{CreateOptions, NewVolume};
+pub use create::{CreateOptions, NewVolume, SealedVolume};
 pub use error::{VolumeError, VolumeErrorClass};
 pub use rewrap::NextHeader;
 
@@ -354,7 +355,7 @@ pub(crate) mod tests {
         let new = NewVolume::prepare(options(path.to_owned())).unwrap();
         let uuid = new.uuid();
         let (wrapped, canary) = wrapped(uuid, 7);
-        new.commit(&key(1), wrapped, canary).unwrap();
+        new.seal(key(1), wrapped, canary).unwrap().commit().unwrap();
         uuid
     }
 
@@ -382,6 +383,10 @@ pub(crate) mod tests {
     fn a_volume_abandoned_before_its_commit_leaves_no_trace() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v");
+        let new = NewVolume::prepare(options(path.clone())).unwrap();
+        let (wrapped, canary) = wrapped(new.uuid(), 7);
+        drop(new.seal(key(1), wrapped, canary).unwrap());
+        assert!(!path.exists());
         drop(NewVolume::prepare(options(path.clone())).unwrap());
         assert!(!path.exists());
         std::fs::write(&path, [0; 4096]).unwrap();

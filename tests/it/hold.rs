@@ -58,7 +58,10 @@ pub(crate) fn make(backing: &Path) {
     let arn = "arn:aws:kms:eu-central-1:111122223333:key/5b6e0bd4-7d2c-4f2f-9d39-1d9d8a0f4a11";
     let context = EncryptionContext::for_volume(new.uuid(), Purpose::Zeebe, []).unwrap();
     let wrapped = WrappedKey { key_arn: arn.parse().unwrap(), blob: vec![1; 64], context };
-    new.commit(&key(), wrapped.clone(), Canary { wrapped, sha256: [0; 32] }).unwrap();
+    new.seal(key(), wrapped.clone(), Canary { wrapped, sha256: [0; 32] })
+        .unwrap()
+        .commit()
+        .unwrap();
 }
 
 /// Serves that volume.

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use aes::cipher::{BlockCipherEncrypt, KeyInit};
@@ -18,7 +19,7 @@ use tempfile::TempDir;
 use crate::backing::HangingDisk;
 use crate::customer::Customer;
 use crate::metrics::{get, value};
-use crate::mounts::can_mount;
+use crate::mounts::{LoopDevice, can_mount};
 use crate::raw::{FLUSH, READ, Raw, TRIM, WRITE, request};
 use crate::support::{Daemon, Running, have, nbdsh, python_nbd, run, until};
 
@@ -120,43 +121,52 @@ impl Needles {
 
     /// What is found in the memory of `pid`.
     fn found(&self, pid: u32) -> Vec<&'static str> {
-        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-        let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
         let mut found = Vec::new();
-        let mut scanned = 0u64;
-        for line in
-            maps.lines().filter(|line| line.split(' ').nth(1).is_some_and(|p| p.starts_with('r')))
-        {
-            let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
-            let number = |text| u64::from_str_radix(text, 16).unwrap();
-            let (from, to) = (number(from), number(to));
-            if line.ends_with("[vvar]")
-                || line.ends_with("[vvar_vclock]")
-                || line.ends_with("[vsyscall]")
-            {
-                continue;
-            }
-            let mut bytes = vec![0; usize::try_from(to - from).unwrap()];
-            // The ring's own pages are the kernel's.
-            let mut at = 0;
-            while at < bytes.len() {
-                match memory.read_at(&mut bytes[at..], from + at as u64) {
-                    Ok(0) | Err(_) => at += 4096,
-                    Ok(n) => at += n,
-                }
-            }
-            scanned += bytes.len() as u64;
-            for (what, needles) in &self.0 {
-                if needles.iter().any(|needle| memchr::memmem::find(&bytes, needle).is_some()) {
-                    found.push(*what);
-                }
-            }
-        }
-        assert!(scanned > 1 << 20, "only {scanned} bytes were readable");
+        each_mapping(pid, |bytes| found.extend(self.within(&bytes)));
         found.sort_unstable();
         found.dedup();
         found
     }
+
+    /// What is found in these bytes.
+    fn within(&self, bytes: &[u8]) -> Vec<&'static str> {
+        let is_there = |needles: &Vec<Vec<u8>>| {
+            needles.iter().any(|n| memchr::memmem::find(bytes, n).is_some())
+        };
+        self.0.iter().filter(|(_, needles)| is_there(needles)).map(|(what, _)| *what).collect()
+    }
+}
+
+/// Shows all memory of `pid` that can be read, a mapping at a time.
+fn each_mapping(pid: u32, mut show: impl FnMut(Vec<u8>)) {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+    let mut scanned = 0u64;
+    for line in
+        maps.lines().filter(|line| line.split(' ').nth(1).is_some_and(|p| p.starts_with('r')))
+    {
+        let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let number = |text| u64::from_str_radix(text, 16).unwrap();
+        let (from, to) = (number(from), number(to));
+        if line.ends_with("[vvar]")
+            || line.ends_with("[vvar_vclock]")
+            || line.ends_with("[vsyscall]")
+        {
+            continue;
+        }
+        let mut bytes = vec![0; usize::try_from(to - from).unwrap()];
+        // The ring's own pages are the kernel's.
+        let mut at = 0;
+        while at < bytes.len() {
+            match memory.read_at(&mut bytes[at..], from + at as u64) {
+                Ok(0) | Err(_) => at += 4096,
+                Ok(n) => at += n,
+            }
+        }
+        scanned += bytes.len() as u64;
+        show(bytes);
+    }
+    assert!(scanned > 1 << 20, "only {scanned} bytes were readable");
 }
 
 /// A TLS end in front of KMS.
@@ -359,6 +369,47 @@ fn the_key_is_gone_after_a_detach_and_after_an_attach_that_failed() {
     assert!(scene.found().is_empty(), "denied: {:?}", scene.found());
 }
 
+#[test]
+fn a_key_that_was_made_does_not_wait_for_a_store_that_hangs() {
+    if !can_scan() || !can_mount(&["nbdkit"]) {
+        return;
+    }
+    let mut scene = Scene::new();
+    let disk = HangingDisk::new();
+    let device = LoopDevice::new(&disk.path(), &[]);
+    // KMS makes the key at the second attempt, seconds after the first: the store is chosen then.
+    scene.customer.kms.inject(Fault::new(FaultKind::Timeout).on(&["GenerateDataKey"]).times(1));
+    let asked = scene.customer.kms.requests().len();
+    let mut create = Command::new(env!("CARGO_BIN_EXE_byokctl"));
+    create.arg("--socket").arg(scene.daemon.socket());
+    create.args(["volume", "create", "w", "--backing", device.path(), "--size", "8M"]);
+    create.args(["--purpose", "zeebe", "--key", scene.customer.key.as_str()]);
+    let create = create.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    let mut create = Running(create);
+    until("KMS is asked for a key", || scene.customer.kms.requests().len() > asked);
+    disk.signal("-STOP");
+    let trail = scene.daemon.dir.path().join("audit/audit-000000000001.jsonl");
+    until("the volume is about to be written", || {
+        let trail = std::fs::read_to_string(&trail).unwrap();
+        let is_it = |line: &str| {
+            ["\"event\":\"create\"", "\"volume\":\"w\""].iter().all(|w| line.contains(w))
+        };
+        trail.lines().any(is_it)
+    });
+    let mut memory = Vec::new();
+    each_mapping(scene.daemon.pid(), |bytes| memory.push(bytes));
+    assert!(create.0.try_wait().unwrap().is_none(), "the store hangs");
+    disk.signal("-CONT");
+    assert!(create.ends("the volume is made").success());
+    let key = scene.customer.volume_key(Path::new(device.path()));
+    scene.needles = Needles::new(&key, &scene.plain);
+    let found: Vec<_> = memory.iter().flat_map(|bytes| scene.needles.within(bytes)).collect();
+    assert!(found.is_empty(), "{found:?}");
+    scene.daemon.ok(&["attach", "w"]);
+    assert!(scene.found().contains(&"key"), "it is the key that was searched for");
+    scene.daemon.ok(&["detach", "w"]);
+}
+
 /// What is found in a core of `pid` that root makes by force, with gdb.
 fn found_in_core(scene: &Scene) -> Vec<&'static str> {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -367,10 +418,7 @@ fn found_in_core(scene: &Scene) -> Vec<&'static str> {
     let core = std::fs::read(dir.path().join(format!("core.{pid}"))).unwrap();
     // The daemon's name for itself, in writable memory: the core holds what a core holds.
     assert!(memchr::memmem::find(&core, b"byokd.toml").is_some(), "the core is one");
-    let found = |(what, needles): (&&'static str, &Vec<Vec<u8>>)| {
-        needles.iter().any(|needle| memchr::memmem::find(&core, needle).is_some()).then_some(*what)
-    };
-    scene.needles.0.iter().filter_map(found).collect()
+    scene.needles.within(&core)
 }
 
 #[test]
