@@ -53,6 +53,7 @@ def settings(place, port, more):
     (place / "volumes.d").mkdir(exist_ok=True)
     (place / "byokd.toml").write_text(
         f'volumes_dir = "{place}/volumes.d"\ncontrol_socket = "{place}/byokd.sock"\nnbd_dir = "{place}/nbd"\n{more[0]}'
+        f'[audit]\ndirectory = "{place}/audit"\n'
         f'[kms]\nregion = "eu-central-1"\nendpoint = "http://127.0.0.1:{port}"\n{more[1]}[lease]\n{more[2]}')
 
 
