@@ -51,15 +51,6 @@ pub struct Completion {
     pub buffer: Option<Ciphertext>,
 }
 
-/// What ended a wait, besides completions.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Woken {
-    /// The socket can be read, or has failed.
-    pub socket: bool,
-    /// The waker was written to.
-    pub waker: bool,
-}
-
 struct Slot {
     token: u64,
     op: Op,
@@ -222,6 +213,9 @@ impl Ring {
     /// # Errors
     /// The kernel refused the whole call.
     pub fn submit(&mut self) -> io::Result<()> {
+        if self.ring.submission().is_empty() {
+            return Ok(());
+        }
         self.enter(0, None)
     }
 
@@ -244,7 +238,9 @@ impl Ring {
     }
 
     /// Hands what is queued to the kernel and waits for a completion, or for `socket` (if given) to
-    /// become readable, or for `waker`, or until `timeout`. Completions are added to `ended`.
+    /// become readable, or for `waker`, or until `timeout`. Completions are added to `ended`; says
+    /// whether the waker was written to. Of the socket it says nothing: what was watched for in an
+    /// earlier wait may end this one.
     ///
     /// # Errors
     /// The kernel refused the whole call.
@@ -254,7 +250,7 @@ impl Ring {
         waker: BorrowedFd<'_>,
         timeout: Option<Duration>,
         ended: &mut Vec<Completion>,
-    ) -> io::Result<Woken> {
+    ) -> io::Result<bool> {
         let poll = |fd: RawFd, tag| {
             let mask = libc::POLLIN as u32;
             opcode::PollAdd::new(Fd(fd), mask).build().user_data(tag)
@@ -273,19 +269,16 @@ impl Ring {
         self.reap(ended)
     }
 
-    fn reap(&mut self, ended: &mut Vec<Completion>) -> io::Result<Woken> {
-        let mut woken = Woken::default();
+    fn reap(&mut self, ended: &mut Vec<Completion>) -> io::Result<bool> {
+        let mut woken = false;
         let mut again = Vec::new();
         loop {
             let Some(event) = self.ring.completion().next() else { break };
             match event.user_data() {
-                SOCKET => {
-                    self.socket_armed = false;
-                    woken.socket = true;
-                }
+                SOCKET => self.socket_armed = false,
                 WAKER => {
                     self.waker_armed = false;
-                    woken.waker = true;
+                    woken = true;
                 }
                 _ => self.ended(&event, ended, &mut again),
             }

@@ -314,7 +314,8 @@ impl Transmission {
             if self.tasks_in_flight() {
                 self.send()?;
                 self.wait_and_watch()?;
-                if self.receive_more()? {
+                // Otherwise what has ended is answered first: whoever waits for that sends no more.
+                if self.tasks_in_flight() && self.receive_more()? {
                     self.watch = WATCH_CREDIT;
                 }
             } else {

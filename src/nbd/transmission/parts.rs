@@ -9,7 +9,7 @@ use crate::device::Claim;
 use crate::export::Stance;
 use crate::nbd::transmission::requests::operation;
 use crate::nbd::transmission::retry::Later;
-use crate::nbd::transmission::{Data, Outcome, Part, Reply, Task, Transmission, WATCH_CREDIT};
+use crate::nbd::transmission::{Data, Outcome, Part, Reply, Task, Transmission};
 use crate::nbd::wire::{Chunk, Command, Errno, Head};
 use crate::store::uring::{Completion, Op, Ring};
 use crate::store::{Backing, Durability, Speed};
@@ -291,12 +291,8 @@ impl Transmission {
         }
         self.given_up &= self.parts.len() > 0;
         finished?;
-        let woken = waited?;
-        if woken.waker {
+        if waited? {
             self.client.awake();
-        }
-        if woken.socket {
-            self.watch = WATCH_CREDIT;
         }
         self.notice_fence()
     }
