@@ -96,6 +96,8 @@ pub struct Export {
     options: ExportOptions,
     volume: UnlockedVolume,
     backing: Arc<Backing>,
+    /// As the kernel's client has it.
+    kernel_store: Mutex<Option<Arc<Backing>>>,
     sector_size: SectorSize,
     /// Bytes a client may use; it only grows.
     capacity: AtomicU64,
@@ -199,6 +201,7 @@ impl Export {
             options: ExportOptions { read_only, ..options },
             volume,
             backing: Arc::new(backing),
+            kernel_store: Mutex::default(),
             sector_size: geometry.sector_size(),
             capacity: AtomicU64::new(geometry.capacity()),
             fence,
@@ -403,7 +406,7 @@ impl Export {
         if self.is_stopping() {
             return Err(ExportError::Stopping);
         }
-        let left = self.orphans.load(Ordering::Acquire);
+        let left = self.left_behind(|client| client.kernel);
         if left > 0 {
             return Err(ExportError::Stalled(left));
         }
@@ -470,15 +473,15 @@ impl Export {
         });
     }
 
-    /// The kernel gave one of its connections up, and sends what was in flight there on the others at
-    /// once. They end as well: what is still in the store of it could undo what is written after its
-    /// copy. On new connections it waits for that ([`Export::wait_for_orphans`]).
-    pub(crate) fn end_kernel_connections(&self) {
-        self.each_client(|client| {
-            if client.kernel {
-                client.shut(Shutdown::Both);
-            }
-        });
+    /// Whether the kernel gave up another of its connections that is not done with what it was sent.
+    /// The kernel sends that on its others at once, and what is done of it later could undo what is
+    /// written after its copy: they have to end as well. On new connections it waits for that
+    /// ([`Export::wait_for_orphans`]).
+    pub(crate) fn kernel_gave_up_another(&self, than: &Client) -> bool {
+        let clients = lock(&self.clients);
+        clients
+            .iter()
+            .any(|c| c.kernel && !std::ptr::eq(&raw const **c, than) && c.is_left_behind())
     }
 
     /// Requests of the kernel's client that failed by a fence or by the backing store.
@@ -533,12 +536,21 @@ impl Export {
         &self.fence
     }
 
-    /// The store, for one connection ([`Backing::for_one`]).
-    pub(crate) fn store_for_one(&self) -> io::Result<Arc<Backing>> {
-        Ok(match self.backing.for_one()? {
-            Some(own) => Arc::new(own),
-            None => Arc::clone(&self.backing),
-        })
+    /// The store, for one client ([`Backing::for_one`]). All connections of the kernel are one: it
+    /// flushes on one what it wrote on another.
+    pub(crate) fn store_for_one(&self, kind: PeerKind) -> io::Result<Arc<Backing>> {
+        let open = || {
+            let own = self.backing.for_one()?;
+            Ok(own.map_or_else(|| Arc::clone(&self.backing), Arc::new))
+        };
+        if kind == PeerKind::Program {
+            return open();
+        }
+        let mut of_kernel = lock(&self.kernel_store);
+        match &*of_kernel {
+            Some(store) => Ok(Arc::clone(store)),
+            None => Ok(Arc::clone(of_kernel.insert(open()?))),
+        }
     }
 
     pub(crate) fn write_order(&self) -> &Arc<WriteOrder> {
@@ -598,17 +610,24 @@ impl Export {
         self.changed.notify_all();
     }
 
-    /// Waits until no write from before can overtake a new one.
-    pub(crate) fn wait_for_orphans(&self) -> Result<(), ExportError> {
+    /// Operations that could overtake new ones: those that were given up, and those of clients that
+    /// have gone, which their connections may not know yet.
+    fn left_behind(&self, counts: impl Fn(&Client) -> bool) -> usize {
+        let clients = lock(&self.clients);
+        let gone = clients.iter().filter(|client| counts(client) && client.is_left_behind());
+        let gone: u64 = gone.map(|client| client.in_flight().max(1)).sum();
+        let gone = usize::try_from(gone).unwrap_or(usize::MAX);
+        self.orphans.load(Ordering::Acquire).saturating_add(gone)
+    }
+
+    /// Has `client`, which begins nothing yet, wait until no write from before can overtake a new
+    /// one. The kernel's is let in also where all it is told is that it is refused, and is not kept
+    /// from being handed over: see [`Client::is_handing_over`].
+    pub(crate) fn wait_for_orphans(&self, client: &Client) -> Result<(), ExportError> {
         let deadline = Instant::now() + ORPHANS;
-        let mut clients = lock(&self.clients);
         let mut told = false;
         loop {
-            // Also what belongs to a client that has gone, which its connection may not know yet.
-            let gone = clients.iter().filter(|client| client.has_hung_up());
-            let gone: u64 = gone.map(|client| client.in_flight()).sum();
-            let left = self.orphans.load(Ordering::Acquire);
-            let left = left.saturating_add(usize::try_from(gone).unwrap_or(usize::MAX));
+            let left = self.left_behind(|_| true);
             let now = Instant::now();
             if left == 0 {
                 return Ok(());
@@ -623,10 +642,14 @@ impl Export {
             if now >= deadline || self.is_stopping() {
                 return Err(ExportError::Stalled(left));
             }
+            // Nothing is begun before a restore, which waits for the same.
+            if client.kernel && (self.gives_up() || client.is_handing_over()) {
+                return Ok(());
+            }
             // Counts change without the lock: a short wait covers a notice that was missed.
             let wait = (deadline - now).min(Duration::from_millis(20));
-            clients =
-                self.changed.wait_timeout(clients, wait).unwrap_or_else(PoisonError::into_inner).0;
+            let clients = lock(&self.clients);
+            let _waited = self.changed.wait_timeout(clients, wait);
         }
     }
 
@@ -675,7 +698,7 @@ impl Client {
     }
 
     /// Whether its peer sends no more.
-    fn has_hung_up(&self) -> bool {
+    pub(crate) fn has_hung_up(&self) -> bool {
         let mut fds = [PollFd::new(self.socket.as_fd(), HANG_UP)];
         poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].any() != Some(false)
     }
@@ -685,6 +708,13 @@ impl Client {
         let mut totals = IoTotals::default();
         totals.add(&self.io);
         totals.in_flight()
+    }
+
+    /// Whether its peer has gone, and it may still do something that it was sent. The kernel's says
+    /// that it is busy before it looks whether its peer has gone, and here it is looked at the other
+    /// way round: so none begins anything later.
+    fn is_left_behind(&self) -> bool {
+        self.has_hung_up() && (!self.idle.load(Ordering::SeqCst) || self.in_flight() > 0)
     }
 
     fn is_clean(&self, closings: u64) -> bool {

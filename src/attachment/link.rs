@@ -30,7 +30,12 @@ const FIRST_PAUSE: Duration = Duration::from_millis(10);
 /// The longest pause between two tries.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// A device that takes no more connections for so long, while others of it work, has no more.
+/// A connection that ends sooner than this after it was made is not made again at once: what ended
+/// it may end the next one too.
+const SHORT_LIVED: Duration = Duration::from_millis(200);
+
+/// A device that takes no more connections for so long, while others of it work, was made with
+/// fewer.
 const FEWER: Duration = Duration::from_secs(5);
 
 /// What answered on a link has ended.
@@ -45,6 +50,7 @@ pub(super) struct Ended {
 pub(super) struct Link {
     /// Ours, as long as the connection may work; what answers has a duplicate.
     ours: Option<UnixStream>,
+    made: Instant,
     /// Counts what answered on it.
     epoch: u64,
     running: bool,
@@ -66,7 +72,14 @@ impl Link {
 
     /// One that has to be made.
     pub(super) fn dead() -> Self {
-        Self { ours: None, epoch: 0, running: false, between_requests: true, stand_in: None }
+        Self {
+            ours: None,
+            made: Instant::now(),
+            epoch: 0,
+            running: false,
+            between_requests: true,
+            stand_in: None,
+        }
     }
 
     pub(super) fn epoch(&self) -> u64 {
@@ -75,6 +88,11 @@ impl Link {
 
     pub(super) fn is_open(&self) -> bool {
         self.ours.is_some()
+    }
+
+    /// Whether the kernel is known to have, or to have had, this one.
+    pub(super) fn is_known(&self) -> bool {
+        self.epoch > 0
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -166,6 +184,12 @@ impl Link {
 
     pub(super) fn renew(&mut self, stream: UnixStream) {
         self.ours = Some(stream);
+        self.made = Instant::now();
+    }
+
+    /// When it may be made anew.
+    pub(super) fn renewable(&self) -> Instant {
+        if self.is_known() { self.made + SHORT_LIVED } else { self.made }
     }
 
     /// Our end, if it is between two requests.
@@ -189,11 +213,13 @@ pub(super) enum Repaired {
 }
 
 /// Gives the device a new connection, however long that takes: meanwhile requests wait in the
-/// kernel, until its dead timeout.
+/// kernel, until its dead timeout. One that it is `known` to have had is not given up, however late
+/// the kernel notices that it ended.
 pub(super) async fn repair(
     client: KernelClient,
     device: Device,
     alive: Arc<AtomicUsize>,
+    known: bool,
     name: &str,
 ) -> Repaired {
     let Device { index, volume } = device;
@@ -210,7 +236,11 @@ pub(super) async fn repair(
                 let reconfigure = Ask::Reconfigure { index, volume, size: None };
                 match ask(&client, reconfigure, vec![theirs.into()], RECONFIGURE).await {
                     Ok(_) if !is_hung_up(&ours) => return Repaired::Link(ours),
-                    Ok(_) if alive.load(Ordering::SeqCst) > 0 && began.elapsed() > FEWER => {
+                    Ok(_)
+                        if !known
+                            && alive.load(Ordering::SeqCst) > 0
+                            && began.elapsed() > FEWER =>
+                    {
                         return Repaired::Superfluous;
                     }
                     // The kernel says yes also when it has no place for it.

@@ -545,7 +545,11 @@ impl Attending {
     fn repair(&mut self, at: usize) {
         let (client, device) = (self.owner.client.clone(), self.device);
         let (alive, name) = (Arc::clone(&self.alive), self.owner.name.clone());
-        self.repairs.spawn(async move { (at, repair(client, device, alive, &name).await) });
+        let (known, from) = (self.links[at].is_known(), self.links[at].renewable());
+        self.repairs.spawn(async move {
+            sleep_until(from).await;
+            (at, repair(client, device, alive, known, &name).await)
+        });
     }
 
     fn repaired(&mut self, at: usize, repaired: Repaired) {

@@ -53,14 +53,15 @@ fn transmit(
     table: &ExportTable,
 ) -> Result<Ending, ConnectionError> {
     let refused = || ConnectionError::Refused(export.name().to_owned());
-    // A write of a connection from before could overtake its own copy, which the kernel sends again.
-    export.wait_for_orphans().map_err(|_| refused())?;
     // It may come from a daemon before this one, with limits of its own.
     stream.set_read_timeout(None)?;
     let stream = NbdStream::Unix(stream);
-    let store = export.store_for_one()?;
     let client = export.join(stream.as_fd(), PeerKind::Kernel)?.ok_or_else(refused)?;
     let member = Member { export: Arc::clone(export), client: Arc::clone(&client) };
+    client.set_idle(true);
+    // A write of a connection from before could overtake its own copy, which the kernel sends again.
+    export.wait_for_orphans(&client).map_err(|_| refused())?;
+    let store = export.store_for_one(PeerKind::Kernel)?;
     let modes = Modes { style: ReplyStyle::Simple, base_allocation: None };
     let budget = Arc::clone(table.budget());
     let mut transmission =

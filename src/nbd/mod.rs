@@ -88,16 +88,18 @@ fn converse(
     let Some(export) = table.find(&negotiated.export) else {
         return Err(ConnectionError::Refused(negotiated.export));
     };
-    if let Err(error) = export.wait_for_orphans() {
-        warn!(volume = export.name(), %error, "connection refused");
-        return Err(ConnectionError::Refused(negotiated.export));
-    }
-    let store = export.store_for_one()?;
+    // Counted from here on, while it waits too.
     let Some(client) = export.join(stream.as_fd(), PeerKind::Program)? else {
         return Err(ConnectionError::Refused(negotiated.export));
     };
     let member = Member { export: Arc::clone(&export), client: Arc::clone(&client) };
     drop(place);
+    client.set_idle(true);
+    if let Err(error) = export.wait_for_orphans(&client) {
+        warn!(volume = export.name(), %error, "connection refused");
+        return Err(ConnectionError::Refused(negotiated.export));
+    }
+    let store = export.store_for_one(PeerKind::Program)?;
     stream.set_read_timeout(None)?;
     let modes = Modes { style: negotiated.style, base_allocation: negotiated.base_allocation };
     let budget = Arc::clone(table.budget());

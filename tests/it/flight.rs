@@ -2,20 +2,22 @@
 //! decides what comes first.
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use byokd::export::{Export, ExportTable};
 use byokd::key::lease::FenceReason;
 use byokd::nbd::kernel;
+use byokd::nbd::transmission::Ending;
 
 use crate::backing::HangingDisk;
 use crate::hold::{export, key, make, open, serve_in};
 use crate::mounts::can_mount;
-use crate::raw::{READ, Raw, WRITE, WRITE_ZEROES, request};
-use crate::support::until;
+use crate::raw::{DISC, READ, Raw, WRITE, WRITE_ZEROES, request};
+use crate::support::{PATIENCE, until};
 
 const SECTOR: u64 = 4096;
 const PERM: u32 = 1;
@@ -81,10 +83,22 @@ fn of_the_kernel(export: &Arc<Export>, table: &ExportTable) -> Raw {
     Raw::over(kernel)
 }
 
-/// The kernel sends what a connection that it gave up had in flight on its others, at once. What is
-/// still in the store of it could undo what is written after that.
+/// The kernel sends what a connection that it gave up had been sent on its others, at once. What is
+/// done of it after that could undo what is written after its copy.
 #[test]
 fn no_connection_of_the_kernel_goes_on_while_one_that_it_gave_up_has_requests_in_the_store() {
+    while_the_kernel_gives_one_up_with(1);
+}
+
+/// The same where not even all of them are in the store: more than a connection holds, so that it
+/// waits for room, with more in its socket.
+#[test]
+fn no_connection_of_the_kernel_goes_on_while_one_that_it_gave_up_has_requests_unread() {
+    while_the_kernel_gives_one_up_with(40);
+}
+
+fn while_the_kernel_gives_one_up_with(writes: u64) {
+    const LEN: u32 = 1 << 20;
     if !can_mount(&["nbdkit"]) {
         return;
     }
@@ -100,15 +114,49 @@ fn no_connection_of_the_kernel_goes_on_while_one_that_it_gave_up_has_requests_in
     assert_eq!(given_up.write(0, &[b'o'; 4096]), 0);
     assert_eq!(other.write(8192, &[b'o'; 4096]), 0);
     disk.signal("-STOP");
-    given_up.send(&[request(0, WRITE, 1, 0, 4096), vec![b'a'; 4096]].concat());
-    until("it is in the store", || export.in_flight() == 1);
-    drop(given_up);
+    let write =
+        |n, byte, len: u32| [request(0, WRITE, n, 0, len), vec![byte; len as usize]].concat();
+    let mut sender = given_up.duplicate();
+    let sends = std::thread::spawn(move || {
+        // It ends early when the connection is given up.
+        (1..=writes).for_each(|n| drop(sender.try_send(&write(n, b'a', LEN))));
+    });
+    let most = 16;
+    until("the store has what it is given", || export.in_flight() >= writes.min(most));
+    given_up.shut();
+    sends.join().unwrap();
+    other.send(&write(2, b'b', 4096));
     assert!(other.is_closed(), "it has to connect again, and to wait");
     let mut next = of_the_kernel(&export, &table);
-    next.send(&[request(0, WRITE, 2, 0, 4096), vec![b'b'; 4096]].concat());
+    next.send(&write(2, b'b', 4096));
     disk.signal("-CONT");
     assert_eq!(next.simple_reply(2), 0);
+    until("what was given up has gone", || export.connections() == 1);
     assert!(next.read(0, 4096) == [b'b'; 4096]);
     drop(next);
     until("nobody is connected", || export.connections() == 0);
+}
+
+/// What it had sent is sent again; nothing of it is done twice. That the device was disconnected is
+/// heard all the same.
+#[test]
+fn a_connection_that_the_kernel_gave_up_begins_nothing_and_hears_of_a_disconnect() {
+    let dir = tempfile::tempdir().unwrap();
+    let export = export(dir.path(), None);
+    let mut client = Raw::connected(&serve_in(dir.path(), &export), "v");
+    assert_eq!(client.write(0, &[b'o'; 4096]), 0);
+    let write = [request(0, WRITE, 1, 0, 128 << 10), vec![b'a'; 128 << 10]].concat();
+    let disconnect = request(0, DISC, 2, 0, 0);
+    for (sent, heard) in
+        [(write.clone(), Ending::Closed), ([write, disconnect].concat(), Ending::Disconnected)]
+    {
+        let (mut kernel, ours) = UnixStream::pair().unwrap();
+        kernel.write_all(&sent).unwrap();
+        kernel.shutdown(std::net::Shutdown::Both).unwrap();
+        let (tell, ended) = mpsc::channel();
+        let ends = move |ending| tell.send(ending).unwrap();
+        kernel::serve(ours, Arc::clone(&export), &ExportTable::new(), ends).unwrap();
+        assert_eq!(ended.recv_timeout(PATIENCE).unwrap(), Some(heard));
+    }
+    assert!(client.read(0, 4096) == [b'o'; 4096]);
 }

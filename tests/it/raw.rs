@@ -106,6 +106,16 @@ impl Raw {
         raw
     }
 
+    /// The same connection, for another thread.
+    pub(crate) fn duplicate(&self) -> Self {
+        Self(self.0.try_clone().unwrap())
+    }
+
+    /// Ends it in both directions, whoever else has it.
+    pub(crate) fn shut(&self) {
+        self.0.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+
     pub(crate) fn try_send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.0.write_all(bytes)
     }

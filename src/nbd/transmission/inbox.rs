@@ -31,6 +31,13 @@ impl Inbox {
         }
     }
 
+    /// Uses up to `len` bytes up; says how many there were.
+    pub(super) fn skip(&mut self, len: u64) -> u64 {
+        let n = usize::try_from(len).unwrap_or(usize::MAX).min(self.end - self.start);
+        self.consume(n);
+        n as u64
+    }
+
     pub(super) fn take(&mut self, to: &mut [u8]) -> usize {
         let n = to.len().min(self.end - self.start);
         to[..n].copy_from_slice(&self.bytes()[..n]);

@@ -9,6 +9,7 @@
 //! A request larger than [`MAX_BUFFER`](crate::buffer::MAX_BUFFER) is done in parts; a `Task` counts its parts down. A write
 //! that does not cover whole sectors is a read-modify-write under [`Lane::begin_partial`].
 
+mod given_up;
 mod handover;
 mod hold;
 mod inbox;
@@ -279,10 +280,8 @@ impl Transmission {
     pub fn run(&mut self) -> Outcome<Ending> {
         self.stream.tune()?;
         self.stream.set_write_timeout(Some(SEND_TIMEOUT))?;
+        self.client.set_idle(false);
         let result = self.serve();
-        if result.is_err() {
-            self.tell_the_kernels_others();
-        }
         self.wind_down();
         result
     }
@@ -293,6 +292,9 @@ impl Transmission {
         loop {
             while let Some((request, came)) = self.again.pop() {
                 self.request(request, came, extended)?;
+            }
+            if let Some(ending) = self.heed_given_up()? {
+                return Ok(ending);
             }
             while let Some((request, len)) = Request::parse(self.inbox.bytes(), extended)? {
                 self.inbox.consume(len);
@@ -337,13 +339,6 @@ impl Transmission {
                     return Ok(Ending::Closed);
                 }
             }
-        }
-    }
-
-    /// A connection that the kernel gave up with requests in the store ends its others.
-    fn tell_the_kernels_others(&self) {
-        if self.client.is_kernel() && self.tasks_in_flight() && !self.export.is_stopping() {
-            self.export.end_kernel_connections();
         }
     }
 
@@ -419,7 +414,6 @@ impl Transmission {
             Ok(0) => {
                 // Its replies are still sent: it may have closed only one direction.
                 self.at_end = true;
-                self.tell_the_kernels_others();
                 Ok(false)
             }
             Ok(_) => {

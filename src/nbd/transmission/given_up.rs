@@ -1,0 +1,45 @@
+//! Connections that the kernel's client gave up: it sends what was in flight there on its others, or
+//! on new ones, at once. Nothing that it had sent may be begun after that, as it could undo what is
+//! written after its copy.
+
+use std::io;
+
+use crate::nbd::transmission::{Ending, Outcome, Transmission};
+use crate::nbd::wire::{Command, Request};
+
+impl Transmission {
+    /// Looks, before anything that was received is begun, whether the kernel has given this
+    /// connection up, and ends it then; or another one that is not done yet, where this one ends
+    /// as well and has what it received sent again.
+    pub(super) fn heed_given_up(&mut self) -> Outcome<Option<Ending>> {
+        if !self.client.is_kernel() || self.inbox.bytes().is_empty() {
+            return Ok(None);
+        }
+        if self.client.has_hung_up() {
+            return self.last_words().map(Some);
+        }
+        if self.export.kernel_gave_up_another(&self.client) {
+            return Err(io::Error::from(io::ErrorKind::ConnectionAborted).into());
+        }
+        Ok(None)
+    }
+
+    /// Looks through what was sent, and begins none of it: whether the device was disconnected.
+    fn last_words(&mut self) -> Outcome<Ending> {
+        let mut payload = 0;
+        loop {
+            payload -= self.inbox.skip(payload);
+            if payload == 0
+                && let Some((request, len)) = Request::parse(self.inbox.bytes(), false)?
+            {
+                if request.command == Command::Disconnect {
+                    return Ok(Ending::Disconnected);
+                }
+                self.inbox.consume(len);
+                payload = request.payload(false);
+            } else if self.inbox.fill(|to| self.stream.try_read(to))? == 0 {
+                return Ok(Ending::Closed);
+            }
+        }
+    }
+}
