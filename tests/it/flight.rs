@@ -160,3 +160,36 @@ fn a_connection_that_the_kernel_gave_up_begins_nothing_and_hears_of_a_disconnect
     }
     assert!(client.read(0, 4096) == [b'o'; 4096]);
 }
+
+/// They are answered with errors however long the store hangs; what it has is waited for before the
+/// key comes back.
+#[test]
+fn the_kernels_connections_are_refused_while_the_store_hangs_with_what_it_gave_up() {
+    if !can_mount(&["nbdkit"]) {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let made = dir.path().join("v.img");
+    make(&made);
+    let disk = HangingDisk::new();
+    disk.put(&made);
+    let export = open(&disk.path(), None);
+    let table = ExportTable::new();
+    let mut given_up = of_the_kernel(&export, &table);
+    let mut other = of_the_kernel(&export, &table);
+    assert_eq!(given_up.write(0, &[b'o'; 4096]), 0);
+    disk.signal("-STOP");
+    given_up.send(&[request(0, WRITE, 1, 0, 4096), vec![b'a'; 4096]].concat());
+    until("it is in the store", || export.in_flight() == 1);
+    let _destroyed = export.close(FenceReason::Suspended);
+    assert_eq!(given_up.simple_reply(1), PERM);
+    given_up.shut();
+    let mut next = of_the_kernel(&export, &table);
+    assert_eq!(other.write(4096, &[b'x'; 4096]), PERM);
+    assert_eq!(next.write(4096, &[b'x'; 4096]), PERM);
+    assert!(export.restore(key()).is_err(), "the store still has a write from before");
+    disk.signal("-CONT");
+    until("the store is done with it", || export.restore(key()).is_ok());
+    assert_eq!(next.write(4096, &[b'n'; 4096]), 0);
+    assert!(other.read(4096, 4096) == [b'n'; 4096]);
+}
