@@ -18,6 +18,7 @@
 //! | [`clock`] | the clock that leases are kept by |
 //! | [`buffer`] | aligned buffers: plaintext and ciphertext as two types |
 //! | [`key`] | key custody: secret memory, the volume key, the lease; public words of wrapping |
+//! | [`registers`] | what a waiting thread would keep of what it had in hand |
 //! | [`crypt`] | AES-256-XTS, two implementations and the start-up self-test |
 //! | [`fence`] | the one meeting point: who may use the key, and its destruction |
 //! | [`store`] | where ciphertext lies: a file or block device, or memory in tests |
@@ -66,6 +67,7 @@ pub mod luks2;
 pub mod metrics;
 pub mod nbd;
 pub mod progress;
+pub mod registers;
 pub mod store;
 pub mod systemd;
 pub mod units;

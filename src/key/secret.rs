@@ -21,6 +21,8 @@ use nix::unistd::ftruncate;
 use thiserror::Error;
 use zeroize::Zeroize;
 
+use crate::registers;
+
 /// The kernel did not give locked memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("cannot {step} {bytes} bytes of memory for keys: {errno}; raise LimitMEMLOCK (ulimit -l)")]
@@ -133,7 +135,9 @@ impl<const N: usize> SecretBytes<N> {
         fill: impl FnOnce(&mut [u8; N]) -> Result<(), E>,
     ) -> Result<Self, E> {
         let mut secret = Self(SecretPages::new(N)?);
-        fill(secret.bytes_mut())?;
+        let filled = fill(secret.bytes_mut());
+        registers::wipe();
+        filled?;
         Ok(secret)
     }
 
@@ -146,7 +150,9 @@ impl<const N: usize> SecretBytes<N> {
     /// Shows the bytes to `reader`.
     pub fn expose<T>(&self, reader: impl FnOnce(&[u8; N]) -> T) -> T {
         // SAFETY: the pages hold at least N initialised bytes, written only through `&mut self`.
-        reader(unsafe { self.0.base.cast().as_ref() })
+        let read = reader(unsafe { self.0.base.cast().as_ref() });
+        registers::wipe();
+        read
     }
 }
 

@@ -16,6 +16,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("log::limit", &[]),
     ("log::queue", &[]),
     ("harden", &[]),
+    ("registers", &[]),
     ("progress", &[]),
     ("systemd", &["progress"]),
     ("buffer", &["units"]),
@@ -45,11 +46,14 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("nbd::wire", &[]),
     ("nbd::handshake", &["nbd::wire"]),
     ("nbd::stream", &[]),
-    ("nbd", &["buffer", "device", "export", "fence", "metrics::io", "store::*", "units"]),
+    (
+        "nbd",
+        &["buffer", "device", "export", "fence", "metrics::io", "registers", "store::*", "units"],
+    ),
     ("listener", &["export", "nbd", "nbd::stream"]),
     // The key's way.
     ("key", &["units"]),
-    ("key::secret", &[]),
+    ("key::secret", &["registers"]),
     ("key::wrapped", &[]),
     ("key::lease", &["key", "units"]),
     ("luks2", &["key::*", "units"]),
@@ -268,7 +272,8 @@ const ONLY_IN: &[(&str, &[&str])] = &[
 ];
 
 /// Where `unsafe` may stand. Each of these says at its top that it expects it, and why.
-const UNSAFE: &[&str] = &["buffer", "crypt::awslc", "kernel::ioctl", "key::secret", "store::uring"];
+const UNSAFE: &[&str] =
+    &["buffer", "crypt::awslc", "kernel::ioctl", "key::secret", "registers", "store::uring"];
 
 /// A module's source without its comments, strings and tests.
 struct Module {

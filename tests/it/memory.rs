@@ -115,7 +115,7 @@ impl Needles {
                 "key in base64",
                 vec![in_base64.as_bytes()[..32].to_vec(), in_base64.as_bytes()[40..72].to_vec()],
             ),
-            ("plaintext", vec![plain.to_vec()]),
+            ("plaintext", plain.chunks(16).map(<[u8]>::to_vec).collect()),
         ]))
     }
 

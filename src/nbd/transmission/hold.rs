@@ -18,6 +18,7 @@ use crate::nbd::transmission::reads::unseal;
 use crate::nbd::transmission::requests::operation;
 use crate::nbd::transmission::{Outcome, Transmission};
 use crate::nbd::wire::{Command, Errno, Request};
+use crate::registers;
 use crate::units::SectorRange;
 
 /// How long to sleep at most before looking whether the wait is over.
@@ -51,6 +52,7 @@ impl Transmission {
     ) -> bool {
         let waker = PollFd::new(self.client.waker(), PollFlags::POLLIN);
         let mut fds = [PollFd::new(fd, events), waker];
+        registers::wipe();
         let _polled = poll(&mut fds, at_most);
         if fds[1].any() != Some(false) {
             self.client.awake();

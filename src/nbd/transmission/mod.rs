@@ -45,6 +45,7 @@ use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::slab::Slab;
 use crate::nbd::transmission::spin::Spin;
 use crate::nbd::wire::{BadMagic, Command, Errno, Head, ReplyStyle, Request};
+use crate::registers;
 use crate::store::uring::{Completion, Ring};
 use crate::store::{Backing, Durability};
 use crate::units::SectorRange;
@@ -280,6 +281,7 @@ impl Transmission {
     pub fn run(&mut self) -> Outcome<Ending> {
         self.stream.tune()?;
         self.stream.set_write_timeout(Some(SEND_TIMEOUT))?;
+        self.note_closing();
         self.client.set_idle(false);
         let result = self.serve();
         self.wind_down();
@@ -381,6 +383,7 @@ impl Transmission {
             self.stream.set_read_timeout(Some(IDLE_TRIM))?;
             self.timeout_set = true;
         }
+        registers::wipe();
         self.client.set_idle(true);
         let received = loop {
             if !self.may_read()? {

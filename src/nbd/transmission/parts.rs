@@ -11,6 +11,7 @@ use crate::nbd::transmission::requests::operation;
 use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::{Data, Outcome, Part, Reply, Task, Transmission};
 use crate::nbd::wire::{Chunk, Command, Errno, Head};
+use crate::registers;
 use crate::store::uring::{Completion, Op, Ring};
 use crate::store::{Backing, Durability, Speed};
 use crate::units::SectorRange;
@@ -273,6 +274,7 @@ impl Transmission {
         let timeout = due.chain(until).chain(hold_ends).min();
         let timeout = timeout.map(|due| due.saturating_duration_since(now));
         let mut ended = std::mem::take(&mut self.ended);
+        registers::wipe();
         let waited = ring.wait(socket, self.client.waker(), timeout, &mut ended);
         if self.watch > 0 {
             self.watch -= 1;

@@ -7,6 +7,7 @@ use crate::buffer::Buffer;
 use crate::nbd::transmission::{
     Data, HOLD_LIMIT, OUTBOX_BYTES, OUTBOX_REPLIES, Outcome, Reply, Transmission, index,
 };
+use crate::registers;
 use crate::store::Speed;
 use crate::units::SectorRange;
 
@@ -44,6 +45,8 @@ impl Transmission {
                 Reply::Body(body) => parts.push(IoSlice::new(body)),
             }
         }
+        // The client may take its time.
+        registers::wipe();
         let sent = self.stream.write_all_vectored(&mut parts);
         drop(parts);
         self.outbox_bytes = 0;
