@@ -242,6 +242,19 @@ impl Export {
         receipt
     }
 
+    /// Closes the fence as [`Export::close`] does, and for good: whatever brings a key from here on
+    /// finds service ended.
+    pub fn close_for_good(&self, reason: FenceReason) -> KeyDestroyed {
+        let receipt = {
+            let _one_at_a_time = lock(&self.transition);
+            self.stopping.store(true, Ordering::Release);
+            self.set_hold(reason);
+            self.fence.close(reason)
+        };
+        self.each_client(Client::wake);
+        receipt
+    }
+
     /// Waits, after [`Export::close`], until every request in flight has been answered with an
     /// error and no connection holds plaintext from before. A connection whose client takes no
     /// answers is cut off. Blocks for less than a second, whatever the backing store does.

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{error, info, warn};
 
 use crate::attachment::link::{Link, Repaired, pair, repair};
@@ -52,12 +52,12 @@ const DISCONNECT: Duration = Duration::from_secs(5);
 /// How long it may take after that.
 const LET_GO: Duration = Duration::from_secs(5);
 
-/// How long all connections together may take to a place between two requests. Half of what
-/// systemd is told a stop may take at most.
-const HAND_OVER: Duration = Duration::from_secs(10);
-
-/// The same while requests wait for the key: time for those that have nothing to wait for.
+/// How long all connections together may take to a place between two requests while these wait for
+/// the key: time for those that have nothing to wait for.
 const HELD: Duration = Duration::from_millis(500);
+
+/// How long after that their device may take to give them away.
+const ANSWER: Duration = Duration::from_millis(100);
 
 /// How often file systems that saw errors are looked at, until they are well.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
@@ -137,7 +137,7 @@ impl Drop for Attachment {
 enum Command {
     Serve(Arc<Export>, watch::Receiver<KeyReport>, PurgePlan),
     Refuse,
-    HandOver(oneshot::Sender<Vec<OwnedFd>>),
+    HandOver(oneshot::Sender<Vec<OwnedFd>>, Instant),
     Disconnect(oneshot::Sender<Result<(), KernelError>>),
     Abandon(oneshot::Sender<()>),
 }
@@ -257,11 +257,16 @@ impl Attachment {
     }
 
     /// Stops between two requests, everything answered: our ends, for the next daemon. Those that
-    /// do not get there in time are closed.
-    pub async fn hand_over(&self) -> Vec<OwnedFd> {
+    /// do not get there `within` the time are closed.
+    pub async fn hand_over(&self, within: Duration) -> Vec<OwnedFd> {
         let (reply, wait) = oneshot::channel();
-        self.tell(Command::HandOver(reply)).await;
-        wait.await.unwrap_or_default()
+        let deadline = Instant::now() + within;
+        let ends = async {
+            self.tell(Command::HandOver(reply, deadline)).await;
+            wait.await.unwrap_or_default()
+        };
+        // It may be busy with a kernel that does not let go of the device.
+        timeout_at(deadline + ANSWER, ends).await.unwrap_or_default()
     }
 
     /// Takes the device away, in bounded time.
@@ -460,15 +465,15 @@ impl Attending {
                     self.links.iter().for_each(Link::refuse);
                 }
             }
-            Command::HandOver(reply) => {
+            Command::HandOver(reply, deadline) => {
                 let held = match &self.mode {
                     Mode::Serving { export, .. } => export.is_held(),
                     Mode::Standing { .. } => false,
                 };
                 // What has been taken and waits for the key cannot be answered: the kernel sends
                 // it again.
-                let within = if held { HELD } else { HAND_OVER };
-                self.leaving = Some((reply, Instant::now() + within));
+                let deadline = if held { deadline.min(Instant::now() + HELD) } else { deadline };
+                self.leaving = Some((reply, deadline));
                 self.repairs.abort_all();
                 self.purging.abort_all();
                 match &self.mode {

@@ -94,6 +94,8 @@ impl Daemon {
             Service::Detached | Service::Attaching(_) | Service::Detaching(_) => None,
         });
         let Some((export, reports)) = served else { return Ok(()) };
+        // Else the next daemon would find its device with connections of this one.
+        self.goes_into_service(what)?;
         let uuid = export.volume().header().uuid();
         let connections = how.connections.or(config.connections).unwrap_or(1);
         if volume.with(|now| now.device.is_none())

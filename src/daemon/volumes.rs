@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -62,6 +63,12 @@ const BEING_DONE: Duration = Duration::from_secs(20);
 
 /// The same where there is no service to end: it may wait for a store that hangs.
 const BEING_TRIED: Duration = Duration::from_secs(2);
+
+/// How long a device's connections may take to a place between two requests.
+const HAND_OVER: Duration = Duration::from_secs(10);
+
+/// The same where the volume is given up.
+const GIVING_UP: Duration = Duration::from_secs(2);
 
 /// Descriptors that no further volume takes: what is attached needs them for clients, and for asking
 /// KMS. A node that could not ask would lose all its volumes when their allowances end.
@@ -546,7 +553,7 @@ impl Daemon {
         let stopped = match apart("stop", move || stopping.stop(reason, DRAIN)).await {
             Ok(stopped) => stopped,
             Err(no_thread) => {
-                let _key_destroyed = export.close(reason);
+                let _key_destroyed = export.close_for_good(reason);
                 Err(no_thread)
             }
         };
@@ -574,7 +581,7 @@ impl Daemon {
     }
 
     /// Refuses what would put a volume into service while the daemon stops.
-    fn goes_into_service(&self, what: &str) -> Answered<()> {
+    pub(super) fn goes_into_service(&self, what: &str) -> Answered<()> {
         if self.stopping.load(Ordering::SeqCst) {
             let remedy = "Attach it when byokd runs again.";
             return Err(refused(ExitCode::WrongState, what, "the daemon is stopping", remedy));
@@ -582,20 +589,24 @@ impl Daemon {
         Ok(())
     }
 
+    /// Nothing that is still under way, of its keeper for example, brings the key back.
     fn destroy(&self, name: &str, export: &Export, reason: FenceReason) {
-        let _key_destroyed = export.close(reason);
+        let _key_destroyed = export.close_for_good(reason);
         let header = export.volume().header();
         let event = Event::new(Kind::KeyDestroyed).volume(name).wrapped(&header.token().wrapped);
         self.audit.record(event.reason(reason));
     }
 
-    /// The daemon stops, and something that is being done to a volume does not end.
-    fn give_up(&self, name: &str, volume: &Volume) {
-        let keyed = volume.with(|now| now.service.keyed());
+    /// The daemon stops, and something that is being done to a volume does not end. Gives back the
+    /// connections of its device.
+    async fn give_up(&self, name: &str, volume: &Volume) -> Vec<(u32, OwnedFd)> {
         error!(volume = name, "not waited for: something that is being done to it does not end");
-        if let Some(Keyed { export, .. }) = keyed {
+        // First, so that the kernel sees no error: what it has sent is answered with the key.
+        let sockets = hand_over(volume, GIVING_UP).await;
+        if let Some(Keyed { export, .. }) = volume.with(|now| now.service.keyed()) {
             self.destroy(name, &export, FenceReason::Stopping);
         }
+        sockets
     }
 
     /// Attaches what should be attached and what has a device in the kernel, again and again while
@@ -668,16 +679,9 @@ impl Daemon {
                     Service::Detached | Service::Attaching(_) => BEING_TRIED,
                 });
                 let Ok(_alone) = timeout(patience, volume.changing.lock()).await else {
-                    daemon.give_up(&name, &volume);
-                    return Vec::new();
+                    return daemon.give_up(&name, &volume).await;
                 };
-                let device = volume.with(|now| now.device.take());
-                let mut sockets = Vec::new();
-                if let Some(device) = &device {
-                    let index = device.device().index;
-                    let ends = device.hand_over().await;
-                    sockets.extend(ends.into_iter().map(|end| (index, end)));
-                }
+                let sockets = hand_over(&volume, HAND_OVER).await;
                 // What failed was logged.
                 let _ended = daemon.end(&name, &volume, FenceReason::Stopping).await;
                 sockets
@@ -689,6 +693,13 @@ impl Daemon {
         }
         store(notifier, &sockets);
     }
+}
+
+/// Our ends of the connections of the volume's device, if it has one, for the next daemon.
+async fn hand_over(volume: &Volume, within: Duration) -> Vec<(u32, OwnedFd)> {
+    let Some(device) = volume.with(|now| now.device.take()) else { return Vec::new() };
+    let index = device.device().index;
+    device.hand_over(within).await.into_iter().map(|end| (index, end)).collect()
 }
 
 /// A volume whose key is here and that nobody is served of yet. Dropped, whatever becomes of its

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use byokd::export::{Export, ExportTable};
+use byokd::export::{Export, ExportError, ExportTable};
 use byokd::key::lease::FenceReason;
 use byokd::nbd::kernel;
 use byokd::nbd::transmission::Ending;
@@ -21,6 +21,7 @@ use crate::support::{PATIENCE, until};
 
 const SECTOR: u64 = 4096;
 const PERM: u32 = 1;
+const SHUTDOWN: u32 = 108;
 
 /// The store as it is when nothing changes in it any more.
 fn at_rest(backing: &Path) -> Vec<u8> {
@@ -74,6 +75,21 @@ fn what_was_refused_before_the_store_had_it_never_gets_there() {
     until("nothing is left in the store", || export.stalled() == 0);
     export.restore(key()).unwrap();
     assert_eq!(client.command(0, READ, 0, 0), 0);
+}
+
+#[test]
+fn a_fence_that_was_closed_for_good_is_opened_by_no_key() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let export = export(dir.path(), Some(Duration::from_secs(60)));
+    let socket = serve_in(dir.path(), &export);
+    let mut client = Raw::connected(&socket, "v");
+    let _destroyed = export.close(FenceReason::Denied);
+    assert!(export.is_held(), "requests wait for the key");
+    let _destroyed = export.close_for_good(FenceReason::Stopping);
+    assert!(!export.is_held(), "and in vain from here on");
+    assert!(matches!(export.restore(key()), Err(ExportError::Stopping)));
+    assert!(export.gatekeeper().is_closed());
+    assert_eq!(client.command(0, READ, 0, 4096), SHUTDOWN);
 }
 
 /// A connection of the kernel's client.
