@@ -18,6 +18,7 @@ use crate::attachment::{Attachment, Owner};
 use crate::config::{DeviceChoice, EndUsers, VolumeConfig};
 use crate::control::Problem;
 use crate::daemon::refusals::{Answered, by_kernel, refused};
+use crate::daemon::volumes::DRAIN;
 use crate::daemon::{Daemon, Service, Volume};
 use crate::exit::ExitCode;
 use crate::keeper::threads::apart;
@@ -36,7 +37,7 @@ const STORED: &str = "kernel.";
 const MATCH: Duration = Duration::from_secs(10);
 
 /// How long systemd may take to keep what it is given.
-const STORE: Duration = Duration::from_secs(5);
+const STORE: Duration = Duration::from_secs(3);
 
 /// How a volume is to be attached, besides what its definition says.
 #[derive(Clone, Copy, Debug, Default)]
@@ -286,7 +287,7 @@ impl Daemon {
         let device = volume.with(|now| now.device.take_if(|d| d.state().gone.is_some()));
         let Some(device) = device else { return };
         // What failed was logged.
-        let _ended = self.end(name, volume, FenceReason::Detached).await;
+        let _ended = self.end(name, volume, FenceReason::Detached, DRAIN).await;
         let why = device.state().gone.unwrap_or_default();
         let at = rfc3339(Timestamp::now());
         let remedy = format!("byokctl attach {name}");
@@ -294,7 +295,7 @@ impl Daemon {
     }
 }
 
-/// Gives systemd what was handed over, for the next daemon.
+/// Gives systemd what one volume's device handed over, for the next daemon.
 pub(super) fn store(notifier: &Notifier, sockets: &[(u32, OwnedFd)]) {
     for (at, (index, socket)) in sockets.iter().enumerate() {
         match notifier.store_fd(&format!("{STORED}nbd{index}.{at}"), socket) {
@@ -308,6 +309,10 @@ pub(super) fn store(notifier: &Notifier, sockets: &[(u32, OwnedFd)]) {
             }
         }
     }
+}
+
+/// Waits until systemd keeps all that it was given.
+pub(super) fn stored(notifier: &Notifier) {
     if let Err(error) = notifier.settle(STORE) {
         warn!(%error, "systemd may not have kept all connections");
     }

@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
@@ -25,7 +25,7 @@ use crate::config::{
     AttachWhen, Auto, VolumeConfig, is_volume_name, load_volume, load_volume_with_hash,
 };
 use crate::control::{Problem, VolumeCreate, VolumeStatus};
-use crate::daemon::devices::{AttachHow, store};
+use crate::daemon::devices::{AttachHow, store, stored};
 use crate::daemon::refusals::{Answered, by_export, by_panic, by_service, by_volume, refused};
 use crate::daemon::status::status;
 use crate::daemon::{Attached, Daemon, Keyed, Service, Volume};
@@ -47,7 +47,7 @@ use crate::units::{rfc3339, word};
 use crate::volume::{Access, CreateOptions, LockedVolume, NewVolume};
 
 /// How long requests in flight may take when a volume is detached or the daemon stops.
-const DRAIN: Duration = Duration::from_secs(10);
+pub(super) const DRAIN: Duration = Duration::from_secs(10);
 
 /// How soon the keeper of a volume that is attached is heard of first.
 const ATTACHING: Duration = Duration::from_secs(10);
@@ -58,17 +58,25 @@ const RETRY: Duration = Duration::from_secs(5);
 /// How soon a first denial of a volume with a device is confirmed.
 const CONFIRM: Duration = Duration::from_millis(500);
 
-/// How long a stop waits for what is being done to a volume, where service ends with it.
-const BEING_DONE: Duration = Duration::from_secs(20);
+/// How long ending the service of all volumes may take when the daemon stops, whatever hangs: all
+/// that is waited for in it ends by then. systemd ends the daemon 30 s after it told it to stop;
+/// what is left is for it to keep connections ([`STORE`](super::devices)), for the audit trail and for
+/// the log.
+const STOP: Duration = Duration::from_secs(18);
 
-/// The same where there is no service to end: it may wait for a store that hangs.
+/// How long a stop waits for what is being done to a volume where there is no service to end: it may
+/// wait for a store that hangs.
 const BEING_TRIED: Duration = Duration::from_secs(2);
 
-/// How long a device's connections may take to a place between two requests.
-const HAND_OVER: Duration = Duration::from_secs(10);
+/// How long a device's connections may take to a place between two requests, at most.
+const HAND_OVER: Duration = Duration::from_secs(8);
 
 /// The same where the volume is given up.
 const GIVING_UP: Duration = Duration::from_secs(2);
+
+/// What ending the service of a volume takes beyond the time that it is given: what was cut off has
+/// to notice, and the store to flush.
+const CUT_OFF: Duration = Duration::from_millis(1500);
 
 /// Descriptors that no further volume takes: what is attached needs them for clients, and for asking
 /// KMS. A node that could not ask would lose all its volumes when their allowances end.
@@ -347,7 +355,7 @@ impl Daemon {
                 let device = self.put_in_kernel(&what, name, &volume, &config, how).await;
                 if device.is_err() {
                     // What failed was logged.
-                    let _ended = self.end(name, &volume, FenceReason::Detached).await;
+                    let _ended = self.end(name, &volume, FenceReason::Detached, DRAIN).await;
                 }
                 device
             }
@@ -503,7 +511,7 @@ impl Daemon {
         let volume = self.find(&what, name).await?;
         let _alone = volume.changing.lock().await;
         let had_device = self.take_from_kernel(&what, name, &volume, force).await?;
-        let ended = self.end(name, &volume, FenceReason::Detached).await.map_err(|e| {
+        let ended = self.end(name, &volume, FenceReason::Detached, DRAIN).await.map_err(|e| {
             let why = format!("it is detached and its key destroyed, but the last flush failed: {e}");
             refused(
                 ExitCode::Failed,
@@ -523,12 +531,14 @@ impl Daemon {
         Ok(Box::new(status(name, &volume).await))
     }
 
-    /// Ends the service of a volume, if it is in service; says whether it was.
+    /// Ends the service of a volume, if it is in service; says whether it was. Requests in flight have
+    /// `within` the time to end.
     pub(super) async fn end(
         &self,
         name: &str,
         volume: &Volume,
         reason: FenceReason,
+        within: Duration,
     ) -> io::Result<bool> {
         let taken =
             volume.with(|now| match std::mem::replace(&mut now.service, Service::Detached) {
@@ -550,7 +560,7 @@ impl Daemon {
         let event = |kind| Event::new(kind).volume(name).wrapped(&wrapped).reason(reason);
         // Not among work that may hang: the key would outlive its volume's service.
         let stopping = Arc::clone(&export);
-        let stopped = match apart("stop", move || stopping.stop(reason, DRAIN)).await {
+        let stopped = match apart("stop", move || stopping.stop(reason, within)).await {
             Ok(stopped) => stopped,
             Err(no_thread) => {
                 let _key_destroyed = export.close_for_good(reason);
@@ -666,32 +676,48 @@ impl Daemon {
         }
     }
 
-    /// Ends service of every volume, all at the same time. Devices in the kernel stay: their
-    /// connections are for the next daemon, once everything is flushed and the keys are destroyed.
+    /// Ends service of every volume, all at the same time and in bounded time. Devices in the kernel
+    /// stay: the connections of each are for the next daemon, once its volume is flushed and the key
+    /// destroyed.
     pub(super) async fn stop(self: &Arc<Self>, notifier: &Notifier) {
+        let deadline = Instant::now() + STOP;
         self.stopping.store(true, Ordering::SeqCst);
         let mut ends = JoinSet::new();
         for (name, volume) in self.volumes().clone() {
-            let daemon = Arc::clone(self);
-            ends.spawn(async move {
-                let patience = volume.with(|now| match now.service {
-                    Service::Attached(_) | Service::Detaching(_) => BEING_DONE,
-                    Service::Detached | Service::Attaching(_) => BEING_TRIED,
-                });
-                let Ok(_alone) = timeout(patience, volume.changing.lock()).await else {
-                    return daemon.give_up(&name, &volume).await;
-                };
-                let sockets = hand_over(&volume, HAND_OVER).await;
-                // What failed was logged.
-                let _ended = daemon.end(&name, &volume, FenceReason::Stopping).await;
-                sockets
-            });
+            ends.spawn(Arc::clone(self).stop_one(name, volume, deadline));
         }
-        let mut sockets = Vec::new();
-        while let Some(ended) = ends.join_next().await {
-            sockets.extend(ended.unwrap_or_default());
+        // Of each as soon as it has ended: one that hangs costs no other its connections.
+        while let Ok(Some(ended)) = timeout_at(deadline, ends.join_next()).await {
+            store(notifier, &ended.unwrap_or_default());
         }
-        store(notifier, &sockets);
+        if !ends.is_empty() {
+            error!(volumes = ends.len(), "not waited for: volumes whose service does not end");
+        }
+        stored(notifier);
+    }
+
+    /// Ends service of one volume by `deadline`. Gives back the connections of its device.
+    async fn stop_one(
+        self: Arc<Self>,
+        name: String,
+        volume: Arc<Volume>,
+        deadline: Instant,
+    ) -> Vec<(u32, OwnedFd)> {
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let patience = volume.with(|now| match now.service {
+            Service::Attached(_) | Service::Detaching(_) => {
+                left().saturating_sub(GIVING_UP + CUT_OFF)
+            }
+            Service::Detached | Service::Attaching(_) => BEING_TRIED,
+        });
+        let Ok(_alone) = timeout(patience, volume.changing.lock()).await else {
+            return self.give_up(&name, &volume).await;
+        };
+        let sockets = hand_over(&volume, HAND_OVER.min(left() / 2)).await;
+        let within = DRAIN.min(left().saturating_sub(CUT_OFF));
+        // What failed was logged.
+        let _ended = self.end(&name, &volume, FenceReason::Stopping, within).await;
+        sockets
     }
 }
 
