@@ -432,9 +432,9 @@ impl Export {
     /// connections end, the key is destroyed, and what was written is flushed. What does not end
     /// `within` the time is cut off. Meanwhile [`Export::fence`] takes effect as ever.
     ///
-    /// # Errors
-    /// The flush failed or did not end in time: what was not flushed by its client may be lost.
-    pub fn stop(&self, reason: FenceReason, within: Duration) -> io::Result<KeyDestroyed> {
+    /// Says how the flush went: if it failed or did not end in time, what was not flushed by its
+    /// client may be lost.
+    pub fn stop(&self, reason: FenceReason, within: Duration) -> (KeyDestroyed, io::Result<()>) {
         let started = Instant::now();
         {
             // Nothing restores it from here on.
@@ -459,10 +459,10 @@ impl Export {
         self.each_client(Client::wake);
         self.wait_clients(CUT_OFF, |_| false);
         if self.options.read_only {
-            return Ok(receipt);
+            return (receipt, Ok(()));
         }
         let left = within.saturating_sub(started.elapsed()).max(Duration::from_secs(1));
-        self.flush_within(left).map(|()| receipt)
+        (receipt, self.flush_within(left))
     }
 
     fn flush_within(&self, within: Duration) -> io::Result<()> {

@@ -52,7 +52,18 @@ pub enum EnterError {
 /// dropped and wiped.
 #[derive(Debug)]
 #[must_use = "it is the proof that the key is gone"]
-pub struct KeyDestroyed(());
+pub struct KeyDestroyed {
+    first: bool,
+}
+
+impl KeyDestroyed {
+    /// Whether this is the closing that destroyed it; it had gone already with the others. Of all
+    /// receipts for one key one says so, whoever closes the fence at the same time.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.first
+    }
+}
 
 struct Custody {
     key: VolumeKey,
@@ -201,13 +212,15 @@ impl Fence {
         let mut custody = lock(&self.custody);
         self.standing.store(self.standing().closed(reason).word(), Ordering::Release);
         // From here no gate can be keyed; one that is just being keyed still holds its slot's lock.
-        drop(custody.take());
+        let key = custody.take();
+        let first = key.is_some();
+        drop(key);
         drop(custody);
         let gates: Vec<_> = lock(&self.gates).iter().filter_map(Weak::upgrade).collect();
         for slot in gates {
             drop(lock(&slot.0).take());
         }
-        KeyDestroyed(())
+        KeyDestroyed { first }
     }
 
     /// Opens a closed fence with the key unwrapped anew. The caller has checked the key against the
@@ -366,6 +379,21 @@ mod tests {
         let refused = gate.enter().err();
         assert_eq!(refused, Some(EnterError::Fenced(Fenced(FenceReason::Denied))));
         assert!(fence.gate().enter().is_err(), "a gate made later is refused too");
+    }
+
+    #[test]
+    fn of_those_who_close_a_fence_at_once_one_has_destroyed_the_key() {
+        let fence = Fence::open(key(1)).unwrap();
+        for _ in 0..200 {
+            let close = || fence.close(FenceReason::Denied).is_first();
+            let (one, other) = std::thread::scope(|scope| {
+                let other = scope.spawn(close);
+                (close(), other.join().unwrap())
+            });
+            assert!(one != other);
+            assert!(!close(), "it is closed already");
+            fence.open_again(key(1)).unwrap();
+        }
     }
 
     #[test]

@@ -335,6 +335,31 @@ impl Drop for Audit {
     }
 }
 
+/// A record that is owed: written when this is dropped, unless it is forgiven.
+pub(crate) struct Owed {
+    audit: Arc<Audit>,
+    event: Option<Event>,
+}
+
+impl Owed {
+    pub(crate) fn new(audit: &Arc<Audit>, event: Event) -> Self {
+        Self { audit: Arc::clone(audit), event: Some(event) }
+    }
+
+    /// It is not to be written.
+    pub(crate) fn forgive(&mut self) {
+        self.event = None;
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        if let Some(event) = self.event.take() {
+            self.audit.record(event);
+        }
+    }
+}
+
 fn make_directory(directory: &Path) -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     if directory.is_dir() {

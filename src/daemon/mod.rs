@@ -485,7 +485,7 @@ impl Daemon {
     /// Answers one request of the control API; `by` asks.
     pub async fn answer(self: &Arc<Self>, request: Request, by: Peer) -> Answer {
         let asked = self.asked(&request, by);
-        let answered = self.carry_out(request).await;
+        let answered = Box::pin(self.carry_out(request)).await;
         self.answered(asked, &answered);
         answered.unwrap_or_else(Answer::Error)
     }

@@ -20,6 +20,7 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::audit::record::{Event, Kind};
+use crate::audit::{Audit, Owed};
 use crate::clock::now;
 use crate::config::{
     AttachWhen, Auto, VolumeConfig, is_volume_name, load_volume, load_volume_with_hash,
@@ -432,23 +433,20 @@ impl Daemon {
             hold: config.hold(),
         };
         let tried = what.to_owned();
+        let mut custody = Unserved::new(&self.audit, event(Kind::KeyDestroyed));
         // Not among work that may hang: the key has no lease yet.
         let opened = apart("unlock", move || {
+            // Wiped before that is recorded, where it comes to nothing.
+            let key = key;
             let unlocked = locked.unlock(&key).map_err(|(_, e)| by_volume(&tried, &e))?;
             let purpose = unlocked.header().token().wrapped.context.purpose();
             let description = purpose.map(|p| format!("byokd volume for {p}")).unwrap_or_default();
-            Export::open(unlocked, key, ExportOptions { description, ..options })
-                .map_err(|e| by_export(&tried, &e))
+            let export = Export::open(unlocked, key, ExportOptions { description, ..options })
+                .map_err(|e| by_export(&tried, &e))?;
+            custody.export = Some(Arc::clone(&export));
+            Ok((export, custody))
         });
-        let opened = opened.await.map_err(|e| by_panic(what, e))?;
-        let unused = |error| {
-            // The error had it wiped.
-            let event = event(Kind::KeyDestroyed).reason(FenceReason::Detached);
-            self.audit.record(event);
-            error
-        };
-        let export = opened.map_err(unused)?;
-        let custody = Unserved { export: Some(Arc::clone(&export)), daemon: self, name };
+        let (export, custody) = opened.await.map_err(|e| by_panic(what, e))??;
         let steps = config.on_fence.iter();
         let on_fence =
             steps.map(|s| PlanStep { run: s.run.clone(), timeout: s.timeout.0 }).collect();
@@ -560,26 +558,24 @@ impl Daemon {
         let event = |kind| Event::new(kind).volume(name).wrapped(&wrapped).reason(reason);
         // Not among work that may hang: the key would outlive its volume's service.
         let stopping = Arc::clone(&export);
-        let stopped = match apart("stop", move || stopping.stop(reason, within)).await {
-            Ok(stopped) => stopped,
-            Err(no_thread) => {
-                let _key_destroyed = export.close_for_good(reason);
-                Err(no_thread)
-            }
-        };
+        let stopped = apart("stop", move || stopping.stop(reason, within)).await;
+        let (destroyed, flushed) =
+            stopped.unwrap_or_else(|no_thread| (export.close_for_good(reason), Err(no_thread)));
         drop(export);
         // Not earlier: a key that is denied while requests end is destroyed as at any other time.
         drop(keeper);
         volume.with(|now| now.service = Service::Detached);
-        // The key is destroyed whatever became of the flush.
-        self.audit.record(event(Kind::KeyDestroyed));
+        // Whatever became of the flush; not of a volume that was fenced already.
+        if destroyed.is_first() {
+            self.audit.record(event(Kind::KeyDestroyed));
+        }
         let detach = event(Kind::Detach);
-        self.audit.record(match &stopped {
-            Ok(_) => detach,
+        self.audit.record(match &flushed {
+            Ok(()) => detach,
             Err(e) => detach.failed(ExitCode::Failed, &format!("the last flush failed: {e}")),
         });
-        match stopped {
-            Ok(_key_destroyed) => {
+        match flushed {
+            Ok(()) => {
                 info!(volume = name, ?reason, "detached: flushed, the key is destroyed");
                 Ok(true)
             }
@@ -601,10 +597,11 @@ impl Daemon {
 
     /// Nothing that is still under way, of its keeper for example, brings the key back.
     fn destroy(&self, name: &str, export: &Export, reason: FenceReason) {
-        let _key_destroyed = export.close_for_good(reason);
-        let header = export.volume().header();
-        let event = Event::new(Kind::KeyDestroyed).volume(name).wrapped(&header.token().wrapped);
-        self.audit.record(event.reason(reason));
+        if export.close_for_good(reason).is_first() {
+            let header = export.volume().header();
+            let event = Event::new(Kind::KeyDestroyed).volume(name);
+            self.audit.record(event.wrapped(&header.token().wrapped).reason(reason));
+        }
     }
 
     /// The daemon stops, and something that is being done to a volume does not end. Gives back the
@@ -729,23 +726,31 @@ async fn hand_over(volume: &Volume, within: Duration) -> Vec<(u32, OwnedFd)> {
 }
 
 /// A volume whose key is here and that nobody is served of yet. Dropped, whatever becomes of its
-/// attach, the key is destroyed.
-struct Unserved<'a> {
+/// attach, the key is destroyed, and that is recorded.
+struct Unserved {
+    /// Where the key is; none while it has not got there.
     export: Option<Arc<Export>>,
-    daemon: &'a Daemon,
-    name: &'a str,
+    destroyed: Owed,
 }
 
-impl Unserved<'_> {
+impl Unserved {
+    fn new(audit: &Arc<Audit>, destroyed: Event) -> Self {
+        let destroyed = Owed::new(audit, destroyed.reason(FenceReason::Detached));
+        Self { export: None, destroyed }
+    }
+
     fn served(mut self) {
         self.export = None;
+        self.destroyed.forgive();
     }
 }
 
-impl Drop for Unserved<'_> {
+impl Drop for Unserved {
     fn drop(&mut self) {
-        if let Some(export) = self.export.take() {
-            self.daemon.destroy(self.name, &export, FenceReason::Detached);
+        if let Some(export) = self.export.take()
+            && !export.close_for_good(FenceReason::Detached).is_first()
+        {
+            self.destroyed.forgive();
         }
     }
 }

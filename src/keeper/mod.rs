@@ -19,8 +19,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{error, info, warn};
 
-use crate::audit::Audit;
 use crate::audit::record::{Event as Record, Kind};
+use crate::audit::{Audit, Owed};
 use crate::clock::now;
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportError, ORPHANS};
@@ -547,6 +547,15 @@ impl<K: KeyService> Keeping<K> {
         Record::new(kind).volume(self.export.name()).wrapped(&self.header.token().wrapped)
     }
 
+    /// A key that came for a restore is gone again without having been used.
+    fn wiped(&self) -> Record {
+        let event = self.event(Kind::KeyDestroyed);
+        match self.export.gatekeeper().check() {
+            Err(fenced) => event.reason(fenced.0),
+            Ok(()) => event,
+        }
+    }
+
     /// What is wrong with the key, if anything is.
     fn trouble(&self) -> Option<Trouble> {
         let state = self.lease.state().word();
@@ -610,12 +619,15 @@ impl<K: KeyService> Keeping<K> {
         let trouble = trouble.as_ref();
         // It takes a place in the trail and waits for no disk.
         self.audit.record(self.event(Kind::Fence).reason(reason).trouble(trouble));
-        let _key_destroyed = self.export.close(reason);
+        let destroyed = self.export.close(reason);
         let from = self.lease.first_denial().unwrap_or(started);
         let took = now().since(from);
         self.report.fenced_after = Some(took);
-        let event = self.event(Kind::KeyDestroyed).reason(reason);
-        self.audit.record(event.millis(millis(took)));
+        // Fenced for another reason already, it had none.
+        if destroyed.is_first() {
+            let event = self.event(Kind::KeyDestroyed).reason(reason);
+            self.audit.record(event.millis(millis(took)));
+        }
         self.counters.fences.add(&word(reason));
         if self.lease.first_denial().is_some() {
             self.counters.denial_to_fence.add(took);
@@ -687,7 +699,15 @@ impl<K: KeyService> Keeping<K> {
         self.audit.record(event);
         self.part.goes_on(GRACE);
         let export = Arc::clone(&self.export);
-        match apart("restore", move || export.restore(key)).await {
+        let mut wiped = Owed::new(&self.audit, self.wiped());
+        let restored = apart("restore", move || {
+            let restored = export.restore(key);
+            if restored.is_ok() {
+                wiped.forgive();
+            }
+            restored
+        });
+        match restored.await {
             Ok(Ok(())) => {
                 self.lease.restored(now(), asked);
                 self.counters.restores.add("ok");

@@ -24,6 +24,13 @@ fn kinds(records: &[Value], volume: &str) -> Vec<String> {
     of_volume.map(|record| record["event"].as_str().unwrap().to_owned()).collect()
 }
 
+/// How many keys of a volume came, and how many were destroyed.
+pub(crate) fn keys(daemon: &Daemon, volume: &str) -> (usize, usize) {
+    let kinds = kinds(&records(daemon), volume);
+    let count = |wanted| kinds.iter().filter(|kind| *kind == wanted).count();
+    (count("unwrap"), count("key-destroyed"))
+}
+
 #[test]
 fn the_life_of_a_volume_is_in_the_trail() {
     let mut daemon = Daemon::start();
@@ -92,6 +99,32 @@ fn the_life_of_a_volume_is_in_the_trail() {
         };
         assert!(all.iter().any(called), "{kind}: its call is noted");
     }
+}
+
+#[test]
+fn the_end_of_each_key_is_recorded_once() {
+    let mut daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.volume("v", "1M", &key);
+    daemon.ok(&["dev", "key", "disable", &key]);
+    until("the volume is fenced", || daemon.state("v") == "fenced");
+    // It has no key any more.
+    daemon.ok(&["key", "suspend", "v"]);
+    daemon.ok(&["detach", "v"]);
+    assert_eq!(keys(&daemon, "v"), (1, 1));
+    daemon.ok(&["key", "resume", "v"]);
+    daemon.ok(&["dev", "key", "enable", &key]);
+    // The key comes, and the attach fails after that.
+    let socket = daemon.dir.path().join("nbd/v.sock");
+    std::fs::create_dir(&socket).unwrap();
+    let (code, answer) = daemon.ctl(&["attach", "v"]);
+    assert_eq!(code, 1, "{answer}");
+    assert_eq!(keys(&daemon, "v"), (2, 2));
+    std::fs::remove_dir(&socket).unwrap();
+    daemon.ok(&["attach", "v"]);
+    daemon.ok(&["key", "suspend", "v"]);
+    assert!(daemon.terminate().success());
+    assert_eq!(keys(&daemon, "v"), (3, 3));
 }
 
 #[test]

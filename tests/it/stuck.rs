@@ -13,11 +13,13 @@ use nix::libc;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
+use crate::audit::keys;
 use crate::backing::HangingDisk;
 use crate::customer::Customer;
 use crate::metrics::{address, scrape, value};
 use crate::mounts::can_mount;
-use crate::support::{Daemon, Running, have, nbdsh, until};
+use crate::raw::{READ, Raw, request};
+use crate::support::{Daemon, Running, have, nbdsh, run, until};
 
 /// A pipe that nobody reads and that takes nothing more once it is [`fill`]ed.
 fn pipe(path: &Path) -> File {
@@ -192,4 +194,47 @@ fn an_operator_fences_a_volume_whose_attach_waits_for_a_store_that_hangs() {
         assert!(log.contains("fenced: the key is destroyed"), "{log}");
     });
     assert_ne!(daemon.state("v"), "serving");
+}
+
+/// systemd ends it 30 s after it told it to stop, and forgets what it was not given by then.
+#[test]
+fn a_stop_destroys_every_key_in_time_whatever_hangs() {
+    if !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let customer = Customer::new();
+    // No probe meets the fault that is meant for an attach.
+    let daemon = customer.daemon_with("", "probe_interval = \"60s\"\n");
+    // They go before the daemon, which could not end without them.
+    let (served, attaching) = (HangingDisk::new(), HangingDisk::new());
+    served.attach(&daemon, "served", customer.key.as_str());
+    std::fs::remove_file(daemon.backing("made")).unwrap();
+    attaching.define(&daemon, "attaching", customer.key.as_str());
+    // One copy of its header is damaged, and will be repaired when the key is here.
+    let store = OpenOptions::new().write(true).open(attaching.path()).unwrap();
+    store.write_all_at(&[0xff; 900], 4096).unwrap();
+    drop(store);
+    served.signal("-STOP");
+    let mut client = Raw::connected(&daemon.dir.path().join("nbd/served.sock"), "served");
+    client.send(&request(0, READ, 1, 0, 65536));
+    // KMS answers the second attempt, seconds after the first.
+    customer.kms.inject(Fault::new(FaultKind::Timeout).on(&["Decrypt"]).times(1));
+    let asked = customer.kms.requests().len();
+    std::thread::scope(|scope| {
+        let attach = scope.spawn(|| daemon.ctl(&["attach", "attaching"]));
+        until("KMS is asked for the key", || customer.kms.requests().len() > asked);
+        attaching.signal("-STOP");
+        until("the key is here", || daemon.status("attaching")["uuid"].is_string());
+        let began = Instant::now();
+        run(Command::new("kill").arg(daemon.pid().to_string()));
+        until("it has stopped", || daemon.log().contains("INFO stopped"));
+        let (took, log) = (began.elapsed(), daemon.log());
+        let keys = ["served", "attaching"].map(|volume| keys(&daemon, volume));
+        served.signal("-CONT");
+        attaching.signal("-CONT");
+        attach.join().unwrap();
+        assert_eq!(keys, [(1, 1); 2], "{log}");
+        assert!(took < Duration::from_secs(25), "{took:?}: {log}");
+        assert!(log.contains("not waited for"), "{log}");
+    });
 }
