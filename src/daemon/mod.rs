@@ -331,6 +331,12 @@ impl Volume {
     fn with<T>(&self, look: impl FnOnce(&mut Now) -> T) -> T {
         look(&mut self.now.lock().unwrap_or_else(PoisonError::into_inner))
     }
+
+    /// It is detached from now on. What belonged to its service may take long to drop: not while
+    /// others want to look at the volume.
+    fn leave_service(&self) -> Service {
+        self.with(|now| std::mem::replace(&mut now.service, Service::Detached))
+    }
 }
 
 /// Runs a daemon until it is told to stop, and stops it cleanly.

@@ -33,7 +33,7 @@ use crate::daemon::{Attached, Daemon, Keyed, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportOptions};
 use crate::keeper::plan::PlanStep;
-use crate::keeper::threads::apart;
+use crate::keeper::threads::{apart, close};
 use crate::keeper::{self, Keeper, Terms};
 use crate::kernel::sysfs;
 use crate::key::lease::{Allowance, Connection, FenceReason, Moment};
@@ -76,8 +76,8 @@ const HAND_OVER: Duration = Duration::from_secs(8);
 const GIVING_UP: Duration = Duration::from_secs(2);
 
 /// What ending the service of a volume takes beyond the time that it is given: what was cut off has
-/// to notice, and the store to flush.
-const CUT_OFF: Duration = Duration::from_millis(1500);
+/// to notice, and the store to flush and to be closed.
+const CUT_OFF: Duration = Duration::from_millis(2500);
 
 /// Descriptors that no further volume takes: what is attached needs them for clients, and for asking
 /// KMS. A node that could not ask would lose all its volumes when their allowances end.
@@ -361,7 +361,7 @@ impl Daemon {
                 device
             }
             Err(error) => {
-                volume.with(|now| now.service = Service::Detached);
+                close(volume.leave_service()).await;
                 Err(error)
             }
         };
@@ -561,10 +561,9 @@ impl Daemon {
         let stopped = apart("stop", move || stopping.stop(reason, within)).await;
         let (destroyed, flushed) =
             stopped.unwrap_or_else(|no_thread| (export.close_for_good(reason), Err(no_thread)));
-        drop(export);
         // Not earlier: a key that is denied while requests end is destroyed as at any other time.
         drop(keeper);
-        volume.with(|now| now.service = Service::Detached);
+        let left = volume.leave_service();
         // Whatever became of the flush; not of a volume that was fenced already.
         if destroyed.is_first() {
             self.audit.record(event(Kind::KeyDestroyed));
@@ -574,6 +573,7 @@ impl Daemon {
             Ok(()) => detach,
             Err(e) => detach.failed(ExitCode::Failed, &format!("the last flush failed: {e}")),
         });
+        close((left, export)).await;
         match flushed {
             Ok(()) => {
                 info!(volume = name, ?reason, "detached: flushed, the key is destroyed");
