@@ -207,8 +207,12 @@ impl Daemon {
         let defined = Event::new(Kind::ConfigChange).volume(&create.name);
         self.audit.record(defined.detail("change", "defined"));
         info!(volume = create.name, key = %create.key, purpose = %create.purpose, "volume created");
-        let volume = Arc::new(Volume::new(config));
-        self.volumes().insert(create.name.clone(), Arc::clone(&volume));
+        // A reload may have found the definition already, and attach the volume.
+        let volume = {
+            let mut volumes = self.volumes();
+            let volume = volumes.entry(create.name.clone());
+            Arc::clone(volume.or_insert_with(|| Arc::new(Volume::new(config))))
+        };
         drop(reserved);
         Ok(Box::new(status(&create.name, &volume).await))
     }
@@ -269,7 +273,8 @@ impl Daemon {
         let unsuspended = self.unsuspend(name).await;
         unsuspended
             .map_err(|e| refused(ExitCode::Failed, &what, e, "Check the volumes directory."))?;
-        self.volumes().remove(name);
+        // Another one that a reload made of a definition written since is not this one.
+        self.volumes().retain(|_, known| !Arc::ptr_eq(known, &volume));
         self.audit
             .record(Event::new(Kind::ConfigChange).volume(name).detail("change", "forgotten"));
         info!(volume = name, "volume forgotten; its data stays");
