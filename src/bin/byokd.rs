@@ -2,6 +2,7 @@
 
 use std::alloc::System;
 use std::process::ExitCode as Code;
+use std::time::Duration;
 
 use byokd::config;
 use byokd::daemon::args::Args;
@@ -52,12 +53,15 @@ fn main() -> Code {
     };
     let ended = runtime.block_on(daemon::run(setup, systemd));
     // Threads that a store or a name server keeps waiting may never end.
-    runtime.shutdown_background();
+    runtime.shutdown_timeout(LAST);
     match ended {
         Ok(()) => ExitCode::Ok.into(),
         Err(error) => fail(error.exit(), &error, error.remedy()),
     }
 }
+
+/// How long what is still under way at the end may take to notice.
+const LAST: Duration = Duration::from_secs(1);
 
 const NO_THREAD: &str = "Free memory or raise the limit of threads.";
 

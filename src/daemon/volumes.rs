@@ -37,9 +37,9 @@ use crate::keeper::threads::{apart, close};
 use crate::keeper::{self, Keeper, Terms};
 use crate::kernel::sysfs;
 use crate::key::lease::{Allowance, Connection, FenceReason, Moment};
-use crate::key::wrapped::{EncryptionContext, Role};
+use crate::key::wrapped::{Canary, EncryptionContext, Role};
 use crate::kms::aws::{AwsKms, AwsSettings, RoleToAssume};
-use crate::kms::{KeyService, ServiceError};
+use crate::kms::{KeyService, NewKey, ServiceError};
 use crate::listener::{Listener, Peers};
 use crate::luks2::Header;
 use crate::store::DirectIo;
@@ -230,8 +230,37 @@ impl Daemon {
         };
         let prepared = apart("prepare", move || NewVolume::prepare(options)).await;
         let new = prepared.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
+        let uuid = new.uuid();
+        let (key, canary) = match self.make_key(what, create, uuid).await {
+            Ok(made) => made,
+            Err(refused) => {
+                close(new).await;
+                return Err(refused);
+            }
+        };
+        let event = Event::new(Kind::Create).volume(&create.name).wrapped(&key.wrapped);
+        let event = event.detail("backing", &create.backing.display().to_string());
+        // Not among work that may hang, as the key would.
+        let sealed = apart("seal", move || new.seal(key.key, key.wrapped, canary)).await;
+        let sealed = sealed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
+        if let Err(refused) = self.first_record(what, event).await {
+            close(sealed).await;
+            return Err(refused);
+        }
+        let committed = apart("commit", move || sealed.commit()).await;
+        committed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
+        Ok(uuid)
+    }
+
+    /// A key for a new volume, which has proved that it can be used, and a canary.
+    async fn make_key(
+        &self,
+        what: &str,
+        create: &VolumeCreate,
+        uuid: Uuid,
+    ) -> Answered<(NewKey, Canary)> {
         let pairs = create.context.clone();
-        let context = EncryptionContext::for_volume(new.uuid(), create.purpose, pairs)
+        let context = EncryptionContext::for_volume(uuid, create.purpose, pairs)
             .map_err(|e| refused(ExitCode::Usage, what, e, "Mend the --context options."))?;
         let kms = self.kms_for(what, create.role.as_ref()).await?;
         let by_kms = |error: ServiceError| by_service(what, &error);
@@ -239,16 +268,7 @@ impl Daemon {
         let canary = kms.make_canary(&create.key, &context).await.map_err(by_kms)?;
         let probed = kms.probe(&canary, Connection::Fresh).await;
         probed.map_err(|e| by_kms(e.into()))?;
-        let event = Event::new(Kind::Create).volume(&create.name).wrapped(&key.wrapped);
-        let event = event.detail("backing", &create.backing.display().to_string());
-        let uuid = new.uuid();
-        // Not among work that may hang, as the key would.
-        let sealed = apart("seal", move || new.seal(key.key, key.wrapped, canary)).await;
-        let sealed = sealed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
-        self.first_record(what, event).await?;
-        let committed = apart("commit", move || sealed.commit()).await;
-        committed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
-        Ok(uuid)
+        Ok((key, canary))
     }
 
     pub(super) async fn forget(&self, name: &str) -> Answered<()> {
