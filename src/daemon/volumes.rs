@@ -61,8 +61,7 @@ const CONFIRM: Duration = Duration::from_millis(500);
 
 /// How long ending the service of all volumes may take when the daemon stops, whatever hangs: all
 /// that is waited for in it ends by then. systemd ends the daemon 30 s after it told it to stop;
-/// what is left is for it to keep connections ([`STORE`](super::devices)), for the audit trail and for
-/// the log.
+/// what is left is for systemd to keep connections, for the audit trail and for the log.
 const STOP: Duration = Duration::from_secs(18);
 
 /// How long a stop waits for what is being done to a volume where there is no service to end: it may
@@ -271,10 +270,21 @@ impl Daemon {
         Ok((key, canary))
     }
 
+    /// Refuses what is asked for a volume that was forgotten while its lock was waited for: another
+    /// one may have its name.
+    fn still_known(&self, what: &str, name: &str, volume: &Arc<Volume>) -> Answered<()> {
+        if self.volumes().get(name).is_some_and(|known| Arc::ptr_eq(known, volume)) {
+            return Ok(());
+        }
+        let why = "it was forgotten meanwhile";
+        Err(refused(ExitCode::WrongState, what, why, "Try again if it is back."))
+    }
+
     pub(super) async fn forget(&self, name: &str) -> Answered<()> {
         let what = format!("forget volume {name}");
         let volume = self.find(&what, name).await?;
         let _alone = volume.changing.lock().await;
+        self.still_known(&what, name, &volume)?;
         if volume.with(|now| !matches!(now.service, Service::Detached) || now.device.is_some()) {
             return Err(refused(
                 ExitCode::WrongState,
@@ -327,15 +337,7 @@ impl Daemon {
         let volume = self.find(&what, name).await?;
         let _alone = volume.changing.lock().await;
         self.goes_into_service(&what)?;
-        if !self.volumes().get(name).is_some_and(|known| Arc::ptr_eq(known, &volume)) {
-            let why = "it was forgotten meanwhile";
-            return Err(refused(
-                ExitCode::WrongState,
-                &what,
-                why,
-                "Attach it again if it is back.",
-            ));
-        }
+        self.still_known(&what, name, &volume)?;
         if volume.with(|now| matches!(now.service, Service::Attached(_))) {
             return Err(refused(
                 ExitCode::WrongState,
