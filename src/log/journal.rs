@@ -6,6 +6,7 @@
 //! without them.)
 
 use std::fmt::Debug;
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -22,8 +23,11 @@ use crate::log::queue::{Queue, Sink, lost};
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// The longest value of a field: with all of a line's fields that long, it still is one datagram.
+/// The longest value of a field, and the longest text.
 const LONGEST: usize = 8 << 10;
+
+/// The longest fields together, beside the text: about half of what the kernel takes as a datagram.
+const FIELDS: usize = 96 << 10;
 
 /// Has entries written to the journal.
 pub(super) struct Journal {
@@ -48,6 +52,15 @@ struct Socket {
     socket: UnixDatagram,
     to: PathBuf,
     program: &'static str,
+    /// Without the lock of the standard library's: what hangs here hangs nobody else.
+    error: File,
+}
+
+impl Socket {
+    fn new(to: PathBuf, program: &'static str) -> io::Result<Self> {
+        let error = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+        Ok(Self { socket: UnixDatagram::unbound()?, to, program, error })
+    }
 }
 
 impl Sink for Socket {
@@ -56,7 +69,7 @@ impl Sink for Socket {
     fn write(&mut self, Sent { entry, line }: Sent) {
         if self.socket.send_to(&entry, &self.to).is_err() {
             // Also when the journal is being restarted: what is written here waits for it.
-            let _lost = writeln!(io::stderr(), "{line}");
+            let _lost = self.error.write_all(format!("{line}\n").as_bytes());
         }
     }
 
@@ -71,17 +84,17 @@ impl Journal {
     /// whatever was started with another standard error has as well.
     pub(super) fn of_standard_error(program: &'static str) -> Option<Self> {
         let stream = std::env::var("JOURNAL_STREAM").ok()?;
-        let error = std::fs::File::from(io::stderr().as_fd().try_clone_to_owned().ok()?);
+        let error = File::from(io::stderr().as_fd().try_clone_to_owned().ok()?);
         let error = error.metadata().ok()?;
         (stream == format!("{}:{}", error.dev(), error.ino())).then_some(())?;
         Self::at(SOCKET.into(), program).ok()
     }
 
     fn at(to: PathBuf, program: &'static str) -> io::Result<Self> {
-        let socket = UnixDatagram::unbound()?;
+        let socket = Socket::new(to, program)?;
         // The journal drops an empty entry; without a journal there is an error.
-        socket.send_to(&[], &to)?;
-        let entries = Queue::start(Socket { socket, to, program })?;
+        socket.socket.send_to(&[], &socket.to)?;
+        let entries = Queue::start(socket)?;
         Ok(Self { entries, program, limit: Limit::default() })
     }
 
@@ -121,6 +134,10 @@ fn priority(level: Level) -> u8 {
     }
 }
 
+fn cut(value: &str) -> &str {
+    &value[..value.floor_char_boundary(LONGEST)]
+}
+
 /// An entry in the making.
 #[derive(Default)]
 struct Entry(Vec<u8>);
@@ -132,6 +149,7 @@ impl Entry {
     }
 
     fn sent(self, level: Level, program: &str, text: &str) -> Sent {
+        let text = cut(text);
         let entry = self
             .with("MESSAGE", text)
             .with("PRIORITY", &priority(level).to_string())
@@ -140,7 +158,7 @@ impl Entry {
     }
 
     fn put(&mut self, name: &str, value: &str) {
-        let value = &value.as_bytes()[..value.floor_char_boundary(LONGEST)];
+        let value = cut(value).as_bytes();
         self.0.extend([name.as_bytes(), b"\n"].concat());
         self.0.extend((value.len() as u64).to_le_bytes());
         self.0.extend([value, b"\n"].concat());
@@ -148,7 +166,9 @@ impl Entry {
 
     fn put_field(&mut self, field: &Field, value: &str) {
         // The text has it already; and what the log crate says of itself is no field of ours.
-        if field.name() != "message" && !field.name().starts_with("log.") {
+        let wanted = field.name() != "message" && !field.name().starts_with("log.");
+        // An entry that is too long would be in the journal without any.
+        if wanted && self.0.len() + cut(value).len() <= FIELDS {
             let name = field.name().to_uppercase().replace(|c| !char::is_alphanumeric(c), "_");
             self.put(&format!("BYOKD_{name}"), value);
         }
@@ -175,14 +195,17 @@ mod tests {
 
     use super::*;
 
-    /// The fields of each entry, read as journald reads them, up to the one that is empty.
-    fn read(journald: &UnixDatagram) -> Vec<BTreeMap<String, String>> {
+    /// The fields of the next entry, read as journald reads them; of one that is empty none.
+    fn next(journald: &UnixDatagram) -> BTreeMap<String, String> {
         let mut datagram = vec![0; 1 << 20];
-        let lengths = std::iter::from_fn(|| {
-            let length = journald.recv(&mut datagram).unwrap();
-            (length > 0).then(|| fields(&datagram[..length]))
-        });
-        lengths.collect()
+        let length = journald.recv(&mut datagram).unwrap();
+        fields(&datagram[..length])
+    }
+
+    /// The fields of each entry up to the one that is empty.
+    fn read(journald: &UnixDatagram) -> Vec<BTreeMap<String, String>> {
+        let next = || Some(next(journald)).filter(|entry| !entry.is_empty());
+        std::iter::from_fn(next).collect()
     }
 
     fn fields(mut rest: &[u8]) -> BTreeMap<String, String> {
@@ -243,6 +266,60 @@ mod tests {
         assert_eq!(entry.len(), wanted.len() + 1, "and its line of code: {entry:?}");
         assert_eq!(entries[1]["BYOKD_WHY"].len(), LONGEST);
         assert_eq!(entries[1]["PRIORITY"], "3");
+    }
+
+    #[test]
+    fn lines_that_were_lost_are_counted_in_the_journal_and_long_ones_get_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let journald = UnixDatagram::bind(&path).unwrap();
+        let mut socket = Socket::new(path.clone(), "byokd").unwrap();
+        socket.lost(3);
+        let journal = Journal::at(path.clone(), "byokd").unwrap();
+        assert_eq!(next(&journald)["MESSAGE"], lost(3));
+        assert_eq!(journald.recv(&mut [0]).unwrap(), 0, "only to see that it is there");
+        let entries = journal.entries();
+        let all = tracing_subscriber::registry().with(journal);
+        let x = "x".repeat(LONGEST);
+        tracing::subscriber::with_default(all, || {
+            let text = "y".repeat(1 << 21);
+            warn!(
+                a = x,
+                b = x,
+                c = x,
+                d = x,
+                e = x,
+                f = x,
+                g = x,
+                h = x,
+                i = x,
+                j = x,
+                k = x,
+                "{text}"
+            );
+            warn!(
+                a = x,
+                b = x,
+                c = x,
+                d = x,
+                e = x,
+                f = x,
+                g = x,
+                h = x,
+                i = x,
+                j = x,
+                k = x,
+                l = x,
+                m = x,
+                ""
+            );
+        });
+        entries.flush(Duration::from_secs(30));
+        UnixDatagram::unbound().unwrap().send_to(&[], &path).unwrap();
+        let entries = read(&journald);
+        assert_eq!(entries[0]["MESSAGE"].len(), LONGEST);
+        let fields = entries[1].values().map(String::len).sum::<usize>();
+        assert!((LONGEST..FIELDS + 2 * LONGEST).contains(&fields), "{fields}");
     }
 
     #[test]

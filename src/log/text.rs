@@ -15,6 +15,9 @@ use tracing_subscriber::registry::LookupSpan;
 use crate::log::limit::Limit;
 use crate::log::queue::{Queue, Sink, lost};
 
+/// The longest line: what many fields of many errors come to. Whoever sends more fills no memory.
+const LONGEST: usize = 64 << 10;
+
 /// Standard error, behind a queue.
 #[derive(Clone)]
 pub(super) struct StandardError(Queue<Vec<u8>>);
@@ -33,7 +36,7 @@ impl StandardError {
 
 impl io::Write for StandardError {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.0.put(line.to_vec());
+        self.0.put(cut(line.to_vec()));
         Ok(line.len())
     }
 
@@ -53,12 +56,28 @@ impl Sink for Lines {
     }
 
     fn lost(&mut self, count: u64) {
-        let mut line = String::new();
-        let mut writer = Writer::new(&mut line);
-        if SystemTime.format_time(&mut writer).is_ok() {
-            self.write(format!("{line} ERROR {}\n", lost(count)).into_bytes());
+        if let Some(line) = error_line(&lost(count)) {
+            self.write(line.into_bytes());
         }
     }
+}
+
+/// A line that is no event.
+fn error_line(words: &str) -> Option<String> {
+    let mut time = String::new();
+    SystemTime.format_time(&mut Writer::new(&mut time)).ok()?;
+    Some(format!("{time} ERROR {words}\n"))
+}
+
+/// A line of bearable length.
+fn cut(mut line: Vec<u8>) -> Vec<u8> {
+    if line.len() > LONGEST {
+        let begins_char = |at: &usize| line[*at] & 0xc0 != 0x80;
+        let end = (0..=LONGEST).rev().find(begins_char).unwrap_or(LONGEST);
+        line.truncate(end);
+        line.extend_from_slice("… (cut)\n".as_bytes());
+    }
+    line
 }
 
 /// The usual format, for lines that pass the limit.
@@ -114,6 +133,14 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    #[test]
+    fn a_line_that_is_too_long_is_cut() {
+        assert_eq!(cut(b"short\n".to_vec()), b"short\n");
+        let long = cut(format!("a{}\n", "ä".repeat(LONGEST)).into_bytes());
+        let long = String::from_utf8(long).unwrap();
+        assert!(long.ends_with("ä… (cut)\n") && long.len() < LONGEST + 20, "{}", long.len());
     }
 
     #[test]
