@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
+use std::panic::PanicHookInfo;
 use std::path::PathBuf;
 
 use tracing::field::{Field, Visit};
@@ -20,6 +21,7 @@ use tracing_subscriber::layer::Context;
 
 use crate::log::limit::{Limit, line};
 use crate::log::queue::{Queue, Sink, lost};
+use crate::log::words;
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
@@ -132,6 +134,15 @@ fn priority(level: Level) -> u8 {
         Level::INFO => 6,
         Level::DEBUG | Level::TRACE => 7,
     }
+}
+
+/// The entry of a process that panics.
+pub(super) fn panicked(program: &str, panic: &PanicHookInfo<'_>) -> Sent {
+    let mut entry = Entry::default().with("TARGET", program);
+    if let Some(at) = panic.location() {
+        entry = entry.with("CODE_FILE", at.file()).with("CODE_LINE", &at.line().to_string());
+    }
+    entry.sent(Level::ERROR, program, &words(panic))
 }
 
 fn cut(value: &str) -> &str {

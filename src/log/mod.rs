@@ -3,7 +3,7 @@
 //! after a while and counted.
 //!
 //! Both programs call [`start`], first of all. A thread writes, so that nobody waits for whoever does
-//! not read. No secret comes here: the types that hold one cannot
+//! not read; whoever panics does so for a moment, so that the reason of an end is not lost with it. No secret comes here: the types that hold one cannot
 //! be printed, and what libraries say at trace, whole answers of KMS among it, is never written.
 
 mod journal;
@@ -11,7 +11,10 @@ mod limit;
 mod queue;
 mod text;
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::{self, IsTerminal};
+use std::panic::PanicHookInfo;
+use std::thread;
 use std::time::Duration;
 
 use tracing::Level;
@@ -47,16 +50,40 @@ pub fn start(filter: EnvFilter, program: &'static str) -> io::Result<Log> {
     });
     let filter = FilterExt::and(filter, no_secrets);
     if let Some(journal) = Journal::of_standard_error(program) {
-        let entries = journal.entries();
+        let (entries, last) = (journal.entries(), journal.entries());
+        on_panic(move |panic| last.last(journal::panicked(program, panic), LAST));
         tracing_subscriber::registry().with(journal.with_filter(filter)).init();
         return Ok(Log(Box::new(move || entries.flush(LAST))));
     }
     let queue = StandardError::start()?;
-    let writer = queue.clone();
+    let (writer, last) = (queue.clone(), queue.clone());
+    on_panic(move |panic| last.last(&words(panic), LAST));
     let lines = fmt::layer()
         .with_writer(move || writer.clone())
         .with_ansi(io::stderr().is_terminal())
         .event_format(Limited::default());
     tracing_subscriber::registry().with(lines.with_filter(filter)).init();
     Ok(Log(Box::new(move || queue.flush(LAST))))
+}
+
+/// Has panics said here, which may be the last that the process says.
+fn on_panic(say: impl Fn(&PanicHookInfo<'_>) + Send + Sync + 'static) {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        // The thread that writes would wait for itself.
+        if thread::current().name() == Some(queue::THREAD) { usual(panic) } else { say(panic) }
+    }));
+}
+
+/// What is said of a panic.
+fn words(panic: &PanicHookInfo<'_>) -> String {
+    let place = panic.location().map(|at| format!(" at {at}")).unwrap_or_default();
+    let message = panic.payload_as_str().unwrap_or("for no reason that is text");
+    let thread = thread::current();
+    let words = format!("panicked{place}: {message} thread={:?}", thread.name().unwrap_or(""));
+    let backtrace = Backtrace::capture();
+    if backtrace.status() == BacktraceStatus::Captured {
+        return format!("{words}\n{backtrace}");
+    }
+    words
 }

@@ -4,11 +4,17 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 /// Bytes that may wait: thousands of lines. What comes beyond is counted.
 const WAITING: usize = 1 << 20;
+
+/// How soon a lock is tried again that is held for moments.
+const MOMENT: Duration = Duration::from_millis(1);
+
+/// What the thread that writes is called.
+pub(super) const THREAD: &str = "log";
 
 /// Where lines go.
 pub(super) trait Sink: Send + 'static {
@@ -55,7 +61,7 @@ impl<L: AsRef<[u8]> + Send + 'static> Queue<L> {
         let waiting = Waiting { lines: VecDeque::new(), bytes: 0, lost: 0, writing: false };
         let queue = Self(Arc::new(Shared { waiting: Mutex::new(waiting), news: Condvar::new() }));
         let writer = queue.clone();
-        std::thread::Builder::new().name("log".to_owned()).spawn(move || writer.run(sink))?;
+        std::thread::Builder::new().name(THREAD.to_owned()).spawn(move || writer.run(sink))?;
         Ok(queue)
     }
 
@@ -75,6 +81,26 @@ impl<L: AsRef<[u8]> + Send + 'static> Queue<L> {
         }
         drop(waiting);
         self.0.news.notify_all();
+    }
+
+    /// Queues the line of a process that panics, however many wait, and waits until everything is
+    /// written, or for so long. Whoever panics may hold the lock, and is not waited for.
+    pub(super) fn last(&self, line: L, within: Duration) {
+        let deadline = Instant::now() + within;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let mut waiting = loop {
+            match self.0.waiting.try_lock() {
+                Ok(waiting) => break waiting,
+                Err(TryLockError::Poisoned(waiting)) => break waiting.into_inner(),
+                Err(TryLockError::WouldBlock) if left().is_zero() => return,
+                Err(TryLockError::WouldBlock) => std::thread::park_timeout(MOMENT),
+            }
+        };
+        waiting.bytes += line.as_ref().len();
+        waiting.lines.push_back(line);
+        drop(waiting);
+        self.0.news.notify_all();
+        self.flush(left());
     }
 
     /// Waits until everything is written, or for so long.
@@ -157,5 +183,21 @@ mod tests {
         queue.put(vec![9]);
         go.send(()).unwrap();
         assert_eq!(read.recv().unwrap(), "9 1", "and it goes on");
+    }
+
+    #[test]
+    fn the_last_line_of_a_panic_is_written_after_all_that_wait_and_never_waits_for_long() {
+        let (go, wait) = channel();
+        let (written, read) = channel();
+        let queue = Queue::start(Slow(wait, written)).unwrap();
+        (0..4).for_each(|n| queue.put(vec![n; WAITING / 4]));
+        queue.last(vec![8], Duration::from_millis(1));
+        assert!(read.try_recv().is_err(), "nobody takes it");
+        (0..6).for_each(|_| go.send(()).unwrap());
+        queue.last(vec![9], Duration::from_secs(30));
+        let lines: Vec<_> = read.try_iter().collect();
+        assert_eq!(lines[4..], ["8 1", "9 1"]);
+        let _held = queue.waiting();
+        queue.last(vec![10], Duration::from_millis(1));
     }
 }

@@ -29,6 +29,13 @@ impl StandardError {
         Ok(Self(Queue::start(Lines(file))?))
     }
 
+    /// The line of a process that panics.
+    pub(super) fn last(&self, words: &str, within: Duration) {
+        if let Some(line) = error_line(words) {
+            self.0.last(cut(line.into_bytes()), within);
+        }
+    }
+
     pub(super) fn flush(&self, within: Duration) {
         self.0.flush(within);
     }

@@ -3,11 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixDatagram;
-use std::process::Command;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
+use byokd::log;
+use nix::sys::signal::Signal;
+use tracing_subscriber::filter::EnvFilter;
+
 use crate::mounts::can_mount;
-use crate::support::{Daemon, run, until, unwrap_token};
+use crate::support::{Daemon, JOURNALED, Running, run, until, unwrap_token};
 
 type Entry = BTreeMap<String, Vec<u8>>;
 
@@ -91,4 +96,82 @@ fn a_denial_is_in_the_journal_with_its_volume_key_and_request() {
         assert!(memchr::memmem::find(&all, &shape).is_none(), "the volume key was said");
     }
     assert_eq!(daemon.log(), "", "nothing is said twice");
+}
+
+/// More than fits into a pipe.
+const LINES: usize = 5000;
+
+/// Has a process of its own say a lot and panic.
+fn panicking(mut command: Command, args: &[&std::ffi::OsStr], stderr: Stdio) -> Running {
+    let test = std::env::current_exe().unwrap();
+    command.args(args).arg(test).args(["--exact", "journal::panics_if_told_to"]);
+    command.env("BYOKD_TEST_PANICS", "1").env_remove("RUST_BACKTRACE");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+    Running(command.spawn().unwrap())
+}
+
+/// What such a process does.
+#[test]
+fn panics_if_told_to() {
+    if std::env::var_os("BYOKD_TEST_PANICS").is_none() {
+        return;
+    }
+    let _log = log::start(EnvFilter::new("debug"), "byokd").unwrap();
+    let hook = std::panic::take_hook();
+    // As in a release: a panic ends the process, and nothing is dropped.
+    std::panic::set_hook(Box::new(move |panic| {
+        hook(panic);
+        std::process::abort();
+    }));
+    (0..LINES).for_each(|n| tracing::debug!(n, "one of many"));
+    panic!("it ends {}", "here");
+}
+
+fn aborts(process: &mut Running) {
+    let ended = process.ends("the process that panics");
+    assert_eq!(ended.signal(), Some(Signal::SIGABRT as i32), "{ended}");
+}
+
+#[test]
+fn a_panic_and_all_that_was_said_before_it_is_in_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let log = std::fs::File::create(&path).unwrap();
+    aborts(&mut panicking(Command::new("env"), &[], log.into()));
+    let log = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(log.lines().filter(|line| line.contains("one of many")).count(), LINES);
+    let last = log.lines().last().unwrap();
+    assert!(last.contains("ERROR panicked at tests/it/journal.rs:"), "{last}");
+    assert!(last.ends_with("it ends here thread=\"journal::panics_if_told_to\""), "{last}");
+}
+
+#[test]
+fn a_log_that_nobody_reads_does_not_keep_a_panic_from_ending_the_process() {
+    let mut process = panicking(Command::new("env"), &[], Stdio::piped());
+    let _unread = process.0.stderr.take().unwrap();
+    aborts(&mut process);
+}
+
+#[test]
+fn a_panic_is_in_the_journal() {
+    if !can_mount(&["unshare"]) {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let entries = listen(UnixDatagram::bind(dir.path().join("socket")).unwrap());
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-euc", JOURNALED]);
+    let log = std::fs::File::create(dir.path().join("log")).unwrap();
+    aborts(&mut panicking(command, &[dir.path().as_os_str()], log.into()));
+    let mut heard = Vec::new();
+    until("the panic is told", || {
+        heard.extend(entries.try_iter());
+        heard.iter().any(|entry| text(entry, "MESSAGE").contains("it ends here"))
+    });
+    let many = heard.iter().filter(|entry| text(entry, "MESSAGE").starts_with("one of many"));
+    assert_eq!(many.count(), LINES);
+    let panic = heard.last().unwrap();
+    assert!(text(panic, "MESSAGE").starts_with("panicked at tests/it/journal.rs:"), "{panic:?}");
+    assert_eq!(text(panic, "CODE_FILE"), "tests/it/journal.rs");
+    assert_eq!(text(panic, "PRIORITY"), "3");
 }

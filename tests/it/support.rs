@@ -34,7 +34,7 @@ enum Mode {
 }
 
 /// Puts directory `$0` where journald has its socket, and says what systemd says.
-const JOURNALED: &str = "mount -t tmpfs none /run; mkdir /run/systemd; ln -s \"$0\" /run/systemd/journal; \
+pub(crate) const JOURNALED: &str = "mount -t tmpfs none /run; mkdir /run/systemd; ln -s \"$0\" /run/systemd/journal; \
     export JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2); exec \"$@\"";
 
 impl Drop for Daemon {
