@@ -1,9 +1,9 @@
 //! Under a service manager: a socket of the test's own hears what systemd would be told.
 
-use std::io::{IoSliceMut, Read};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::io::{IoSliceMut, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,10 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{Pid, close};
 
-use crate::support::{Daemon, PATIENCE, Running, until};
+use crate::backing::HangingDisk;
+use crate::mounts::can_mount;
+use crate::raw::{READ, Raw, request};
+use crate::support::{Daemon, PATIENCE, Running, run, until};
 
 /// What systemd is to the service.
 struct Manager {
@@ -68,20 +71,24 @@ impl Manager {
     /// The next message and the descriptors with it.
     fn hears_fds(&self) -> (String, Vec<RawFd>) {
         self.socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        let (mut message, mut control) = ([0; 4096], nix::cmsg_space!([RawFd; 4]));
-        let mut into = [IoSliceMut::new(&mut message)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let got =
-            recvmsg::<()>(self.socket.as_raw_fd(), &mut into, Some(&mut control), flags).unwrap();
-        let mut fds = Vec::new();
-        for part in got.cmsgs().unwrap() {
-            if let ControlMessageOwned::ScmRights(more) = part {
-                fds.extend(more);
-            }
-        }
-        let length = got.bytes;
-        (String::from_utf8(message[..length].to_vec()).unwrap(), fds)
+        receive(self.socket.as_fd())
     }
+}
+
+/// A message and the descriptors with it.
+fn receive(socket: BorrowedFd<'_>) -> (String, Vec<RawFd>) {
+    let (mut message, mut control) = ([0; 4096], nix::cmsg_space!([RawFd; 4]));
+    let mut into = [IoSliceMut::new(&mut message)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let got = recvmsg::<()>(socket.as_raw_fd(), &mut into, Some(&mut control), flags).unwrap();
+    let mut fds = Vec::new();
+    for part in got.cmsgs().unwrap() {
+        if let ControlMessageOwned::ScmRights(more) = part {
+            fds.extend(more);
+        }
+    }
+    let length = got.bytes;
+    (String::from_utf8(message[..length].to_vec()).unwrap(), fds)
 }
 
 fn what_it_is(fd: RawFd) -> std::path::PathBuf {
@@ -186,6 +193,55 @@ fn a_descriptor_is_stored_by_name_and_its_end_is_awaited() {
         close(fds[0]).unwrap();
         settled.join().unwrap().unwrap();
     });
+}
+
+/// `byokd-kernel` on a machine without kernel devices: each connection of one ends here.
+fn kernel_without_devices(daemon: &Daemon) {
+    let helper = UnixListener::bind(daemon.dir.path().join("kernel.sock")).unwrap();
+    std::thread::spawn(move || {
+        let mut kernel = Vec::new();
+        for asked in helper.incoming() {
+            let mut asked = asked.unwrap();
+            let (ask, sockets) = receive(asked.as_fd());
+            let told = if ask.contains("connect") {
+                kernel.extend(sockets);
+                format!("{{\"told\":\"device\",\"index\":{}}}\n", 900 + kernel.len())
+            } else {
+                "{\"told\":\"done\"}\n".to_owned()
+            };
+            asked.write_all(told.as_bytes()).unwrap();
+        }
+    });
+}
+
+#[test]
+fn connections_of_a_device_are_stored_when_its_volume_has_ended_whatever_another_one_does() {
+    if !can_mount(&["nbdkit"]) {
+        return;
+    }
+    let manager = Manager::abstractly();
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let daemon = Daemon::start_with(dir, vec![manager.env()]);
+    // It goes before the daemon, which could not end without it.
+    let disk = HangingDisk::new();
+    kernel_without_devices(&daemon);
+    let key = daemon.key();
+    disk.define(&daemon, "hangs", &key);
+    daemon.create("well", "8M", &key);
+    daemon.ok(&["attach", "hangs", "--device", "auto"]);
+    daemon.ok(&["attach", "well", "--device", "auto"]);
+    disk.signal("-STOP");
+    let mut client = Raw::connected(&daemon.dir.path().join("nbd/hangs.sock"), "hangs");
+    client.send(&request(0, READ, 1, 0, 65536));
+    let began = Instant::now();
+    run(Command::new("kill").arg(daemon.pid().to_string()));
+    manager.hears_line("FDNAME=kernel.nbd902.0");
+    let (took, log) = (began.elapsed(), daemon.log());
+    manager.hears_line("FDNAME=kernel.nbd901.0");
+    let all = began.elapsed();
+    disk.signal("-CONT");
+    assert!(took < Duration::from_secs(5), "{took:?}: {log}");
+    assert!(all < Duration::from_secs(20), "{all:?}: {log}");
 }
 
 #[test]
