@@ -595,7 +595,7 @@ fn a_socket_serves_only_whom_its_definition_names() {
     // Also when the socket was opened to everybody: the peer's credentials decide.
     std::fs::set_permissions(&socket, PermissionsExt::from_mode(0o666)).unwrap();
     assert!(!as_nobody().status.success(), "a stranger is refused by the daemon");
-    assert!(daemon.log().contains("refused"), "{}", daemon.log());
+    daemon.says("refused");
     daemon.ok(&["detach", "v"]);
     let definition = daemon.dir.path().join("volumes.d/v.toml");
     let mut text = std::fs::read_to_string(&definition).unwrap();

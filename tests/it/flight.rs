@@ -83,6 +83,7 @@ fn a_fence_that_was_closed_for_good_is_opened_by_no_key() {
     let export = export(dir.path(), Some(Duration::from_secs(60)));
     let socket = serve_in(dir.path(), &export);
     let mut client = Raw::connected(&socket, "v");
+    until("the client is there", || export.connections() == 1);
     let _destroyed = export.close(FenceReason::Denied);
     assert!(export.is_held(), "requests wait for the key");
     let _destroyed = export.close_for_good(FenceReason::Stopping);
