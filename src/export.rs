@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::sockopt::PeerCredentials;
-use nix::sys::socket::{Shutdown, getsockopt, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, recv, shutdown};
 use std::os::fd::AsRawFd;
 use thiserror::Error;
 use tracing::{error, info, warn};
@@ -131,6 +131,8 @@ pub struct Connected {
 pub(crate) struct Client {
     socket: OwnedFd,
     waker: EventFd,
+    /// It may begin what its peer sends; before, it only waits for what others left.
+    begun: AtomicBool,
     /// It waits for its peer and holds no plaintext.
     idle: AtomicBool,
     /// The closings of the fence after which it has held no plaintext from before.
@@ -603,6 +605,7 @@ impl Export {
         let client = Arc::new(Client {
             socket: socket.try_clone_to_owned()?,
             waker,
+            begun: AtomicBool::new(false),
             idle: AtomicBool::new(true),
             clean_after: AtomicU64::new(self.fence.closings()),
             pid,
@@ -743,11 +746,22 @@ impl Client {
         totals.in_flight()
     }
 
-    /// Whether its peer has gone, and it may still do something that it was sent. The kernel's says
-    /// that it is busy before it looks whether its peer has gone, and here it is looked at the other
-    /// way round: so none begins anything later.
+    /// Whether its peer has gone, and it may still do something that it was sent. It says that it is
+    /// busy before it receives anything, and the kernel's looks only then whether its peer has gone;
+    /// here it is looked at the other way round: so none begins anything later.
     fn is_left_behind(&self) -> bool {
-        self.has_hung_up() && (!self.idle.load(Ordering::SeqCst) || self.in_flight() > 0)
+        let may_do = || {
+            !self.kernel && self.has_unread()
+                || !self.idle.load(Ordering::SeqCst)
+                || self.in_flight() > 0
+        };
+        self.has_hung_up() && self.begun.load(Ordering::SeqCst) && may_do()
+    }
+
+    /// Whether there is something from its peer that it has not received.
+    fn has_unread(&self) -> bool {
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        recv(self.socket.as_raw_fd(), &mut [0], peek).is_ok_and(|length| length > 0)
     }
 
     fn is_clean(&self, closings: u64) -> bool {
@@ -770,6 +784,13 @@ impl Client {
     pub(crate) fn awake(&self) {
         // EAGAIN: somebody woke it for nothing.
         let _count = self.waker.read();
+    }
+
+    /// From here on it does what its peer sends.
+    pub(crate) fn begins(&self) {
+        self.set_idle(false);
+        self.begun.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
     }
 
     /// It has wiped what it held and waits for its peer.

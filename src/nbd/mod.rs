@@ -99,7 +99,7 @@ fn converse(
         ConnectionError::Refused(negotiated.export)
     })?;
     let store = export.store_for_one(PeerKind::Program)?;
-    client.set_idle(false);
+    client.begins();
     // The next one may have waited for the same, and not for this one.
     if waited && client.has_hung_up() {
         return Ok(());

@@ -215,7 +215,7 @@ fn kernel_without_devices(daemon: &Daemon) {
 }
 
 #[test]
-fn connections_of_a_device_are_stored_when_its_volume_has_ended_whatever_another_one_does() {
+fn connections_of_devices_are_stored_however_long_their_volumes_take_to_end() {
     if !can_mount(&["nbdkit"]) {
         return;
     }
@@ -235,13 +235,17 @@ fn connections_of_a_device_are_stored_when_its_volume_has_ended_whatever_another
     client.send(&request(0, READ, 1, 0, 65536));
     let began = Instant::now();
     run(Command::new("kill").arg(daemon.pid().to_string()));
-    manager.hears_line("FDNAME=kernel.nbd902.0");
-    let (took, log) = (began.elapsed(), daemon.log());
-    manager.hears_line("FDNAME=kernel.nbd901.0");
-    let all = began.elapsed();
+    let mut stored = Vec::new();
+    while stored.len() < 2 {
+        let message = manager.hears_line("FDNAME=kernel.");
+        stored.extend(message.lines().filter_map(|l| l.strip_prefix("FDNAME=").map(str::to_owned)));
+    }
+    // The one volume is not detached yet.
+    let took = began.elapsed();
     disk.signal("-CONT");
-    assert!(took < Duration::from_secs(5), "{took:?}: {log}");
-    assert!(all < Duration::from_secs(20), "{all:?}: {log}");
+    stored.sort();
+    assert_eq!(stored, ["kernel.nbd901.0", "kernel.nbd902.0"]);
+    assert!(took < Duration::from_secs(5), "{took:?}: {}", daemon.log());
 }
 
 #[test]

@@ -162,6 +162,27 @@ def several_connections_outlive_restarts_and_crashes(case):
     guest.clean_dmesg(allowed=("Connection timed out, retrying",))
 
 
+def connections_outlive_a_stop_that_cannot_wait_for_an_attach(case):
+    guest, kms, _ = served(case)
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt && echo there >/mnt/file && sync")
+    kms.fault(fault="reset")
+    guest.run("systemctl restart byokd")
+    said = "journalctl -q -u byokd _PID=$(systemctl show -p MainPID --value byokd)"
+    guest.until("it tries again in 5 s", f"{said} | grep -q 'not attached yet'")
+    kms.no_faults()
+    kms.fault(fault="timeout", ms=60000)
+    attaching = guest.start("byokctl attach v")
+    guest.until("an operator's attach waits for KMS", "byokctl status v | grep -q attaching")
+    guest.run("systemctl restart byokd")
+    attaching.wait(timeout=60)
+    expect("not waited for" in guest.run("journalctl -q -u byokd"), "the stop did not give the volume up")
+    kms.no_faults()
+    guest.until("it serves", "byokctl status v | grep -q serving")
+    guest.run(f"dd if={LINK} of=/dev/null bs=4k count=1 iflag=direct && echo on >>/mnt/file && sync && grep there /mnt/file && umount /mnt")
+    expect("took a new connection" not in guest.run("journalctl -q -u byokd"), "a connection was lost")
+    guest.clean_dmesg()
+
+
 def a_forced_detach_ends_whatever_hangs(case):
     guest, _, _ = served(case, definition='request_timeout = "30s"')
     guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")

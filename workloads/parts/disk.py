@@ -48,11 +48,12 @@ class NbdDisk:
 
 
 class LoopDisk:
-    """A new file as a block device, with nothing between."""
+    """A file as a block device, with nothing between; a new one of that size, if it is named."""
 
-    def __init__(self, stack, file, size):
-        with open(file, "wb") as out:
-            out.truncate(size)
+    def __init__(self, stack, file, size=None):
+        if size:
+            with open(file, "wb") as out:
+                out.truncate(size)
         self.device = run("losetup", "--find", "--show", "--direct-io=on", file).strip()
         stack.callback(self.close)
 

@@ -40,12 +40,8 @@ impl Transmission {
         Ok(false)
     }
 
-    /// Waits, for the kernel's client, until there is something to read; `false` if it is handed
-    /// over instead. Other clients are waited for in the read itself.
+    /// Waits until there is something to read; `false` if the connection is handed over instead.
     pub(super) fn may_read(&mut self) -> Outcome<bool> {
-        if !self.client.is_kernel() {
-            return Ok(true);
-        }
         loop {
             if self.client.is_handing_over() {
                 return Ok(false);
@@ -54,14 +50,14 @@ impl Transmission {
                 PollFd::new(self.stream.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.client.waker(), PollFlags::POLLIN),
             ];
-            let wait = if self.timeout_set {
-                PollTimeout::try_from(IDLE_TRIM).unwrap_or(PollTimeout::MAX)
-            } else {
+            let wait = if self.rested {
                 PollTimeout::NONE
+            } else {
+                PollTimeout::try_from(IDLE_TRIM).unwrap_or(PollTimeout::MAX)
             };
             let woken = match poll(&mut fds, wait) {
                 Ok(0) => {
-                    self.idle_for_long()?;
+                    self.idle_for_long();
                     continue;
                 }
                 Ok(_) => fds.map(|fd| fd.any().unwrap_or(true)),

@@ -220,7 +220,8 @@ pub struct Transmission {
     /// The store still has what was given up when the fence closed.
     given_up: bool,
     spin: Spin,
-    timeout_set: bool,
+    /// It has given back what it does not need while it is idle.
+    rested: bool,
     /// The client sends no more.
     at_end: bool,
 }
@@ -268,7 +269,7 @@ impl Transmission {
             watch: 0,
             given_up: false,
             spin: Spin::default(),
-            timeout_set: false,
+            rested: false,
             at_end: false,
             export,
         }
@@ -282,7 +283,7 @@ impl Transmission {
         self.stream.tune()?;
         self.stream.set_write_timeout(Some(SEND_TIMEOUT))?;
         self.note_closing();
-        self.client.set_idle(false);
+        self.client.begins();
         let result = self.serve();
         self.wind_down();
         result
@@ -379,35 +380,30 @@ impl Transmission {
         self.pool.wipe();
         self.inbox.wipe();
         self.note_closing();
-        if !self.timeout_set {
-            self.stream.set_read_timeout(Some(IDLE_TRIM))?;
-            self.timeout_set = true;
-        }
         registers::wipe();
         self.client.set_idle(true);
-        let received = loop {
-            if !self.may_read()? {
-                self.client.set_idle(false);
-                return Ok(true);
-            }
-            match self.inbox.fill(|to| self.stream.read(to)) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.idle_for_long()?,
-                other => break other,
-            }
-        };
+        let readable = self.may_read();
+        // Before anything is received: whoever looks whether it was left behind relies on it.
         self.client.set_idle(false);
-        self.received = Instant::now();
-        Ok(received? > 0)
+        if !readable? {
+            return Ok(true);
+        }
+        self.rested = false;
+        match self.inbox.fill(|to| self.stream.try_read(to)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
+            received => {
+                self.received = Instant::now();
+                Ok(received? > 0)
+            }
+        }
     }
 
     /// Gives back what an idle connection does not need.
-    fn idle_for_long(&mut self) -> Outcome {
+    fn idle_for_long(&mut self) {
         self.pool.trim();
         self.inbox.shrink();
         self.ring = None;
-        self.stream.set_read_timeout(None)?;
-        self.timeout_set = false;
-        Ok(())
+        self.rested = true;
     }
 
     /// Takes what has arrived, without waiting; `false` when there is nothing (or the client has

@@ -1,0 +1,64 @@
+"""h. What is left of a program's speed on a disk that takes its time (parts/slow.py): the same program on it with nothing
+between, through nbdkit in clear, and through byokd, for delays from none to some milliseconds.
+
+The way to ext4 is nbdfuse and a loop device in the two latter, and another time beneath. That costs as much as byokd, so
+byokd is to be compared with nbdkit. Reported, not judged; what passes or fails is that nothing is lost. byokd's own memory
+and processor time are for docs/sizing.md."""
+
+import contextlib
+
+from parts import acks
+from parts.disk import LoopDisk, NbdDisk
+from parts.peers import serve_clear
+from parts.service import Byokd
+from parts.slow import SlowDisk
+
+from .cost import measure
+from .setting import scratch_directory
+
+WAYS = ["plain", "nbdkit", "byokd"]
+
+
+def story(stack, report, make_program, seed, quick):
+    delays, seconds = ((1,), 3) if quick else ((0, 1, 2, 5), 15)
+    scratch, series, found = scratch_directory(stack), {}, {}
+    for ms in delays:
+        for name in WAYS:
+            label = f"{name}, {ms} ms"
+            report.event(label)
+            with contextlib.ExitStack() as inner:
+                disk, used = open_disk(inner, name, ms, report, scratch, make_program)
+                rows = measure(inner, report, scratch, disk, label, make_program, seed, seconds)
+                used(acks.summary(rows))
+            series[label] = rows
+            found[label] = acks.summary(rows)
+        ours, theirs = found[f"byokd, {ms} ms"], found[f"nbdkit, {ms} ms"]
+        report.number(f"byokd to nbdkit, {ms} ms: throughput", ours["rate"] / theirs["rate"], "")
+        report.number(f"byokd to nbdkit, {ms} ms: p99", ours["p99"] / theirs["p99"], "")
+    return series
+
+
+def open_disk(stack, name, ms, report, scratch, program):
+    """The disk, and who tells what its server used, if that is byokd."""
+    nothing = lambda _: None
+    # A little more than the volume, for its header.
+    slow = SlowDisk(stack, scratch, program.volume_mib + 64, ms, report.directory / "slow.log")
+    beneath = LoopDisk(stack, slow.file)
+    if name == "plain":
+        return beneath, nothing
+    if name == "nbdkit":
+        uri = serve_clear(stack, name, scratch, beneath.device, report.directory / f"{name}.log")
+        return NbdDisk(stack, uri, scratch / "nbd"), nothing
+    byokd = Byokd(stack, scratch / f"byokd-{ms}", report.directory / "byokd.log")
+    byokd.create("v", beneath.device, "0", byokd.key(), program.purpose)
+    byokd.ctl("attach", "v")
+    begun = byokd.cpu_seconds()
+
+    def used(load):
+        report.number(f"byokd, {ms} ms: processor time for 1,000 records", (byokd.cpu_seconds() - begun) * 1000 / max(load["records"], 1), "s")
+        report.number(f"byokd, {ms} ms: resident", byokd.resident_mib(), "MiB")
+        # While its disk is still there.
+        byokd.ctl("detach", "v")
+        byokd.process.stop()
+
+    return NbdDisk(stack, byokd.uri("v"), scratch / "nbd"), used
