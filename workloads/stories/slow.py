@@ -3,7 +3,7 @@ between, through nbdkit in clear, and through byokd, for delays from none to som
 
 The way to ext4 is nbdfuse and a loop device in the two latter, and another time beneath. That costs as much as byokd, so
 byokd is to be compared with nbdkit. Reported, not judged; what passes or fails is that nothing is lost. byokd's own memory
-and processor time are for docs/sizing.md."""
+and processor time are for sizing a node."""
 
 import contextlib
 

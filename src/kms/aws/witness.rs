@@ -14,13 +14,10 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::{AwsKms, by};
+use super::{AwsKms, FURTHER, by};
 use crate::key::lease::{Connection, Verdict, Whose};
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, Purpose};
 use crate::kms::{KeyService, KmsError};
-
-/// The answer of the witness delays a fence: it gets less time than a probe.
-const LIMIT: Duration = Duration::from_millis(750);
 
 /// How long after it could not be made ready that is tried again, at the next success.
 const AGAIN: Duration = Duration::from_secs(60);
@@ -120,7 +117,7 @@ impl AwsKms {
         if error.code != AMBIGUOUS {
             return KmsError { whose: Whose::Customers, ..error };
         }
-        match self.testimony(witness, asked, deadline.min(Instant::now() + LIMIT)).await {
+        match self.testimony(witness, asked, deadline.min(Instant::now() + FURTHER)).await {
             whose @ (Whose::Unknown | Whose::Customers) => KmsError { whose, ..error },
             Whose::Ours => {
                 warn!(key = %error.key, witness = %witness.arn, "denied, and so is the witness key: our own role, a service control policy or a VPC endpoint policy refuses");
