@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::registers;
 use crate::units::SectorRange;
 
 /// How long one wait for other writers lasts before it is asked again whether to give up.
@@ -90,6 +91,7 @@ impl WriteOrder {
         &self,
         claimed: MutexGuard<'a, Vec<(u64, u64)>>,
     ) -> MutexGuard<'a, Vec<(u64, u64)>> {
+        registers::wipe();
         self.released.wait_timeout(claimed, RECHECK).unwrap_or_else(PoisonError::into_inner).0
     }
 

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -62,7 +62,7 @@ pub struct ExportOptions {
     pub read_only: bool,
     /// Offer `NBD_CMD_TRIM` and punch holes.
     pub trim: bool,
-    /// Refuse more connections than this.
+    /// Refuse more connections than this, besides those of the kernel's client.
     pub max_connections: usize,
     /// Bypass the page cache where possible.
     pub direct: DirectIo,
@@ -392,9 +392,10 @@ impl Export {
         self.backing_errors.load(Ordering::Relaxed)
     }
 
-    /// Operations that the backing store has not ended, of those that were given up.
+    /// Operations that the backing store has not ended, of those that were given up, and of the
+    /// kernel's connections that were.
     pub fn stalled(&self) -> usize {
-        self.orphans.load(Ordering::Relaxed)
+        self.left_behind(|client| client.kernel)
     }
 
     /// The connections there are now.
@@ -432,9 +433,16 @@ impl Export {
     /// connections end, the key is destroyed, and what was written is flushed. What does not end
     /// `within` the time is cut off. Meanwhile [`Export::fence`] takes effect as ever.
     ///
-    /// Says how the flush went: if it failed or did not end in time, what was not flushed by its
-    /// client may be lost.
-    pub fn stop(&self, reason: FenceReason, within: Duration) -> (KeyDestroyed, io::Result<()>) {
+    /// `destroyed` hears at once that the key is.
+    ///
+    /// # Errors
+    /// The flush failed or did not end in time: what was not flushed by its client may be lost.
+    pub fn stop(
+        &self,
+        reason: FenceReason,
+        within: Duration,
+        destroyed: impl FnOnce(&KeyDestroyed),
+    ) -> io::Result<()> {
         let started = Instant::now();
         {
             // Nothing restores it from here on.
@@ -455,14 +463,15 @@ impl Export {
             let _one_at_a_time = lock(&self.transition);
             self.fence.close(reason)
         };
+        destroyed(&receipt);
         // Who waits for a store that hangs has heard of the end, and not of the fence.
         self.each_client(Client::wake);
         self.wait_clients(CUT_OFF, |_| false);
         if self.options.read_only {
-            return (receipt, Ok(()));
+            return Ok(());
         }
         let left = within.saturating_sub(started.elapsed()).max(Duration::from_secs(1));
-        (receipt, self.flush_within(left))
+        self.flush_within(left)
     }
 
     fn flush_within(&self, within: Duration) -> io::Result<()> {
@@ -570,6 +579,15 @@ impl Export {
         &self.order
     }
 
+    fn is_full(&self, clients: &[Arc<Client>]) -> bool {
+        clients.iter().filter(|client| !client.kernel).count() >= self.options.max_connections
+    }
+
+    /// Whether there are as many connections as there may be, besides the kernel's.
+    pub(crate) fn takes_no_more(&self) -> bool {
+        self.is_full(&lock(&self.clients))
+    }
+
     /// Registers a connection; `None` when there are too many, or service is ending.
     pub(crate) fn join(
         &self,
@@ -585,7 +603,7 @@ impl Export {
         let client = Arc::new(Client {
             socket: socket.try_clone_to_owned()?,
             waker,
-            idle: AtomicBool::new(false),
+            idle: AtomicBool::new(true),
             clean_after: AtomicU64::new(self.fence.closings()),
             pid,
             kernel: kind == PeerKind::Kernel,
@@ -594,7 +612,9 @@ impl Export {
             io: IoCounters::default(),
         });
         let mut clients = lock(&self.clients);
-        if self.is_stopping() || clients.len() >= self.options.max_connections {
+        // How many the kernel has was decided where its device was made.
+        let full = kind == PeerKind::Program && self.is_full(&clients);
+        if self.is_stopping() || full {
             return Ok(None);
         }
         clients.push(Arc::clone(&client));
@@ -635,15 +655,15 @@ impl Export {
 
     /// Has `client`, which begins nothing yet, wait until no write from before can overtake a new
     /// one. The kernel's is let in also where all it is told is that it is refused, and is not kept
-    /// from being handed over: see [`Client::is_handing_over`].
-    pub(crate) fn wait_for_orphans(&self, client: &Client) -> Result<(), ExportError> {
+    /// from being handed over: see [`Client::is_handing_over`]. Says whether it had to wait.
+    pub(crate) fn wait_for_orphans(&self, client: &Client) -> Result<bool, ExportError> {
         let deadline = Instant::now() + ORPHANS;
         let mut told = false;
         loop {
             let left = self.left_behind(|_| true);
             let now = Instant::now();
             if left == 0 {
-                return Ok(());
+                return Ok(told);
             }
             if !std::mem::replace(&mut told, true) {
                 info!(
@@ -657,7 +677,7 @@ impl Export {
             }
             // Nothing is begun before a restore, which waits for the same.
             if client.kernel && (self.gives_up() || client.is_handing_over()) {
-                return Ok(());
+                return Ok(told);
             }
             // Counts change without the lock: a short wait covers a notice that was missed.
             let wait = (deadline - now).min(Duration::from_millis(20));
@@ -755,6 +775,8 @@ impl Client {
     /// It has wiped what it held and waits for its peer.
     pub(crate) fn set_idle(&self, idle: bool) {
         self.idle.store(idle, Ordering::SeqCst);
+        // Before anything that is looked at next.
+        fence(Ordering::SeqCst);
     }
 
     /// It holds no plaintext from before the fence closed for the `closings`-th time.

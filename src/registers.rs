@@ -92,14 +92,6 @@ fn wipe_sse() {
 mod tests {
     use super::*;
 
-    /// Two halves of a register of 256 bits, if there are such, else one of 128 twice.
-    fn seventh() -> [u64; 2] {
-        let mut found = [0; 2];
-        // SAFETY: it stores one register to an array that is as large.
-        unsafe { asm!("movups [{}], xmm7", in(reg) &raw mut found, options(nostack)) };
-        found
-    }
-
     #[test]
     fn nothing_is_left_in_a_register() {
         for wipes in [wipe, wipe_sse] {
@@ -107,7 +99,48 @@ mod tests {
             // SAFETY: it loads one register from an array that is as large.
             unsafe { asm!("movups xmm7, [{}]", in(reg) &raw const secret, out("xmm7") _) };
             wipes();
-            assert_eq!(seventh(), [0; 2]);
+            let mut found = [1u64; 2];
+            // SAFETY: it stores one register to an array that is as large.
+            unsafe { asm!("movups [{}], xmm7", in(reg) &raw mut found, options(nostack)) };
+            assert_eq!(found, [0; 2]);
+        }
+    }
+
+    /// Fills the registers of 512 bits at both ends of both halves, wipes, and shows them.
+    #[target_feature(enable = "avx512f")]
+    fn wide() -> [[u64; 8]; 4] {
+        let (secret, mut found) = ([0x5a5a_5a5a_5a5a_5a5au64; 8], [[1; 8]; 4]);
+        // SAFETY: it loads registers from an array that is as large as one.
+        unsafe {
+            asm!(
+                "vmovdqu64 zmm0, [{0}]",
+                "vmovdqu64 zmm15, [{0}]",
+                "vmovdqu64 zmm16, [{0}]",
+                "vmovdqu64 zmm31, [{0}]",
+                in(reg) &raw const secret,
+                clobber_abi("C"),
+            );
+        }
+        wipe();
+        // SAFETY: it stores four registers to an array of as many.
+        unsafe {
+            asm!(
+                "vmovdqu64 [{0}], zmm0",
+                "vmovdqu64 [{0} + 64], zmm15",
+                "vmovdqu64 [{0} + 128], zmm16",
+                "vmovdqu64 [{0} + 192], zmm31",
+                in(reg) &raw mut found,
+                options(nostack),
+            );
+        }
+        found
+    }
+
+    #[test]
+    fn nothing_is_left_in_the_widest_registers_of_any_number() {
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the processor has what it is compiled for.
+            assert_eq!(unsafe { wide() }, [[0; 8]; 4]);
         }
     }
 }

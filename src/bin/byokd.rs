@@ -9,8 +9,8 @@ use byokd::daemon::args::Args;
 use byokd::daemon::{self, Setup};
 use byokd::exit::ExitCode;
 use byokd::harden::harden;
-use byokd::log;
 use byokd::systemd::Systemd;
+use byokd::{log, registers};
 use clap::Parser;
 use zeroizing_alloc::ZeroAlloc;
 
@@ -48,6 +48,8 @@ fn main() -> Code {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("control")
+        // Answers of KMS pass through them.
+        .on_thread_park(registers::wipe)
         .enable_all()
         .build();
     let runtime = match runtime {

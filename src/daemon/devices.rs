@@ -282,21 +282,24 @@ impl Daemon {
         }
     }
 
-    async fn device_gone(&self, name: &str, volume: &Volume) {
+    async fn device_gone(&self, name: &str, volume: &Arc<Volume>) {
         let _alone = volume.changing.lock().await;
         let device = volume.with(|now| now.device.take_if(|d| d.state().gone.is_some()));
         let Some(device) = device else { return };
+        let why = device.state().gone.unwrap_or_default();
+        // Before the volume's end: whoever drops its export last closes the store.
+        drop(device);
         // What failed was logged.
         let _ended = self.end(name, volume, FenceReason::Detached, DRAIN).await;
-        let why = device.state().gone.unwrap_or_default();
         let at = rfc3339(Timestamp::now());
         let remedy = format!("byokctl attach {name}");
         volume.with(|now| now.problem = Some(Problem { at, why, remedy }));
     }
 }
 
-/// Gives systemd what one volume's device handed over, for the next daemon.
-pub(super) fn store(notifier: &Notifier, sockets: &[(u32, OwnedFd)]) {
+/// Gives systemd what one volume's device handed over, for the next daemon; says whether it takes
+/// more.
+pub(super) fn store(notifier: &Notifier, sockets: &[(u32, OwnedFd)]) -> bool {
     for (at, (index, socket)) in sockets.iter().enumerate() {
         match notifier.store_fd(&format!("{STORED}nbd{index}.{at}"), socket) {
             Ok(true) => {}
@@ -305,10 +308,12 @@ pub(super) fn store(notifier: &Notifier, sockets: &[(u32, OwnedFd)]) {
                 "nobody keeps the connection; requests wait for the next byokd"
             ),
             Err(error) => {
-                warn!(device = format!("/dev/nbd{index}"), %error, "systemd does not keep the connection")
+                warn!(device = format!("/dev/nbd{index}"), %error, "systemd does not keep the connection, nor those after it");
+                return false;
             }
         }
     }
+    true
 }
 
 /// Waits until systemd keeps all that it was given.

@@ -195,15 +195,27 @@ mod tests {
             (n.to_string(), volume(store))
         };
         let volumes: Vec<_> = (0..2 * AT_A_TIME).map(named).collect();
-        let looked = look_at(volumes.clone(), FRESH, Duration::from_millis(100)).await;
-        assert!(looked.iter().all(|status| status.header_note.is_some()));
-        let begun = |volume: &Volume| volume.seen.now().reading.is_some();
-        let begun: Vec<_> = volumes.iter().filter(|(_, volume)| begun(volume)).collect();
-        assert_eq!(begun.len(), AT_A_TIME);
-        for (name, _) in begun {
-            // So that its thread ends.
-            drop(File::options().write(true).open(dir.path().join(name)).unwrap());
+        let look = tokio::spawn(look_at(volumes.clone(), FRESH, Duration::from_secs(3600)));
+        let begun = || {
+            let begun = |volume: &Volume| volume.seen.now().reading.is_some();
+            volumes.iter().filter(|(_, volume)| begun(volume)).count()
+        };
+        while begun() < AT_A_TIME {
+            tokio::task::yield_now().await;
         }
+        assert_eq!(begun(), AT_A_TIME);
+        // Each ends when somebody has written nothing to it; then the next one begins.
+        let end = move || {
+            for (name, _) in &volumes {
+                drop(File::options().write(true).open(dir.path().join(name)).unwrap());
+                let reading =
+                    |(_, volume): &&(String, Arc<Volume>)| volume.seen.now().reading.is_some();
+                assert!(volumes.iter().filter(reading).count() <= AT_A_TIME);
+            }
+        };
+        tokio::task::spawn_blocking(end).await.unwrap();
+        let looked = look.await.unwrap();
+        assert!(looked.iter().all(|status| status.header_note.is_some()));
     }
 
     fn make(backing: PathBuf) {

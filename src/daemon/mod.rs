@@ -32,6 +32,7 @@ use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tracing::info;
 
 use crate::attachment::Attachment;
@@ -241,6 +242,8 @@ pub struct Daemon {
 struct Volume {
     /// Held while it is attached, detached or forgotten: one at a time.
     changing: tokio::sync::Mutex<()>,
+    /// Told when its service has ended.
+    left: tokio::sync::Notify,
     /// Held while its key is rewrapped: one at a time.
     rewrapping: tokio::sync::Mutex<()>,
     now: Mutex<Now>,
@@ -320,6 +323,7 @@ impl Volume {
         };
         Self {
             changing: tokio::sync::Mutex::default(),
+            left: tokio::sync::Notify::new(),
             rewrapping: tokio::sync::Mutex::default(),
             now: Mutex::new(now),
             seen: Arc::default(),
@@ -335,7 +339,24 @@ impl Volume {
     /// It is detached from now on. What belonged to its service may take long to drop: not while
     /// others want to look at the volume.
     fn leave_service(&self) -> Service {
-        self.with(|now| std::mem::replace(&mut now.service, Service::Detached))
+        let left = self.with(|now| std::mem::replace(&mut now.service, Service::Detached));
+        self.left.notify_waiters();
+        left
+    }
+
+    /// Waits until its service has ended, if that is under way, or for so long.
+    async fn ended(&self, within: Duration) {
+        let ended = async {
+            loop {
+                let left = self.left.notified();
+                if !self.with(|now| matches!(now.service, Service::Detaching(_))) {
+                    return;
+                }
+                left.await;
+            }
+        };
+        // What takes longer is given up.
+        let _ended = timeout(within, ended).await;
     }
 }
 
@@ -444,9 +465,9 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     attaching.abort();
     // It was cut off, or had nothing left to do.
     let _ended = attaching.await;
-    devices.abort();
     drop((server, tcp, http));
     daemon.stop(&notifier).await;
+    devices.abort();
     drop(watchdog);
     drop(dev);
     let _stopped = apart("audit-stop", move || audit.stop(by)).await;

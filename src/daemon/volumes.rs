@@ -32,8 +32,9 @@ use crate::daemon::status::status;
 use crate::daemon::{Attached, Daemon, Keyed, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportOptions};
+use crate::fence::KeyDestroyed;
 use crate::keeper::plan::PlanStep;
-use crate::keeper::threads::{apart, close};
+use crate::keeper::threads::{Apart, apart, close};
 use crate::keeper::{self, Keeper, Terms};
 use crate::kernel::sysfs;
 use crate::key::lease::{Allowance, Connection, FenceReason, Moment};
@@ -441,13 +442,24 @@ impl Daemon {
         });
         let opened = opened.await.map_err(|e| by_panic(what, e))?;
         let locked = opened.map_err(|e| by_volume(what, &e))?;
-        is_the_one(what, config, &locked.header())?;
+        let header = locked.header();
+        let locked = Apart::new(locked);
+        let wrapped = header.token().wrapped.clone();
         let role = config.role();
-        let kms = self.kms_for(what, role.as_ref()).await?;
         let asked = now();
-        let unwrapped = kms.unwrap_key(&locked.header().token().wrapped).await;
-        let (key, proof) = unwrapped.map_err(|e| by_service(what, &e))?;
-        let wrapped = locked.header().token().wrapped.clone();
+        let unwrapped = async {
+            is_the_one(what, config, &header)?;
+            let kms = self.kms_for(what, role.as_ref()).await?;
+            let unwrapped = kms.unwrap_key(&wrapped).await;
+            unwrapped.map(|(key, proof)| (kms, key, proof)).map_err(|e| by_service(what, &e))
+        };
+        let (kms, key, proof) = match Box::pin(unwrapped).await {
+            Ok(unwrapped) => unwrapped,
+            Err(error) => {
+                close(locked).await;
+                return Err(error);
+            }
+        };
         let event = |kind| Event::new(kind).volume(name).wrapped(&wrapped);
         self.audit.record(event(Kind::Unwrap).request_id(proof.request_id.as_deref()));
         let options = ExportOptions {
@@ -465,7 +477,8 @@ impl Daemon {
         let opened = apart("unlock", move || {
             // Wiped before that is recorded, where it comes to nothing.
             let key = key;
-            let unlocked = locked.unlock(&key).map_err(|(_, e)| by_volume(&tried, &e))?;
+            let unlocked =
+                locked.into_inner().unlock(&key).map_err(|(_, e)| by_volume(&tried, &e))?;
             let purpose = unlocked.header().token().wrapped.context.purpose();
             let description = purpose.map(|p| format!("byokd volume for {p}")).unwrap_or_default();
             let export = Export::open(unlocked, key, ExportOptions { description, ..options })
@@ -511,7 +524,7 @@ impl Daemon {
         let listener = match ready.await {
             Ok(listener) => listener,
             Err(error) => {
-                drop(keeper);
+                keeper.end().await;
                 drop(custody);
                 keeper::settle(&export).await;
                 return Err(error);
@@ -561,7 +574,7 @@ impl Daemon {
     pub(super) async fn end(
         &self,
         name: &str,
-        volume: &Volume,
+        volume: &Arc<Volume>,
         reason: FenceReason,
         within: Duration,
     ) -> io::Result<bool> {
@@ -576,41 +589,12 @@ impl Daemon {
                     None
                 }
             });
-        let Some(Attached { export, keeper, _listener: listener, .. }) = taken else {
-            return Ok(false);
-        };
+        let Some(attached) = taken else { return Ok(false) };
         self.table.remove(name);
-        drop(listener);
-        let wrapped = export.volume().header().token().wrapped.clone();
-        let event = |kind| Event::new(kind).volume(name).wrapped(&wrapped).reason(reason);
-        // Not among work that may hang: the key would outlive its volume's service.
-        let stopping = Arc::clone(&export);
-        let stopped = apart("stop", move || stopping.stop(reason, within)).await;
-        let (destroyed, flushed) =
-            stopped.unwrap_or_else(|no_thread| (export.close_for_good(reason), Err(no_thread)));
-        // Not earlier: a key that is denied while requests end is destroyed as at any other time.
-        drop(keeper);
-        let left = volume.leave_service();
-        // Whatever became of the flush; not of a volume that was fenced already.
-        if destroyed.is_first() {
-            self.audit.record(event(Kind::KeyDestroyed));
-        }
-        let detach = event(Kind::Detach);
-        self.audit.record(match &flushed {
-            Ok(()) => detach,
-            Err(e) => detach.failed(ExitCode::Failed, &format!("the last flush failed: {e}")),
-        });
-        close((left, export)).await;
-        match flushed {
-            Ok(()) => {
-                info!(volume = name, ?reason, "detached: flushed, the key is destroyed");
-                Ok(true)
-            }
-            Err(e) => {
-                error!(volume = name, error = %e, "detached: the key is destroyed, the last flush failed");
-                Err(e)
-            }
-        }
+        let (audit, volume) = (Arc::clone(&self.audit), Arc::clone(volume));
+        let ending = end_service(audit, name.to_owned(), volume, attached, reason, within);
+        // Whoever does not wait for it any more does not end it.
+        tokio::spawn(ending).await.map_err(io::Error::other)?.map(|()| true)
     }
 
     /// Refuses what would put a volume into service while the daemon stops.
@@ -631,16 +615,12 @@ impl Daemon {
         }
     }
 
-    /// The daemon stops, and something that is being done to a volume does not end. Gives back the
-    /// connections of its device.
-    async fn give_up(&self, name: &str, volume: &Volume) -> Vec<(u32, OwnedFd)> {
-        error!(volume = name, "not waited for: something that is being done to it does not end");
-        // First, so that the kernel sees no error: what it has sent is answered with the key.
-        let sockets = hand_over(volume, GIVING_UP).await;
+    /// The daemon stops, and a key that is still here is destroyed, whatever is being done to its
+    /// volume.
+    fn give_up(&self, name: &str, volume: &Volume) {
         if let Some(Keyed { export, .. }) = volume.with(|now| now.service.keyed()) {
             self.destroy(name, &export, FenceReason::Stopping);
         }
-        sockets
     }
 
     /// Attaches what should be attached and what has a device in the kernel, again and again while
@@ -706,28 +686,39 @@ impl Daemon {
     pub(super) async fn stop(self: &Arc<Self>, notifier: &Notifier) {
         let deadline = Instant::now() + STOP;
         self.stopping.store(true, Ordering::SeqCst);
+        let (give, mut given) = mpsc::unbounded_channel();
         let mut ends = JoinSet::new();
         for (name, volume) in self.volumes().clone() {
-            ends.spawn(Arc::clone(self).stop_one(name, volume, deadline));
+            ends.spawn(Arc::clone(self).stop_one(name, volume, deadline, give.clone()));
         }
-        // Of each as soon as it has ended: one that hangs costs no other its connections.
-        while let Ok(Some(ended)) = timeout_at(deadline, ends.join_next()).await {
-            store(notifier, &ended.unwrap_or_default());
+        drop(give);
+        // As soon as they are between two requests: what hangs afterwards costs none of them.
+        let mut keeps = true;
+        while let Ok(Some(sockets)) = timeout_at(deadline, given.recv()).await {
+            keeps = keeps && store(notifier, &sockets);
         }
-        if !ends.is_empty() {
+        while ends.try_join_next().is_some() {}
+        if !given.is_closed() {
             error!(volumes = ends.len(), "not waited for: volumes whose service does not end");
         }
         stored(notifier);
     }
 
-    /// Ends service of one volume by `deadline`. Gives back the connections of its device.
+    /// Ends service of one volume by `deadline`, and gives the connections of its device away.
     async fn stop_one(
         self: Arc<Self>,
         name: String,
         volume: Arc<Volume>,
         deadline: Instant,
-    ) -> Vec<(u32, OwnedFd)> {
+        give: mpsc::UnboundedSender<Vec<(u32, OwnedFd)>>,
+    ) {
         let left = || deadline.saturating_duration_since(Instant::now());
+        let given = |sockets: Vec<_>| {
+            if !sockets.is_empty() {
+                // Who takes them has no more time.
+                let _closed = give.send(sockets);
+            }
+        };
         let patience = volume.with(|now| match now.service {
             Service::Attached(_) | Service::Detaching(_) => {
                 left().saturating_sub(GIVING_UP + CUT_OFF)
@@ -735,13 +726,76 @@ impl Daemon {
             Service::Detached | Service::Attaching(_) => BEING_TRIED,
         });
         let Ok(_alone) = timeout(patience, volume.changing.lock()).await else {
-            return self.give_up(&name, &volume).await;
+            error!(
+                volume = name,
+                "not waited for: something that is being done to it does not end"
+            );
+            // First, so that the kernel sees no error: what it has sent is answered with the key.
+            given(hand_over(&volume, GIVING_UP).await);
+            self.give_up(&name, &volume);
+            return;
         };
-        let sockets = hand_over(&volume, HAND_OVER.min(left() / 2)).await;
+        given(hand_over(&volume, HAND_OVER.min(left() / 2)).await);
         let within = DRAIN.min(left().saturating_sub(CUT_OFF));
         // What failed was logged.
         let _ended = self.end(&name, &volume, FenceReason::Stopping, within).await;
-        sockets
+        // Whoever began to end it may have been cut off, and it goes on.
+        volume.ended(left().saturating_sub(CUT_OFF / 2)).await;
+        self.give_up(&name, &volume);
+    }
+}
+
+/// What [`Daemon::end`] does, once nobody else can.
+async fn end_service(
+    audit: Arc<Audit>,
+    name: String,
+    volume: Arc<Volume>,
+    attached: Attached,
+    reason: FenceReason,
+    within: Duration,
+) -> io::Result<()> {
+    let Attached { export, keeper, _listener: listener, .. } = attached;
+    drop(listener);
+    let wrapped = export.volume().header().token().wrapped.clone();
+    let event = {
+        let name = name.clone();
+        move |kind| Event::new(kind).volume(&name).wrapped(&wrapped).reason(reason)
+    };
+    let record = {
+        let (audit, destroyed) = (Arc::clone(&audit), event(Kind::KeyDestroyed));
+        // Not of a volume that was fenced already.
+        move |receipt: &KeyDestroyed| {
+            if receipt.is_first() {
+                audit.record(destroyed.clone());
+            }
+        }
+    };
+    // Not among work that may hang: the key would outlive its volume's service.
+    let (stopping, records) = (Arc::clone(&export), record.clone());
+    let stopped = apart("stop", move || stopping.stop(reason, within, records)).await;
+    let flushed = stopped.unwrap_or_else(|no_thread| {
+        record(&export.close_for_good(reason));
+        Err(no_thread)
+    });
+    // Not earlier: a key that is denied while requests end is destroyed as at any other time.
+    keeper.end().await;
+    // What it holds is this volume's, and let go of below.
+    let left = volume.leave_service();
+    let detach = event(Kind::Detach);
+    audit.record(match &flushed {
+        Ok(()) => detach,
+        Err(e) => detach.failed(ExitCode::Failed, &format!("the last flush failed: {e}")),
+    });
+    close((left, export)).await;
+    match flushed {
+        Ok(()) => {
+            info!(volume = name, ?reason, "detached: flushed, the key is destroyed");
+            Ok(())
+        }
+        Err(e) => {
+            error!(volume = name, error = %e, "detached: the key is destroyed, the last flush failed");
+            Err(e)
+        }
     }
 }
 

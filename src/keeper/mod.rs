@@ -16,7 +16,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{error, info, warn};
 
 use crate::audit::record::{Event as Record, Kind};
@@ -97,6 +97,9 @@ impl KeyReport {
         }
     }
 }
+
+/// How long the end of a keeper is waited for.
+const END: Duration = Duration::from_secs(1);
 
 /// What a keeper can be told.
 enum Command {
@@ -208,6 +211,14 @@ impl Keeper {
     #[must_use]
     pub fn reports(&self) -> watch::Receiver<KeyReport> {
         self.reports.clone()
+    }
+
+    /// Ends the task, and waits until it has let go of the volume: not for long, as whatever it does
+    /// then may hang.
+    pub async fn end(mut self) {
+        self.task.abort();
+        // Cut off, which is what is wanted.
+        let _ended = timeout(END, &mut self.task).await;
     }
 
     /// A way to tell it things.

@@ -36,6 +36,29 @@ pub(crate) async fn close<T: Send + 'static>(value: T) {
     let _closed = timeout(CLOSE, apart("close", move || drop(value))).await;
 }
 
+/// What belongs to a store while others are waited for: dropped on a thread of its own, whoever drops
+/// it.
+pub(crate) struct Apart<T: Send + 'static>(Option<T>);
+
+impl<T: Send + 'static> Apart<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(Some(value))
+    }
+
+    pub(crate) fn into_inner(mut self) -> T {
+        self.0.take().unwrap_or_else(|| unreachable!("nothing else takes it"))
+    }
+}
+
+impl<T: Send + 'static> Drop for Apart<T> {
+    fn drop(&mut self) {
+        if let Some(value) = self.0.take() {
+            // Without a thread it is dropped right here.
+            let _spawned = std::thread::Builder::new().name("close".into()).spawn(|| drop(value));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};

@@ -108,10 +108,11 @@ pub fn start(filter: EnvFilter, program: &'static str) -> io::Result<Log> {
 
 /// Has panics said here, which may be the last that the process says.
 fn on_panic(say: impl Fn(&PanicHookInfo<'_>) + Send + Sync + 'static) {
-    let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        // The thread that writes would wait for itself.
-        if thread::current().name() == Some(queue::THREAD) { usual(panic) } else { say(panic) }
+        // The thread that writes would wait for itself, or for whoever does not read.
+        if thread::current().name() != Some(queue::THREAD) {
+            say(panic);
+        }
     }));
 }
 

@@ -58,7 +58,6 @@ fn transmit(
     let stream = NbdStream::Unix(stream);
     let client = export.join(stream.as_fd(), PeerKind::Kernel)?.ok_or_else(refused)?;
     let member = Member { export: Arc::clone(export), client: Arc::clone(&client) };
-    client.set_idle(true);
     // A write of a connection from before could overtake its own copy, which the kernel sends again.
     export.wait_for_orphans(&client).map_err(|_| refused())?;
     let store = export.store_for_one(PeerKind::Kernel)?;

@@ -94,12 +94,16 @@ fn converse(
     };
     let member = Member { export: Arc::clone(&export), client: Arc::clone(&client) };
     drop(place);
-    client.set_idle(true);
-    if let Err(error) = export.wait_for_orphans(&client) {
+    let waited = export.wait_for_orphans(&client).map_err(|error| {
         warn!(volume = export.name(), %error, "connection refused");
-        return Err(ConnectionError::Refused(negotiated.export));
-    }
+        ConnectionError::Refused(negotiated.export)
+    })?;
     let store = export.store_for_one(PeerKind::Program)?;
+    client.set_idle(false);
+    // The next one may have waited for the same, and not for this one.
+    if waited && client.has_hung_up() {
+        return Ok(());
+    }
     stream.set_read_timeout(None)?;
     let modes = Modes { style: negotiated.style, base_allocation: negotiated.base_allocation };
     let budget = Arc::clone(table.budget());
@@ -205,7 +209,7 @@ impl Exports for Served<'_> {
             return Err(Refusal::Policy(fenced.to_string()));
         }
         let options = export.options();
-        if export.connections() >= options.max_connections {
+        if export.takes_no_more() {
             let most = options.max_connections;
             return Err(Refusal::Policy(format!("the export has its {most} connections already")));
         }

@@ -142,13 +142,12 @@ impl Backing {
 
     /// The same for one client, where the kernel keeps what is written and writes it later: it tells
     /// each open file once of what it could not write, so that whoever flushes needs one of his own.
-    /// `None` where writes are written at once, and where the file system is another program or
-    /// machine: opening may hang there, and a flush may mean the file that it is asked of alone.
+    /// `None` where writes are written at once. Whoever opens it may have to wait for the store.
     ///
     /// # Errors
     /// The file cannot be opened again.
     pub fn for_one(&self) -> io::Result<Option<Self>> {
-        if self.direct || self.read_only || self.waits || self.speed == Speed::Immediate {
+        if self.direct || self.read_only || self.speed == Speed::Immediate {
             return Ok(None);
         }
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());

@@ -234,5 +234,5 @@ fn a_pod_without_sts_keeps_its_volumes() {
     write_token(&token);
     until("it is there again", || daemon.state("v") == "serving");
     never_fenced(&daemon);
-    assert!(daemon.log().contains("alert=\"OwnCredentialsFailing\""), "{}", daemon.log());
+    daemon.says("alert=\"OwnCredentialsFailing\"");
 }

@@ -83,6 +83,7 @@ fn a_fence_that_was_closed_for_good_is_opened_by_no_key() {
     let export = export(dir.path(), Some(Duration::from_secs(60)));
     let socket = serve_in(dir.path(), &export);
     let mut client = Raw::connected(&socket, "v");
+    until("the client is there", || export.connections() == 1);
     let _destroyed = export.close(FenceReason::Denied);
     assert!(export.is_held(), "requests wait for the key");
     let _destroyed = export.close_for_good(FenceReason::Stopping);
@@ -139,6 +140,10 @@ fn while_the_kernel_gives_one_up_with(writes: u64) {
     });
     let most = 16;
     until("the store has what it is given", || export.in_flight() >= writes.min(most));
+    if writes < most {
+        // All of it is on its way then.
+        until("it is sent", || sends.is_finished());
+    }
     given_up.shut();
     sends.join().unwrap();
     other.send(&write(2, b'b', 4096));
@@ -208,4 +213,35 @@ fn the_kernels_connections_are_refused_while_the_store_hangs_with_what_it_gave_u
     until("the store is done with it", || export.restore(key()).is_ok());
     assert_eq!(next.write(4096, &[b'n'; 4096]), 0);
     assert!(other.read(4096, 4096) == [b'n'; 4096]);
+}
+
+/// Whoever waits for a restore may have what another one waits for: it does not wait for a connection
+/// that the kernel gave up meanwhile.
+#[test]
+fn a_key_that_is_back_does_not_wait_for_a_connection_that_waits_for_it() {
+    if !can_mount(&["nbdkit"]) {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let made = dir.path().join("v.img");
+    make(&made);
+    let disk = HangingDisk::new();
+    disk.put(&made);
+    let export = open(&disk.path(), Some(Duration::from_secs(600)));
+    let mut holds = Raw::connected(&serve_in(dir.path(), &export), "v");
+    let mut kernel = of_the_kernel(&export, &ExportTable::new());
+    assert_eq!(holds.write(0, &[b'o'; 4096]), 0);
+    assert_eq!(kernel.write(8192, &[b'o'; 4096]), 0);
+    disk.signal("-STOP");
+    holds.send(&[request(0, WRITE, 1, 0, 512), vec![b'p'; 512]].concat());
+    until("it is being read for a part of a sector", || export.in_flight() == 1);
+    kernel.send(&[request(0, WRITE, 2, 0, 4096), vec![b'a'; 4096]].concat());
+    until("another one waits for its turn", || export.in_flight() == 2);
+    let _destroyed = export.close(FenceReason::Denied);
+    disk.signal("-CONT");
+    kernel.shut();
+    until("the key is back", || export.restore(key()).is_ok());
+    assert_eq!(holds.simple_reply(1), 0);
+    let now = holds.read(0, 4096);
+    assert!(now[..512] == [b'p'; 512] && now[512..] == [b'o'; 3584]);
 }

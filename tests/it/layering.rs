@@ -26,7 +26,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("clock", &["key::lease"]),
     ("fence", &["buffer", "clock", "crypt::*", "key::*", "units"]),
     ("store", &["buffer", "units"]),
-    ("device", &["buffer", "fence", "store::*", "units"]),
+    ("device", &["buffer", "fence", "registers", "store::*", "units"]),
     // The kernel's client: a helper of its own, which has nothing to do with keys or data.
     ("kernel", &["exit"]),
     (
@@ -214,7 +214,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("cli::nbd_client", &["nbd::handshake", "nbd::wire"]),
     ("bin::byokd-kernel", &["exit", "kernel::args", "kernel::server", "log"]),
     ("bin::byokctl", &["cli::*", "control", "exit", "harden"]),
-    ("bin::byokd", &["config", "daemon", "daemon::args", "exit", "harden", "log", "systemd"]),
+    (
+        "bin::byokd",
+        &["config", "daemon", "daemon::args", "exit", "harden", "log", "registers", "systemd"],
+    ),
 ];
 
 /// What decides takes values and time and gives values: bytes, sockets, files and clocks are

@@ -141,6 +141,11 @@ impl Daemon {
         if is_file { std::fs::read_to_string(path).unwrap_or_default() } else { String::new() }
     }
 
+    /// Waits until the log has these words: a thread of the daemon writes it.
+    pub(crate) fn says(&self, words: &str) {
+        until(&format!("the log has `{words}`"), || self.log().contains(words));
+    }
+
     pub(crate) fn backing(&self, name: &str) -> PathBuf {
         self.dir.path().join(format!("{name}.img"))
     }

@@ -63,6 +63,7 @@ impl Files {
 
 /// Where the daemon says that it serves.
 fn port(daemon: &Daemon) -> u16 {
+    daemon.says(" bound=127.0.0.1:");
     let log = daemon.log();
     let bound = log.split(" bound=127.0.0.1:").nth(1).unwrap();
     bound.split_whitespace().next().unwrap().parse().unwrap()

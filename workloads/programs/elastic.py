@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 import subprocess
+import time
 
 from parts import acks
 from parts.shell import FETCHED, Failure, Process, run, until
@@ -109,6 +110,44 @@ class Elastic(Server):
         hits = self.request("POST", f"/{self.index}/_search?track_total_hits=true", json.dumps(query))["hits"]["total"]["value"]
         whole = not wrong and count >= len(promised) and hits == count
         return whole, f"{len(promised)} acknowledged, {len(wrong)} lost or changed {wrong[:5]}, {count} documents by count, {hits} by a search"
+
+
+    # To a repository on another volume.
+
+    def back_up_to(self, directory):
+        self.repository = directory / "repository"
+        self.repository.mkdir()
+        run("chown", f"{USER}:", self.repository)
+
+    def merge(self):
+        """Into one segment; gives the seconds that it took."""
+        begun = time.monotonic()
+        self.request("POST", f"/{self.index}/_forcemerge?max_num_segments=1")
+        return time.monotonic() - begun
+
+    def back_up(self):
+        self._register()
+        begun = time.monotonic()
+        answer = self.request("PUT", "/_snapshot/shelf/one?wait_for_completion=true", json.dumps({"indices": self.index}))
+        if answer["snapshot"]["state"] != "SUCCESS":
+            raise Failure(f"snapshot: {answer}")
+        return time.monotonic() - begun
+
+    def lose(self):
+        self.request("DELETE", f"/{self.index}")
+
+    def restore(self):
+        self._register()
+        begun = time.monotonic()
+        answer = self.request("POST", "/_snapshot/shelf/one/_restore?wait_for_completion=true")
+        if answer["snapshot"]["shards"]["failed"]:
+            raise Failure(f"restore: {answer}")
+        return time.monotonic() - begun
+
+    def _register(self):
+        """It is verified by writing to it."""
+        repository = {"type": "fs", "settings": {"location": str(self.repository)}}
+        self.request("PUT", "/_snapshot/shelf", json.dumps(repository))
 
 
 class ProcessTree(Process):

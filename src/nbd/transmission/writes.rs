@@ -157,7 +157,7 @@ impl Transmission {
         let lane = Arc::clone(&self.lane);
         let mut heeded = Ok(());
         let claim = begin(&lane, &mut || {
-            heeded = self.notice_fence();
+            heeded = self.notice_fence().and_then(|()| self.is_still_there());
             heeded.is_err() || self.export.gives_up()
         });
         // Who gave up claimed nothing.
