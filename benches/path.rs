@@ -2,15 +2,21 @@
 //!
 //! `fence/cipher` decrypts and encrypts with the cipher alone, `fence/through-the-fence` the same by
 //! two passes of the fence, so that the difference is what asking the fence costs.
+//!
+//! `counters/N` is what counting N requests costs that were received together and are answered
+//! together, as a connection counts them: two readings of the clock, and the cipher's calls timed.
+//! `path/read/4096` is a 4 KiB read without its sockets, and without its counters.
 
 use std::fs::File;
 use std::hint::black_box;
 use std::sync::Arc;
+use std::time::Instant;
 
 use byokd::buffer::{Buffer, Ciphertext, Pool};
 use byokd::crypt::{Engine, awslc};
 use byokd::fence::Fence;
 use byokd::key::secret::SecretArena;
+use byokd::metrics::io::{IoCounters, IoOperation};
 use byokd::nbd::wire::{Chunk, Head, ReplyStyle, Request};
 use byokd::store::{Backing, DirectIo, Durability};
 use byokd::units::{Geometry, SectorSize};
@@ -89,6 +95,29 @@ fn fence(c: &mut Criterion) {
     group.finish();
 }
 
+fn counters(c: &mut Criterion) {
+    let counters = IoCounters::default();
+    let mut group = c.benchmark_group("counters");
+    for together in [1u64, 8, 32] {
+        group.throughput(Throughput::Elements(together));
+        group.bench_function(BenchmarkId::from_parameter(together), |b| {
+            b.iter(|| {
+                let counters = black_box(&counters);
+                let came = Instant::now();
+                for _ in 0..together {
+                    counters.asked(IoOperation::Read, 4096);
+                    counters.cipher_ended(counters.cipher_begins());
+                }
+                let took = came.elapsed();
+                for _ in 0..together {
+                    counters.answered(IoOperation::Read, black_box(took));
+                }
+            });
+        });
+    }
+    group.finish();
+}
+
 fn path(c: &mut Criterion) {
     let geometry = Geometry::new(CAPACITY, SectorSize::B4096);
     let file = tempfile::tempfile_in("/dev/shm").expect("a file in memory");
@@ -134,5 +163,5 @@ fn path(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, codec, fence, path);
+criterion_group!(benches, codec, fence, counters, path);
 criterion_main!(benches);

@@ -18,6 +18,7 @@ use crate::kernel::MAX_CONNECTIONS;
 use crate::kernel::sysfs::index_of;
 use crate::key::lease::{Allowance, DisconnectedStore, LeasePolicy, ProbePlan};
 use crate::key::wrapped::{KeyArn, Role};
+use crate::log::export::collector;
 use crate::units::Size;
 
 /// What is wrong with the files, all of it.
@@ -79,6 +80,8 @@ pub struct Config {
     pub audit: AuditConfig,
     /// Metrics, health, the JSON API and the console.
     pub http: HttpConfig,
+    /// Where log lines go besides standard error.
+    pub log: LogConfig,
 }
 
 impl Default for Config {
@@ -99,6 +102,7 @@ impl Default for Config {
             lease: LeaseConfig::default(),
             audit: AuditConfig::default(),
             http: HttpConfig::default(),
+            log: LogConfig::default(),
         }
     }
 }
@@ -193,6 +197,14 @@ impl HttpConfig {
             wrong("http.listen is not a loopback address: set http.token_file, or everybody reads");
         }
     }
+}
+
+/// `[log]`: where log lines go besides standard error.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// The URL of an OpenTelemetry collector.
+    pub otlp_endpoint: Option<String>,
 }
 
 /// `[kms]`: how AWS KMS is reached. Credentials come from the SDK's ordinary chain.
@@ -638,6 +650,7 @@ impl Config {
             lease,
             audit,
             http,
+            log,
         )
     }
 }
@@ -698,6 +711,9 @@ pub fn load_with_hash(path: &Path) -> Result<(Config, Hash), ConfigErrors> {
         wrong("tcp_listen is not a loopback address; NBD without TLS stays on this machine");
     }
     config.http.check(&mut wrong);
+    if let Some(error) = config.log.otlp_endpoint.as_deref().and_then(|url| collector(url).err()) {
+        wrong(&format!("log.otlp_endpoint: {error}"));
+    }
     if config.max_connections == 0 {
         wrong("max_connections is 0: nobody could connect");
     }
@@ -876,6 +892,22 @@ mod tests {
         assert_eq!(error.0.len(), 3, "{error}");
         let (_dir, path) = file("[lease]\nfail_closed_after = \"soon\"\n");
         assert!(load(&path).unwrap_err().to_string().contains("not a duration"));
+    }
+
+    #[test]
+    fn a_collector_that_nothing_can_be_exported_to_is_refused() {
+        let read = |url: &str| {
+            let (_dir, path) = file(&format!("[log]\notlp_endpoint = \"{url}\"\n"));
+            load(&path).map(|_| ()).map_err(|errors| errors.to_string())
+        };
+        let error = read("127.0.0.1:4318").unwrap_err();
+        assert!(error.contains("log.otlp_endpoint: "), "{error}");
+        let usable = read("http://127.0.0.1:4318");
+        if cfg!(feature = "otel") {
+            assert_eq!(usable, Ok(()));
+        } else {
+            assert!(usable.unwrap_err().contains("--features otel"), "it says what it needs");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@
 //! |---|---|
 //! | [`units`] | offsets, sectors, geometry: every range and overflow check |
 //! | [`exit`] | the exit codes of both programs |
-//! | [`log`] | what the programs say of themselves, to the journal or as text |
+//! | [`log`] | what the programs say of themselves, to the journal or as text, and to a collector |
 //! | [`harden`] | a process that gives its memory to nobody |
 //! | [`clock`] | the clock that leases are kept by |
 //! | [`buffer`] | aligned buffers: plaintext and ciphertext as two types |

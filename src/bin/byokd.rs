@@ -20,8 +20,8 @@ static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 fn main() -> Code {
     let args = Args::parse();
-    let _log = match log::start(args.log, "byokd") {
-        Ok(log) => log,
+    let lines = match log::start(args.log, "byokd") {
+        Ok(lines) => lines,
         Err(error) => return fail(ExitCode::Failed, &error, NO_THREAD),
     };
     let systemd = Systemd::from_env();
@@ -42,6 +42,9 @@ fn main() -> Code {
             Err(errors) => return fail(ExitCode::Usage, &errors, "Mend the lines named above."),
         },
     };
+    if let Err(error) = lines.export(setup.config.log.otlp_endpoint.as_deref()) {
+        return fail(ExitCode::Usage, &error, "Name the URL of a collector, or none.");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("control")

@@ -588,7 +588,7 @@ impl<K: KeyService> Keeping<K> {
                 volume = self.export.name(),
                 key = %error.key,
                 code = error.code,
-                message = error.message,
+                kms_message = error.message,
                 request_id = error.request_id,
                 verdict = ?error.verdict,
                 alert = error.verdict.alert(),

@@ -5,16 +5,20 @@
 //! scrape, so that a volume that was forgotten leaves no series. What happens between two scrapes is
 //! kept in [`counters`] and [`io`]. Labels are volumes, their purposes, key ARNs and words of ours; never
 //! anything that a client chose.
+//!
+//! The text is written as it comes, without the `prometheus` crate's model of it, which takes four
+//! allocations for each label: a node with hundreds of volumes has tens of thousands of lines. A
+//! test holds the text to that crate's.
 
 pub mod counters;
 pub mod io;
 pub mod table;
 
 use std::collections::BTreeMap;
+use std::fmt::{Display, Write};
 
 use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
-use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily};
 use prometheus::{TEXT_FORMAT, TextEncoder};
 
 use crate::metrics::counters::Durations;
@@ -26,32 +30,21 @@ pub const CONTENT_TYPE: &str = TEXT_FORMAT;
 /// One scrape's answer.
 #[derive(Default)]
 pub struct Page {
-    families: BTreeMap<&'static str, MetricFamily>,
+    /// The text of each metric, by its name.
+    families: BTreeMap<&'static str, String>,
+    /// Labels of the line that is being written.
+    labels: String,
 }
 
 impl Page {
     /// A value of a gauge, or of a counter.
     pub fn put(&mut self, metric: &'static Described, labels: &[&str], value: f64) {
-        let mut sample = Metric::from_label(pairs(metric, labels));
-        match metric.kind {
-            Kind::Gauge => {
-                let mut gauge = Gauge::default();
-                gauge.set_value(value);
-                sample.set_gauge(gauge);
-            }
-            Kind::Counter | Kind::Histogram => {
-                let mut counter = Counter::default();
-                counter.set_value(value);
-                sample.set_counter(counter);
-            }
-        }
-        self.family(metric).mut_metric().push(sample);
+        self.line(metric, labels, value);
     }
 
     /// A whole number.
     pub fn count(&mut self, metric: &'static Described, labels: &[&str], value: u64) {
-        #[expect(clippy::cast_precision_loss, reason = "Prometheus knows no other numbers")]
-        self.put(metric, labels, value as f64);
+        self.line(metric, labels, value);
     }
 
     /// One sample for each of `states`: 1 for the one that is, 0 for the others.
@@ -64,62 +57,106 @@ impl Page {
     ) {
         for state in states.iter().map(AsRef::as_ref) {
             let labels: Vec<_> = labels.iter().copied().chain([state]).collect();
-            self.put(metric, &labels, f64::from(u8::from(state == now)));
+            self.line(metric, &labels, u8::from(state == now));
         }
     }
 
     /// A histogram.
     pub fn durations(&mut self, metric: &'static Described, labels: &[&str], values: &Durations) {
         let Durations { bounds, counts, sum } = values;
+        self.labels(metric, labels);
+        let (text, labels) = self.family(metric);
+        let comma = if labels.is_empty() { "" } else { "," };
         let mut so_far = 0;
-        let mut buckets = Vec::with_capacity(counts.len());
+        let mut bucket = |bound: &dyn Display, count| {
+            let name = metric.name;
+            put(text, format_args!("{name}_bucket{{{labels}{comma}le=\"{bound}\"}} {count}\n"));
+        };
         for (bound, count) in bounds.iter().zip(counts) {
             so_far += count;
-            let mut bucket = Bucket::default();
-            bucket.set_upper_bound(*bound);
-            bucket.set_cumulative_count(so_far);
-            buckets.push(bucket);
+            bucket(bound, so_far);
         }
-        let mut histogram = Histogram::default();
-        histogram.set_bucket(buckets);
-        histogram.set_sample_count(counts.iter().sum());
-        histogram.set_sample_sum(sum.as_secs_f64());
-        let mut sample = Metric::from_label(pairs(metric, labels));
-        sample.set_histogram(histogram);
-        self.family(metric).mut_metric().push(sample);
+        let count: u64 = counts.iter().sum();
+        bucket(&"+Inf", count);
+        sample(text, metric.name, "_sum", labels, sum.as_secs_f64());
+        sample(text, metric.name, "_count", labels, count);
     }
 
-    fn family(&mut self, metric: &'static Described) -> &mut MetricFamily {
-        self.families.entry(metric.name).or_insert_with(|| {
-            let mut family = MetricFamily::default();
-            family.set_name(metric.name.to_owned());
-            family.set_help(metric.help.to_owned());
-            family.set_field_type(metric.kind.into());
-            family
-        })
+    fn line(&mut self, metric: &'static Described, labels: &[&str], value: impl Display) {
+        self.labels(metric, labels);
+        let (text, labels) = self.family(metric);
+        sample(text, metric.name, "", labels, value);
+    }
+
+    /// Writes the labels of the next line: `volume="v",state="held"`.
+    fn labels(&mut self, metric: &Described, values: &[&str]) {
+        debug_assert_eq!(metric.labels.len(), values.len(), "{}", metric.name);
+        self.labels.clear();
+        for (name, value) in metric.labels.iter().zip(values) {
+            if !self.labels.is_empty() {
+                self.labels.push(',');
+            }
+            self.labels.push_str(name);
+            self.labels.push_str("=\"");
+            escape(&mut self.labels, value, &['\\', '\n', '"']);
+            self.labels.push('"');
+        }
+    }
+
+    /// A metric's text so far, and the labels.
+    fn family(&mut self, metric: &'static Described) -> (&mut String, &str) {
+        let text = self.families.entry(metric.name).or_insert_with(|| {
+            let Described { name, kind, help, .. } = metric;
+            let kind = match kind {
+                Kind::Gauge => "gauge",
+                Kind::Counter => "counter",
+                Kind::Histogram => "histogram",
+            };
+            let mut text = format!("# HELP {name} ");
+            escape(&mut text, help, &['\\', '\n']);
+            put(&mut text, format_args!("\n# TYPE {name} {kind}\n"));
+            text
+        });
+        (text, &self.labels)
     }
 
     /// As text, with what is known of the process.
     #[must_use]
     pub fn text(self) -> String {
-        let mut families: Vec<_> = self.families.into_values().collect();
-        families.extend(ProcessCollector::for_self().collect());
-        let mut text = String::new();
+        let mut process = String::new();
         // It can only fail for a family without samples, and there is none.
-        let _written = TextEncoder::new().encode_utf8(&families, &mut text);
-        text
+        let families = ProcessCollector::for_self().collect();
+        let _written = TextEncoder::new().encode_utf8(&families, &mut process);
+        let families: Vec<_> = self.families.into_values().chain([process]).collect();
+        families.concat()
     }
 }
 
-fn pairs(metric: &Described, values: &[&str]) -> Vec<LabelPair> {
-    debug_assert_eq!(metric.labels.len(), values.len(), "{}", metric.name);
-    let pair = |(name, value): (&&str, &&str)| {
-        let mut pair = LabelPair::default();
-        pair.set_name((*name).to_owned());
-        pair.set_value((*value).to_owned());
-        pair
-    };
-    metric.labels.iter().zip(values).map(pair).collect()
+/// Writes a line.
+fn sample(text: &mut String, name: &str, part: &str, labels: &str, value: impl Display) {
+    if labels.is_empty() {
+        put(text, format_args!("{name}{part} {value}\n"));
+    } else {
+        put(text, format_args!("{name}{part}{{{labels}}} {value}\n"));
+    }
+}
+
+fn put(text: &mut String, what: std::fmt::Arguments<'_>) {
+    // Memory takes everything.
+    let _written = text.write_fmt(what);
+}
+
+/// Adds a text whose `special` characters would end it.
+fn escape(text: &mut String, value: &str, special: &[char]) {
+    let mut rest = value;
+    while let Some(at) = rest.find(special) {
+        text.push_str(&rest[..at]);
+        text.push('\\');
+        let newline = rest[at..].starts_with('\n');
+        text.push_str(if newline { "n" } else { &rest[at..=at] });
+        rest = &rest[at + 1..];
+    }
+    text.push_str(rest);
 }
 
 #[cfg(test)]
@@ -129,6 +166,83 @@ mod tests {
     use super::*;
     use crate::metrics::counters::{Distribution, FENCE_BOUNDS};
     use crate::metrics::table;
+
+    use prometheus::proto::{
+        Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType,
+    };
+
+    fn pairs(labels: &[(&str, &str)]) -> Vec<LabelPair> {
+        let pair = |(name, value): &(&str, &str)| {
+            let mut pair = LabelPair::default();
+            pair.set_name((*name).to_owned());
+            pair.set_value((*value).to_owned());
+            pair
+        };
+        labels.iter().map(pair).collect()
+    }
+
+    fn family(metric: &Described, kind: MetricType, samples: Vec<Metric>) -> MetricFamily {
+        let mut family = MetricFamily::default();
+        family.set_name(metric.name.to_owned());
+        family.set_help(metric.help.to_owned());
+        family.set_field_type(kind);
+        family.set_metric(samples);
+        family
+    }
+
+    #[test]
+    fn a_page_is_what_the_prometheus_crate_would_write() {
+        static COUNTER: Described =
+            Described { name: "a_total", kind: Kind::Counter, help: "A\\b\nc\"d", labels: &[] };
+        static GAUGE: Described =
+            Described { name: "b", kind: Kind::Gauge, help: "B", labels: &["x", "y"] };
+        static HISTOGRAM: Described =
+            Described { name: "c_seconds", kind: Kind::Histogram, help: "C", labels: &["x"] };
+        let strange = "a\"b\\c\nd{e},ä";
+        let values = [0.0, 1.0, -2.5, 0.1, 1e-9, 123_456_789.123, 1e21];
+        let durations = Durations {
+            bounds: &[50e-6, 0.25, 1.0, 5.0],
+            counts: vec![1, 0, 7, 2, 3],
+            sum: Duration::from_micros(12_345_678),
+        };
+        let mut page = Page::default();
+        page.count(&COUNTER, &[], 1 << 40);
+        values.iter().for_each(|value| page.put(&GAUGE, &[strange, "2"], *value));
+        page.durations(&HISTOGRAM, &[strange], &durations);
+
+        let mut counter = Counter::default();
+        counter.set_value(f64::from(2).powi(40));
+        let mut total = Metric::from_label(Vec::new());
+        total.set_counter(counter);
+        let gauges = values.map(|value| {
+            let mut gauge = Gauge::default();
+            gauge.set_value(value);
+            let mut sample = Metric::from_label(pairs(&[("x", strange), ("y", "2")]));
+            sample.set_gauge(gauge);
+            sample
+        });
+        let mut histogram = Histogram::default();
+        let buckets = [(50e-6, 1), (0.25, 1), (1.0, 8), (5.0, 10)].map(|(bound, count)| {
+            let mut bucket = Bucket::default();
+            bucket.set_upper_bound(bound);
+            bucket.set_cumulative_count(count);
+            bucket
+        });
+        histogram.set_bucket(buckets.to_vec());
+        histogram.set_sample_count(13);
+        histogram.set_sample_sum(12.345_678);
+        let mut seconds = Metric::from_label(pairs(&[("x", strange)]));
+        seconds.set_histogram(histogram);
+        let families = [
+            family(&COUNTER, MetricType::COUNTER, vec![total]),
+            family(&GAUGE, MetricType::GAUGE, gauges.to_vec()),
+            family(&HISTOGRAM, MetricType::HISTOGRAM, vec![seconds]),
+        ];
+        let mut theirs = String::new();
+        TextEncoder::new().encode_utf8(&families, &mut theirs).unwrap();
+        let ours = page.text();
+        assert_eq!(ours.split("# HELP process_").next().unwrap(), theirs);
+    }
 
     #[test]
     fn a_page_is_what_prometheus_reads() {

@@ -1,7 +1,5 @@
 //! Every metric of ours. `docs/metrics.md` is made from this table, and a test compares them.
 
-use prometheus::proto::MetricType;
-
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -11,16 +9,6 @@ pub enum Kind {
     Counter,
     /// Durations, counted by bounds.
     Histogram,
-}
-
-impl From<Kind> for MetricType {
-    fn from(kind: Kind) -> Self {
-        match kind {
-            Kind::Gauge => Self::GAUGE,
-            Kind::Counter => Self::COUNTER,
-            Kind::Histogram => Self::HISTOGRAM,
-        }
-    }
 }
 
 /// One metric.

@@ -124,11 +124,13 @@ fn every_setting_is_described() {
     top.remove("lease");
     top.remove("audit");
     top.remove("http");
+    top.remove("log");
     for (heading, written) in [
         ("### `[kms]`", fields("KmsConfig")),
         ("### `[lease]`", fields("LeaseConfig")),
         ("### `[audit]`", fields("AuditConfig")),
         ("### `[http]`", fields("HttpConfig")),
+        ("### `[log]`", fields("LogConfig")),
         (
             "## volumes.d/NAME.toml",
             fields("VolumeConfig")

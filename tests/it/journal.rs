@@ -79,6 +79,7 @@ fn a_denial_is_in_the_journal_with_its_volume_key_and_request() {
         ("BYOKD_VOLUME", "v"),
         ("BYOKD_KEY", &key),
         ("BYOKD_CODE", "DisabledException"),
+        ("BYOKD_KMS_MESSAGE", &format!("{key} is disabled.")),
         ("PRIORITY", "4"),
         ("SYSLOG_IDENTIFIER", "byokd"),
     ] {
@@ -87,7 +88,8 @@ fn a_denial_is_in_the_journal_with_its_volume_key_and_request() {
     let request = text(denial, "BYOKD_REQUEST_ID");
     assert!(!request.is_empty(), "{denial:?}");
     // Who only reads the text reads it as well.
-    for part in ["volume=\"v\"", "code=\"DisabledException\"", request] {
+    let verbatim = format!("kms_message=\"{key} is disabled.\"");
+    for part in ["volume=\"v\"", "code=\"DisabledException\"", &verbatim, request] {
         assert!(text(denial, "MESSAGE").contains(part), "{denial:?}");
     }
     let all = heard.iter().flat_map(|entry| entry.values().flatten().copied()).collect::<Vec<_>>();

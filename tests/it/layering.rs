@@ -13,6 +13,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("exit", &[]),
     ("log", &["log::*"]),
+    ("log::export", &[]),
     ("log::limit", &[]),
     ("log::queue", &[]),
     ("harden", &[]),
@@ -146,6 +147,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "kernel::sysfs",
             "key::lease",
             "key::wrapped",
+            "log::export",
             "units",
         ],
     ),
@@ -260,7 +262,10 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("xts_mode", &["crypt::reference"]),
     ("aws_sdk_kms", &["kms::aws", "cli::dev_keys"]),
     ("aws_smithy_http_client", &["kms::http"]),
-    ("hyper_util", &["http", "kms::dev"]),
+    ("hyper_util", &["http", "kms::dev", "log::otlp"]),
+    ("opentelemetry", &["log::otlp"]),
+    ("opentelemetry_otlp", &["log::otlp"]),
+    ("opentelemetry_sdk", &["log::otlp"]),
     ("prometheus", &["metrics"]),
     ("neli", &["kernel::netlink"]),
     ("tokio_rustls", &["http::tls"]),
@@ -270,7 +275,18 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     // The data's way waits for nothing but its own sockets and its own ring.
     (
         "tokio",
-        &["attachment", "bin", "cli", "control", "daemon", "http", "keeper", "kms", "listener"],
+        &[
+            "attachment",
+            "bin",
+            "cli",
+            "control",
+            "daemon",
+            "http",
+            "keeper",
+            "kms",
+            "listener",
+            "log::otlp",
+        ],
     ),
 ];
 

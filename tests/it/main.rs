@@ -32,6 +32,8 @@ mod metrics;
 mod monitoring;
 mod mounts;
 mod other_kms;
+#[cfg(feature = "otel")]
+mod otlp;
 mod promises;
 mod raw;
 mod readme;

@@ -102,7 +102,7 @@ impl Words {
         };
         let judgement = verdict::judge(answer, store);
         if !judgement.known {
-            warn!(%operation, key = %arn, code = self.code, message = self.message,
+            warn!(%operation, key = %arn, code = self.code, kms_message = self.message,
                 request_id = self.request_id, "KMS gave an answer that decides nothing");
         }
         KmsError {

@@ -1,5 +1,6 @@
 //! The documents as a book: docs/SUMMARY.md lists each of them once, under its own title, and no
-//! link of theirs leaves the book.
+//! link of theirs leaves the book. Whether mdbook has anything to say of it, such as HTML that nobody
+//! closes, `.ci/run` finds out.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
