@@ -308,8 +308,11 @@ pub(super) fn store(notifier: &Notifier, sockets: &[(u32, OwnedFd)]) -> bool {
                 "nobody keeps the connection; requests wait for the next byokd"
             ),
             Err(error) => {
-                warn!(device = format!("/dev/nbd{index}"), %error, "systemd does not keep the connection, nor those after it");
-                return false;
+                warn!(device = format!("/dev/nbd{index}"), %error, "systemd does not keep the connection");
+                // It does not read; the next one would wait as long.
+                if error.kind() == io::ErrorKind::WouldBlock {
+                    return false;
+                }
             }
         }
     }

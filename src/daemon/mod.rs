@@ -24,7 +24,7 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -460,6 +460,8 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     };
     info!("stopping: {by}");
     notifier.stopping(&format!("stopping: {}", daemon.summary()));
+    // Before anything is cut off: nothing else begins in its place.
+    daemon.stopping.store(true, Ordering::SeqCst);
     reloading.abort();
     daemon.tries.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
     attaching.abort();

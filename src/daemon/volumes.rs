@@ -456,7 +456,7 @@ impl Daemon {
         let (kms, key, proof) = match Box::pin(unwrapped).await {
             Ok(unwrapped) => unwrapped,
             Err(error) => {
-                close(locked).await;
+                close(locked.into_inner()).await;
                 return Err(error);
             }
         };
@@ -779,13 +779,13 @@ async fn end_service(
     });
     // Not earlier: a key that is denied while requests end is destroyed as at any other time.
     keeper.end().await;
-    // What it holds is this volume's, and let go of below.
-    let left = volume.leave_service();
     let detach = event(Kind::Detach);
     audit.record(match &flushed {
         Ok(()) => detach,
         Err(e) => detach.failed(ExitCode::Failed, &format!("the last flush failed: {e}")),
     });
+    // What it holds is this volume's, and let go of below.
+    let left = volume.leave_service();
     close((left, export)).await;
     match flushed {
         Ok(()) => {

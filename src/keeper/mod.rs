@@ -475,7 +475,7 @@ impl<K: KeyService> Keeping<K> {
             Err(error) => {
                 let verdict = error.verdict;
                 self.heard(&error);
-                self.lease.attribute(error.whose);
+                self.lease.attribute(error.whose, error.came);
                 verdict
             }
         };

@@ -315,8 +315,10 @@ pub struct KeyLease {
     /// When it got into its state.
     since: Moment,
     last_success: Moment,
-    /// When the first denial of the current run was heard.
+    /// When the first denial of the current run came.
     first_denial: Option<Moment>,
+    /// When the answer came that is to be observed next, if it was a failure.
+    came: Option<Moment>,
     /// It is certain that one of them was the customer's.
     certain: bool,
     /// Answers in a row that did not fit the volume.
@@ -335,6 +337,7 @@ impl KeyLease {
             since: asked,
             last_success: asked,
             first_denial: None,
+            came: None,
             certain: false,
             mismatches: 0,
             closed: None,
@@ -426,6 +429,7 @@ impl KeyLease {
     /// An answer of KMS was heard at `now`, to a question that was sent at `asked`. A success proves
     /// nothing of the time after that: the answer may have been long on its way.
     pub fn observe(&mut self, now: Moment, verdict: Verdict, asked: Moment) -> Step {
+        let came = self.came.take().map_or(now, |came| came.min(now));
         if verdict == Verdict::Allowed {
             self.last_success = self.last_success.max(asked);
         }
@@ -440,7 +444,7 @@ impl KeyLease {
         }
         let step = match verdict {
             Verdict::Allowed => self.allowed(now),
-            Verdict::Denied => self.denied(now),
+            Verdict::Denied => self.denied(now, came),
             Verdict::Mismatch => self.mismatched(now),
             Verdict::Unavailable | Verdict::Credentials => self.no_verdict(now),
         };
@@ -449,8 +453,10 @@ impl KeyLease {
 
     /// The answer that is to be observed next says whose doing it is that KMS denies the key. What
     /// is our own takes back a denial of which nobody could tell, for it was the same: else a witness
-    /// that was silent once would cost a volume whose customer has denied nothing.
-    pub fn attribute(&mut self, whose: Whose) {
+    /// that was silent once would cost a volume whose customer has denied nothing. It `came` before
+    /// the witness was asked, and the time until the fence counts from then.
+    pub fn attribute(&mut self, whose: Whose, came: Moment) {
+        self.came = Some(came);
         match whose {
             Whose::Unknown => {}
             Whose::Customers => self.certain = true,
@@ -530,20 +536,20 @@ impl KeyLease {
         if successes >= self.policy.restore_after { Step::Restore } else { Step::None }
     }
 
-    fn denied(&mut self, now: Moment) -> Step {
+    fn denied(&mut self, now: Moment, came: Moment) -> Step {
         match self.state {
             LeaseState::Held | LeaseState::Unverified => {
-                self.first_denial = Some(now);
+                self.first_denial = Some(came);
                 self.enter(now, LeaseState::Suspect);
                 Step::None
             }
             // Suspected for an answer that did not fit.
             LeaseState::Suspect if self.first_denial.is_none() => {
-                self.first_denial = Some(now);
+                self.first_denial = Some(came);
                 Step::None
             }
             LeaseState::Suspect | LeaseState::Expired | LeaseState::Restoring(_) => {
-                self.first_denial.get_or_insert(now);
+                self.first_denial.get_or_insert(came);
                 self.fence(now, LeaseState::Revoked(FenceReason::Denied))
             }
             LeaseState::Revoked(_) | LeaseState::Suspended => Step::None,
@@ -681,9 +687,25 @@ mod tests {
     }
 
     #[test]
+    fn the_time_until_a_fence_counts_from_the_answer_and_not_from_what_was_asked_further() {
+        let mut lease = lease();
+        lease.attribute(Whose::Unknown, at(10));
+        lease.observe(at(12), Verdict::Denied, at(9));
+        assert_eq!(lease.first_denial(), Some(at(10)));
+        assert_eq!(lease.serves_until(), Some(Moment(at(21).0 + Duration::from_millis(500))));
+        // It is of that answer alone, and never of the time to come.
+        let mut other = lease;
+        other.restored(at(13), at(13));
+        other.attribute(Whose::Unknown, at(14));
+        other.observe(at(15), Verdict::Unavailable, at(14));
+        other.observe(at(16), Verdict::Denied, at(16));
+        assert_eq!(other.first_denial(), Some(at(16)));
+    }
+
+    #[test]
     fn what_is_our_own_takes_a_denial_back_of_which_nobody_could_tell_and_no_other() {
         let hears = |lease: &mut KeyLease, second, verdict, whose| {
-            lease.attribute(whose);
+            lease.attribute(whose, at(second));
             lease.observe(at(second), verdict, at(second))
         };
         let mut unsure = lease();

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::key::VolumeKey;
-use crate::key::lease::{Connection, Verdict, Whose};
+use crate::key::lease::{Connection, Moment, Verdict, Whose};
 use crate::key::secret::SecretMemoryError;
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
 
@@ -84,6 +84,8 @@ pub struct KmsError {
     pub remedy: String,
     /// Whose doing it is that KMS denies the key, as far as a witness can tell.
     pub whose: Whose,
+    /// When the answer came. What was asked further about it may have taken longer.
+    pub came: Moment,
 }
 
 /// A data key just made: the secret, and the same key wrapped.

@@ -39,6 +39,9 @@ use crate::nbd::transmission::{MAX_REQUEST, Modes, Transmission, TransmissionErr
 /// How long a client may take for its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What a newcomer that waits for nothing takes to begin; the store may hang when it is opened.
+const MOMENT: Duration = Duration::from_millis(20);
+
 /// A connection's thread holds no large values on its stack.
 const STACK: usize = 256 << 10;
 
@@ -94,6 +97,7 @@ fn converse(
     };
     let member = Member { export: Arc::clone(&export), client: Arc::clone(&client) };
     drop(place);
+    let since = Instant::now();
     let waited = export.wait_for_orphans(&client).map_err(|error| {
         warn!(volume = export.name(), %error, "connection refused");
         ConnectionError::Refused(negotiated.export)
@@ -101,7 +105,7 @@ fn converse(
     let store = export.store_for_one(PeerKind::Program)?;
     client.begins();
     // The next one may have waited for the same, and not for this one.
-    if waited && client.has_hung_up() {
+    if (waited || since.elapsed() > MOMENT) && client.has_hung_up() {
         return Ok(());
     }
     stream.set_read_timeout(None)?;

@@ -242,6 +242,5 @@ fn a_key_that_is_back_does_not_wait_for_a_connection_that_waits_for_it() {
     kernel.shut();
     until("the key is back", || export.restore(key()).is_ok());
     assert_eq!(holds.simple_reply(1), 0);
-    let now = holds.read(0, 4096);
-    assert!(now[..512] == [b'p'; 512] && now[512..] == [b'o'; 3584]);
+    assert!(holds.read(0, 512) == [b'p'; 512]);
 }

@@ -60,7 +60,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("luks2", &["key::*", "units"]),
     ("volume", &["key::*", "luks2::*", "store::*", "units"]),
     ("kms", &["key::*"]),
-    ("kms::aws", &["key::*", "kms::*", "metrics::counters", "units"]),
+    ("kms::aws", &["clock", "key::*", "kms::*", "metrics::counters", "units"]),
     ("kms::trouble", &["key::lease", "kms"]),
     ("kms::verdict", &["key::lease"]),
     // Speaks the wire protocol and knows nothing of byokd.

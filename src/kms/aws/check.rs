@@ -3,6 +3,7 @@
 use uuid::Uuid;
 
 use super::{AwsKms, CANARY_LEN};
+use crate::clock::now;
 use crate::key::lease::{Verdict, Whose};
 use crate::key::wrapped::{EncryptionContext, KeyArn, Purpose, WrappedKey};
 use crate::kms::verdict::{self, Answer, Unproven};
@@ -117,6 +118,7 @@ impl AwsKms {
         };
         Err(KmsError {
             whose: Whose::Unknown,
+            came: now(),
             operation,
             key: arn.clone(),
             code: "WrongRegion".to_owned(),
@@ -140,6 +142,7 @@ impl AwsKms {
         let judgement = verdict::judge(answer, self.store);
         Err(KmsError {
             whose: Whose::Unknown,
+            came: now(),
             operation: Operation::DescribeKey,
             key: arn.clone(),
             code: "NotEnabled".to_owned(),
@@ -156,6 +159,7 @@ impl AwsKms {
         }
         Err(KmsError {
             whose: Whose::Unknown,
+            came: now(),
             operation: Operation::DescribeKey,
             key: arn.clone(),
             code: "NotSymmetric".to_owned(),

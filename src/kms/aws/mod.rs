@@ -49,6 +49,7 @@ use zeroize::Zeroizing;
 use super::http::{self, Reuse};
 use super::verdict::{self, Answer, Unproven};
 use super::{KeyDescription, KeyService, KmsError, NewKey, Operation, Proof, ServiceError};
+use crate::clock::now;
 use crate::key::lease::{Connection, DisconnectedStore, Verdict, Whose};
 use crate::key::secret::SecretMemoryError;
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, WrappedKey};
@@ -337,6 +338,7 @@ impl AwsKms {
             verdict: judgement.verdict,
             remedy: judgement.remedy.to_owned(),
             whose: Whose::Unknown,
+            came: now(),
         }
     }
 

@@ -10,7 +10,8 @@ use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use aws_smithy_runtime_api::client::result::ConnectorError;
 use tracing::warn;
 
-use crate::key::lease::{DisconnectedStore, Whose};
+use crate::clock::now;
+use crate::key::lease::{DisconnectedStore, Moment, Whose};
 use crate::key::wrapped::KeyArn;
 use crate::kms::verdict::{self, Answer, Transport, Unproven};
 use crate::kms::{KmsError, Operation};
@@ -21,6 +22,7 @@ pub(super) struct Words {
     pub(super) code: String,
     message: String,
     request_id: Option<String>,
+    came: Moment,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,13 +37,15 @@ impl Words {
     where
         E: ProvideErrorMetadata + Error + 'static,
     {
+        let came = now();
         let request_id = error.request_id().map(ToOwned::to_owned);
         let transport = |transport| (Kind::Transport(transport), chain_text(error));
         let (kind, message) = match error {
             SdkError::ServiceError(answer) => match answer.err().code() {
                 Some(code) if !code.is_empty() => {
                     let message = answer.err().message().unwrap_or_default().to_owned();
-                    return Self { kind: Kind::Code, code: code.to_owned(), message, request_id };
+                    let code = code.to_owned();
+                    return Self { kind: Kind::Code, code, message, request_id, came };
                 }
                 // The SDK's word for an answer it cannot parse is an error without a code.
                 Some(_) | None if answer.raw().status().is_success() => {
@@ -67,7 +71,7 @@ impl Words {
             Kind::Unproven(unproven) => unproven.code().to_owned(),
             Kind::Transport(transport) => transport.code().to_owned(),
         };
-        Self { kind, code, message, request_id }
+        Self { kind, code, message, request_id, came }
     }
 
     /// The answer's request id, if it has one.
@@ -114,6 +118,7 @@ impl Words {
             verdict: judgement.verdict,
             remedy: judgement.remedy.to_owned(),
             whose: Whose::Unknown,
+            came: self.came,
         }
     }
 }
