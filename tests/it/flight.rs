@@ -12,6 +12,7 @@ use byokd::export::{Export, ExportError, ExportTable};
 use byokd::key::lease::FenceReason;
 use byokd::nbd::kernel;
 use byokd::nbd::transmission::Ending;
+use tempfile::TempDir;
 
 use crate::backing::HangingDisk;
 use crate::hold::{export, key, make, open, serve_in};
@@ -100,6 +101,20 @@ fn of_the_kernel(export: &Arc<Export>, table: &ExportTable) -> Raw {
     Raw::over(kernel)
 }
 
+/// A volume whose store hangs when it is told to, where such can be mounted.
+fn on_a_disk_that_hangs(hold: Option<Duration>) -> Option<(TempDir, HangingDisk, Arc<Export>)> {
+    if !can_mount(&["nbdkit"]) {
+        return None;
+    }
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let made = dir.path().join("v.img");
+    make(&made);
+    let disk = HangingDisk::new();
+    disk.put(&made);
+    let export = open(&disk.path(), hold);
+    Some((dir, disk, export))
+}
+
 /// The kernel sends what a connection that it gave up had been sent on its others, at once. What is
 /// done of it after that could undo what is written after its copy.
 #[test]
@@ -116,15 +131,7 @@ fn no_connection_of_the_kernel_goes_on_while_one_that_it_gave_up_has_requests_un
 
 fn while_the_kernel_gives_one_up_with(writes: u64) {
     const LEN: u32 = 1 << 20;
-    if !can_mount(&["nbdkit"]) {
-        return;
-    }
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let made = dir.path().join("v.img");
-    make(&made);
-    let disk = HangingDisk::new();
-    disk.put(&made);
-    let export = open(&disk.path(), None);
+    let Some((_dir, disk, export)) = on_a_disk_that_hangs(None) else { return };
     let table = ExportTable::new();
     let mut given_up = of_the_kernel(&export, &table);
     let mut other = of_the_kernel(&export, &table);
@@ -186,15 +193,7 @@ fn a_connection_that_the_kernel_gave_up_begins_nothing_and_hears_of_a_disconnect
 /// key comes back.
 #[test]
 fn the_kernels_connections_are_refused_while_the_store_hangs_with_what_it_gave_up() {
-    if !can_mount(&["nbdkit"]) {
-        return;
-    }
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let made = dir.path().join("v.img");
-    make(&made);
-    let disk = HangingDisk::new();
-    disk.put(&made);
-    let export = open(&disk.path(), None);
+    let Some((_dir, disk, export)) = on_a_disk_that_hangs(None) else { return };
     let table = ExportTable::new();
     let mut given_up = of_the_kernel(&export, &table);
     let mut other = of_the_kernel(&export, &table);
@@ -219,15 +218,8 @@ fn the_kernels_connections_are_refused_while_the_store_hangs_with_what_it_gave_u
 /// that the kernel gave up meanwhile.
 #[test]
 fn a_key_that_is_back_does_not_wait_for_a_connection_that_waits_for_it() {
-    if !can_mount(&["nbdkit"]) {
-        return;
-    }
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let made = dir.path().join("v.img");
-    make(&made);
-    let disk = HangingDisk::new();
-    disk.put(&made);
-    let export = open(&disk.path(), Some(Duration::from_secs(600)));
+    let hold = Some(Duration::from_secs(600));
+    let Some((dir, disk, export)) = on_a_disk_that_hangs(hold) else { return };
     let mut holds = Raw::connected(&serve_in(dir.path(), &export), "v");
     let mut kernel = of_the_kernel(&export, &ExportTable::new());
     assert_eq!(holds.write(0, &[b'o'; 4096]), 0);

@@ -60,7 +60,7 @@ impl KeyService for Will {
             verdict: if ours { Verdict::Credentials } else { Verdict::Denied },
             remedy: String::new(),
             whose: Whose::Unknown,
-            came: byokd::clock::now(),
+            came: clock::now(),
         })
     }
 
