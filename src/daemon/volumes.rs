@@ -29,7 +29,7 @@ use crate::control::{Problem, VolumeCreate, VolumeStatus};
 use crate::daemon::devices::{AttachHow, store, stored};
 use crate::daemon::refusals::{Answered, by_export, by_panic, by_service, by_volume, refused};
 use crate::daemon::status::status;
-use crate::daemon::{Attached, Daemon, Keyed, Service, Volume};
+use crate::daemon::{Attached, Daemon, Keyed, Now, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportOptions};
 use crate::fence::KeyDestroyed;
@@ -271,10 +271,18 @@ impl Daemon {
         Ok((key, canary))
     }
 
-    /// Refuses what is asked for a volume that was forgotten while its lock was waited for: another
-    /// one may have its name.
-    fn still_known(&self, what: &str, name: &str, volume: &Arc<Volume>) -> Answered<()> {
-        if self.volumes().get(name).is_some_and(|known| Arc::ptr_eq(known, volume)) {
+    /// Does `act` while the volume is known, or refuses what is asked for it: it may have been forgotten,
+    /// or a reload found its definition gone, and another one may have its name.
+    fn while_known(
+        &self,
+        what: &str,
+        name: &str,
+        volume: &Arc<Volume>,
+        act: impl FnOnce(&mut Now),
+    ) -> Answered<()> {
+        let volumes = self.volumes();
+        if volumes.get(name).is_some_and(|known| Arc::ptr_eq(known, volume)) {
+            volume.with(act);
             return Ok(());
         }
         let why = "it was forgotten meanwhile";
@@ -285,7 +293,7 @@ impl Daemon {
         let what = format!("forget volume {name}");
         let volume = self.find(&what, name).await?;
         let _alone = volume.changing.lock().await;
-        self.still_known(&what, name, &volume)?;
+        self.while_known(&what, name, &volume, |_| ())?;
         if volume.with(|now| !matches!(now.service, Service::Detached) || now.device.is_some()) {
             return Err(refused(
                 ExitCode::WrongState,
@@ -338,7 +346,7 @@ impl Daemon {
         let volume = self.find(&what, name).await?;
         let _alone = volume.changing.lock().await;
         self.goes_into_service(&what)?;
-        self.still_known(&what, name, &volume)?;
+        self.while_known(&what, name, &volume, |_| ())?;
         if volume.with(|now| matches!(now.service, Service::Attached(_))) {
             return Err(refused(
                 ExitCode::WrongState,
@@ -373,11 +381,11 @@ impl Daemon {
                 return Err(refused(ExitCode::Usage, &what, why, "Mend the lines named above."));
             }
         };
-        volume.with(|now| {
+        self.while_known(&what, name, &volume, |now| {
             now.config = config.clone();
             now.at_next_attach = Vec::new();
             now.service = Service::Attaching(None);
-        });
+        })?;
         let done = match self.unlock(&what, name, &volume, &config, how.read_only).await {
             Ok(attached) => {
                 volume.with(|now| now.service = Service::Attached(attached));
