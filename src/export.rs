@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -97,7 +97,7 @@ pub struct Export {
     volume: UnlockedVolume,
     backing: Arc<Backing>,
     /// As the kernel's client has it.
-    kernel_store: Mutex<Option<Arc<Backing>>>,
+    kernel_store: OnceLock<Arc<Backing>>,
     sector_size: SectorSize,
     /// Bytes a client may use; it only grows.
     capacity: AtomicU64,
@@ -203,7 +203,7 @@ impl Export {
             options: ExportOptions { read_only, ..options },
             volume,
             backing: Arc::new(backing),
-            kernel_store: Mutex::default(),
+            kernel_store: OnceLock::new(),
             sector_size: geometry.sector_size(),
             capacity: AtomicU64::new(geometry.capacity()),
             fence,
@@ -397,7 +397,7 @@ impl Export {
     /// Operations that the backing store has not ended, of those that were given up, and of the
     /// kernel's connections that were.
     pub fn stalled(&self) -> usize {
-        self.left_behind(|client| client.kernel)
+        self.left_behind(|client| client.kernel && client.is_left_behind())
     }
 
     /// The connections there are now.
@@ -422,7 +422,7 @@ impl Export {
         if self.is_stopping() {
             return Err(ExportError::Stopping);
         }
-        let left = self.left_behind(|client| client.kernel);
+        let left = self.left_behind(|client| client.kernel && client.is_left_behind());
         if left > 0 {
             return Err(ExportError::Stalled(left));
         }
@@ -560,21 +560,32 @@ impl Export {
         &self.fence
     }
 
-    /// The store, for one client ([`Backing::for_one`]). All connections of the kernel are one: it
-    /// flushes on one what it wrote on another.
-    pub(crate) fn store_for_one(&self, kind: PeerKind) -> io::Result<Arc<Backing>> {
-        let open = || {
-            let own = self.backing.for_one()?;
-            Ok(own.map_or_else(|| Arc::clone(&self.backing), Arc::new))
-        };
-        if kind == PeerKind::Program {
-            return open();
+    /// The store, for one client ([`Backing::for_one`]). It may have to wait for the store.
+    ///
+    /// # Errors
+    /// The store cannot be opened again.
+    pub(crate) fn store_for_one(&self) -> io::Result<Arc<Backing>> {
+        let own = self.backing.for_one()?;
+        Ok(own.map_or_else(|| Arc::clone(&self.backing), Arc::new))
+    }
+
+    /// Opens the store for the kernel's client. To be called before any of its connections is served:
+    /// one that waited for a store that hangs could not be handed over.
+    ///
+    /// # Errors
+    /// The store cannot be opened again.
+    pub fn open_for_kernel(&self) -> io::Result<()> {
+        if self.kernel_store.get().is_none() {
+            // Who was quicker has opened the same.
+            let _other = self.kernel_store.set(self.store_for_one()?);
         }
-        let mut of_kernel = lock(&self.kernel_store);
-        match &*of_kernel {
-            Some(store) => Ok(Arc::clone(store)),
-            None => Ok(Arc::clone(of_kernel.insert(open()?))),
-        }
+        Ok(())
+    }
+
+    /// The store as the kernel's client has it. All its connections are one: it flushes on one what it
+    /// wrote on another.
+    pub(crate) fn kernel_store(&self) -> &Arc<Backing> {
+        self.kernel_store.get().unwrap_or(&self.backing)
     }
 
     pub(crate) fn write_order(&self) -> &Arc<WriteOrder> {
@@ -648,9 +659,9 @@ impl Export {
 
     /// Operations that could overtake new ones: those that were given up, and those of clients that
     /// have gone, which their connections may not know yet.
-    fn left_behind(&self, counts: impl Fn(&Client) -> bool) -> usize {
+    fn left_behind(&self, mut counts: impl FnMut(&Client) -> bool) -> usize {
         let clients = lock(&self.clients);
-        let gone = clients.iter().filter(|client| counts(client) && client.is_left_behind());
+        let gone = clients.iter().filter(|client| counts(client));
         let gone: u64 = gone.map(|client| client.in_flight().max(1)).sum();
         let gone = usize::try_from(gone).unwrap_or(usize::MAX);
         self.orphans.load(Ordering::Acquire).saturating_add(gone)
@@ -663,7 +674,12 @@ impl Export {
         let deadline = Instant::now() + ORPHANS;
         let mut told = false;
         loop {
-            let left = self.left_behind(|_| true);
+            let mut came_before = true;
+            let left = self.left_behind(|other| {
+                came_before &= !std::ptr::eq(other, client);
+                // In this order: it may begin between the two.
+                came_before && other.may_begin_late() || other.is_left_behind()
+            });
             let now = Instant::now();
             if left == 0 {
                 return Ok(told);
@@ -756,6 +772,11 @@ impl Client {
                 || self.in_flight() > 0
         };
         self.has_hung_up() && self.begun.load(Ordering::SeqCst) && may_do()
+    }
+
+    /// Whether its peer has gone, and it may do what it was sent when it begins. The kernel's does not.
+    fn may_begin_late(&self) -> bool {
+        !self.kernel && self.has_hung_up() && !self.begun.load(Ordering::SeqCst)
     }
 
     /// Whether there is something from its peer that it has not received.

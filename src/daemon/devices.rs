@@ -17,10 +17,11 @@ use crate::attachment::purge::PurgePlan;
 use crate::attachment::{Attachment, Owner};
 use crate::config::{DeviceChoice, EndUsers, VolumeConfig};
 use crate::control::Problem;
-use crate::daemon::refusals::{Answered, by_kernel, refused};
+use crate::daemon::refusals::{Answered, by_export, by_kernel, refused};
 use crate::daemon::volumes::DRAIN;
 use crate::daemon::{Daemon, Service, Volume};
 use crate::exit::ExitCode;
+use crate::export::ExportError;
 use crate::keeper::threads::apart;
 use crate::kernel::client::KernelClient;
 use crate::kernel::sysfs::{self, Device};
@@ -108,7 +109,15 @@ impl Daemon {
                 .map_err(|e| refused(ExitCode::Failed, what, e, "Raise the limits of byokd."))?;
             volume.with(|now| now.device = Some(Arc::new(resumed)));
         }
-        if let Some(device) = volume.with(|now| now.device.clone()) {
+        let device = volume.with(|now| now.device.clone());
+        let choice = how.device.or(config.device);
+        if device.is_none() && choice.is_none() {
+            return Ok(());
+        }
+        let opened = Arc::clone(&export);
+        let opened = apart("open", move || opened.open_for_kernel()).await.flatten();
+        opened.map_err(|e| by_export(what, &ExportError::Backing(e)))?;
+        if let Some(device) = device {
             let Device { index, volume: other } = device.device();
             if other != uuid {
                 return Err(refused(
@@ -121,7 +130,7 @@ impl Daemon {
             device.serve(export, reports, plan(config)).await;
             return Ok(());
         }
-        let Some(choice) = how.device.or(config.device) else { return Ok(()) };
+        let Some(choice) = choice else { return Ok(()) };
         self.note(name, uuid).map_err(|e| {
             refused(ExitCode::Failed, what, e, "Check the directory of the control socket.")
         })?;

@@ -14,7 +14,7 @@ use crate::nbd::transmission::{Ending, Modes, Transmission, TransmissionError};
 use crate::nbd::wire::ReplyStyle;
 use crate::nbd::{ConnectionError, Member, STACK};
 
-/// Serves it on a thread of its own; returns at once. `ended` hears how it ended, after the last
+/// Serves it on a thread of its own, after [`Export::open_for_kernel`]; returns at once. `ended` hears how it ended, after the last
 /// thing this connection had in the backing store.
 ///
 /// # Errors
@@ -60,7 +60,7 @@ fn transmit(
     let member = Member { export: Arc::clone(export), client: Arc::clone(&client) };
     // A write of a connection from before could overtake its own copy, which the kernel sends again.
     export.wait_for_orphans(&client).map_err(|_| refused())?;
-    let store = export.store_for_one(PeerKind::Kernel)?;
+    let store = Arc::clone(export.kernel_store());
     let modes = Modes { style: ReplyStyle::Simple, base_allocation: None };
     let budget = Arc::clone(table.budget());
     let mut transmission =

@@ -39,9 +39,6 @@ use crate::nbd::transmission::{MAX_REQUEST, Modes, Transmission, TransmissionErr
 /// How long a client may take for its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a newcomer that waits for nothing takes to begin; the store may hang when it is opened.
-const MOMENT: Duration = Duration::from_millis(20);
-
 /// A connection's thread holds no large values on its stack.
 const STACK: usize = 256 << 10;
 
@@ -97,17 +94,16 @@ fn converse(
     };
     let member = Member { export: Arc::clone(&export), client: Arc::clone(&client) };
     drop(place);
-    let since = Instant::now();
     let waited = export.wait_for_orphans(&client).map_err(|error| {
         warn!(volume = export.name(), %error, "connection refused");
         ConnectionError::Refused(negotiated.export)
     })?;
-    let store = export.store_for_one(PeerKind::Program)?;
-    client.begins();
-    // The next one may have waited for the same, and not for this one.
-    if (waited || since.elapsed() > MOMENT) && client.has_hung_up() {
+    // Nobody is told what becomes of what it sent, and those who came later wait for it.
+    if waited && client.has_hung_up() {
         return Ok(());
     }
+    let store = export.store_for_one()?;
+    client.begins();
     stream.set_read_timeout(None)?;
     let modes = Modes { style: negotiated.style, base_allocation: negotiated.base_allocation };
     let budget = Arc::clone(table.budget());

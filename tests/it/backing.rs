@@ -341,18 +341,26 @@ impl HangingDisk {
     }
 
     pub(crate) fn signal(&self, signal: &str) {
-        let pid = self.nbdkit.0.id();
-        run(Command::new("kill").args([signal, &pid.to_string()]));
-        if signal == "-STOP" {
-            // It takes effect thread by thread.
-            let stopped = |task: std::io::Result<std::fs::DirEntry>| {
-                let stat = std::fs::read_to_string(task.unwrap().path().join("stat"));
-                stat.is_ok_and(|stat| stat.contains(") T "))
-            };
-            until("nbdkit has stopped", || {
-                std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(stopped)
-            });
-        }
+        send(signal, self.nbdkit.0.id());
+    }
+
+    /// The same for what shows it as a file: that cannot even be opened while it is stopped.
+    pub(crate) fn signal_file(&self, signal: &str) {
+        send(signal, self.file.as_ref().unwrap().pid());
+    }
+}
+
+fn send(signal: &str, pid: u32) {
+    run(Command::new("kill").args([signal, &pid.to_string()]));
+    if signal == "-STOP" {
+        // It takes effect thread by thread.
+        let stopped = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat"));
+            stat.is_ok_and(|stat| stat.contains(") T "))
+        };
+        until("it has stopped", || {
+            std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(stopped)
+        });
     }
 }
 
@@ -360,6 +368,7 @@ impl Drop for HangingDisk {
     fn drop(&mut self) {
         // So that the rest ends: the file, then nbdkit.
         self.signal("-CONT");
+        self.signal_file("-CONT");
     }
 }
 
@@ -538,6 +547,36 @@ fn a_write_that_a_client_left_hanging_does_not_undo_what_comes_after_it() {
     assert_eq!(next.simple_reply(2), 0);
     until("the others have gone", || taken(1));
     assert!(next.read(0, 4096) == [b'b'; 4096]);
+}
+
+/// A client that has gone may not even have begun what it sent when the next one comes.
+#[test]
+fn nothing_of_a_client_that_has_gone_is_begun_after_what_a_later_one_wrote() {
+    if !can_mount(&["nbdkit"]) {
+        return;
+    }
+    let daemon = Daemon::start();
+    let disk = HangingDisk::new();
+    disk.define(&daemon, "v", &daemon.key());
+    let definition = format!("backing = \"{}\"\ndirect = \"off\"\n", disk.path().display());
+    std::fs::write(daemon.dir.path().join("volumes.d/v.toml"), definition).unwrap();
+    daemon.ok(&["attach", "v"]);
+    let socket = daemon.dir.path().join("nbd/v.sock");
+    // The page cache lies between: the store is opened again for each client, which waits for that.
+    disk.signal_file("-STOP");
+    let write = |byte| [request(0, WRITE, 1, 0, 4096), vec![byte; 4096]].concat();
+    let mut gone = Raw::connected(&socket, "v");
+    gone.send(&write(b'a'));
+    let connected = |n: u64| daemon.status("v")["connections"] == n;
+    until("the client is there", || connected(1));
+    drop(gone);
+    let mut later = Raw::connected(&socket, "v");
+    later.send(&write(b'b'));
+    daemon.says("an earlier connection left in the store");
+    disk.signal_file("-CONT");
+    assert_eq!(later.simple_reply(1), 0);
+    assert!(connected(1), "what was before it has ended");
+    assert!(later.read(0, 4096) == [b'b'; 4096]);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use byokd::export::{Export, ExportError, ExportTable};
 use byokd::key::lease::FenceReason;
 use byokd::nbd::kernel;
 use byokd::nbd::transmission::Ending;
+use byokd::store::DirectIo;
 use tempfile::TempDir;
 
 use crate::backing::HangingDisk;
@@ -97,12 +98,16 @@ fn a_fence_that_was_closed_for_good_is_opened_by_no_key() {
 /// A connection of the kernel's client.
 fn of_the_kernel(export: &Arc<Export>, table: &ExportTable) -> Raw {
     let (kernel, ours) = UnixStream::pair().unwrap();
+    export.open_for_kernel().unwrap();
     kernel::serve(ours, Arc::clone(export), table, drop).unwrap();
     Raw::over(kernel)
 }
 
 /// A volume whose store hangs when it is told to, where such can be mounted.
-fn on_a_disk_that_hangs(hold: Option<Duration>) -> Option<(TempDir, HangingDisk, Arc<Export>)> {
+fn on_a_disk_that_hangs(
+    hold: Option<Duration>,
+    direct: DirectIo,
+) -> Option<(TempDir, HangingDisk, Arc<Export>)> {
     if !can_mount(&["nbdkit"]) {
         return None;
     }
@@ -111,7 +116,7 @@ fn on_a_disk_that_hangs(hold: Option<Duration>) -> Option<(TempDir, HangingDisk,
     make(&made);
     let disk = HangingDisk::new();
     disk.put(&made);
-    let export = open(&disk.path(), hold);
+    let export = open(&disk.path(), hold, direct);
     Some((dir, disk, export))
 }
 
@@ -131,7 +136,7 @@ fn no_connection_of_the_kernel_goes_on_while_one_that_it_gave_up_has_requests_un
 
 fn while_the_kernel_gives_one_up_with(writes: u64) {
     const LEN: u32 = 1 << 20;
-    let Some((_dir, disk, export)) = on_a_disk_that_hangs(None) else { return };
+    let Some((_dir, disk, export)) = on_a_disk_that_hangs(None, DirectIo::Auto) else { return };
     let table = ExportTable::new();
     let mut given_up = of_the_kernel(&export, &table);
     let mut other = of_the_kernel(&export, &table);
@@ -193,7 +198,7 @@ fn a_connection_that_the_kernel_gave_up_begins_nothing_and_hears_of_a_disconnect
 /// key comes back.
 #[test]
 fn the_kernels_connections_are_refused_while_the_store_hangs_with_what_it_gave_up() {
-    let Some((_dir, disk, export)) = on_a_disk_that_hangs(None) else { return };
+    let Some((_dir, disk, export)) = on_a_disk_that_hangs(None, DirectIo::Auto) else { return };
     let table = ExportTable::new();
     let mut given_up = of_the_kernel(&export, &table);
     let mut other = of_the_kernel(&export, &table);
@@ -219,7 +224,7 @@ fn the_kernels_connections_are_refused_while_the_store_hangs_with_what_it_gave_u
 #[test]
 fn a_key_that_is_back_does_not_wait_for_a_connection_that_waits_for_it() {
     let hold = Some(Duration::from_secs(600));
-    let Some((dir, disk, export)) = on_a_disk_that_hangs(hold) else { return };
+    let Some((dir, disk, export)) = on_a_disk_that_hangs(hold, DirectIo::Auto) else { return };
     let mut holds = Raw::connected(&serve_in(dir.path(), &export), "v");
     let mut kernel = of_the_kernel(&export, &ExportTable::new());
     assert_eq!(holds.write(0, &[b'o'; 4096]), 0);
@@ -235,4 +240,24 @@ fn a_key_that_is_back_does_not_wait_for_a_connection_that_waits_for_it() {
     until("the key is back", || export.restore(key()).is_ok());
     assert_eq!(holds.simple_reply(1), 0);
     assert!(holds.read(0, 512) == [b'p'; 512]);
+}
+
+/// Else the next daemon would not get it, and what the kernel sent on it would be lost.
+#[test]
+fn a_connection_of_the_kernel_that_begins_while_the_store_hangs_can_be_handed_over() {
+    // Through the page cache, it is opened again for the kernel.
+    let made = on_a_disk_that_hangs(None, DirectIo::Off);
+    let Some((_dir, disk, export)) = made else { return };
+    export.open_for_kernel().unwrap();
+    disk.signal_file("-STOP");
+    let (kernel, ours) = UnixStream::pair().unwrap();
+    let (tell, ended) = mpsc::channel();
+    let ends = move |ending| tell.send(ending).unwrap();
+    kernel::serve(ours, Arc::clone(&export), &ExportTable::new(), ends).unwrap();
+    until("it is there", || export.connections() == 1);
+    export.hand_over();
+    let ended = ended.recv_timeout(PATIENCE);
+    disk.signal_file("-CONT");
+    assert_eq!(ended.unwrap(), Some(Ending::HandedOver));
+    drop(kernel);
 }

@@ -41,7 +41,7 @@ pub(crate) fn held_export(dir: &Path, hold: Duration) -> Arc<Export> {
 pub(crate) fn export(dir: &Path, hold: Option<Duration>) -> Arc<Export> {
     let backing = dir.join("v.img");
     make(&backing);
-    open(&backing, hold)
+    open(&backing, hold, DirectIo::Auto)
 }
 
 /// A new volume with [`key`].
@@ -65,7 +65,7 @@ pub(crate) fn make(backing: &Path) {
 }
 
 /// Serves that volume.
-pub(crate) fn open(backing: &Path, hold: Option<Duration>) -> Arc<Export> {
+pub(crate) fn open(backing: &Path, hold: Option<Duration>, direct: DirectIo) -> Arc<Export> {
     let volume = LockedVolume::open(backing, Access::ReadWrite).unwrap().unlock(&key());
     let options = ExportOptions {
         name: "v".to_owned(),
@@ -73,7 +73,7 @@ pub(crate) fn open(backing: &Path, hold: Option<Duration>) -> Arc<Export> {
         read_only: false,
         trim: true,
         max_connections: 16,
-        direct: DirectIo::Auto,
+        direct,
         hold,
     };
     Export::open(volume.map_err(|(_, error)| error).unwrap(), key(), options).unwrap()

@@ -67,6 +67,10 @@ impl NbdFile {
     pub(crate) fn path(&self) -> PathBuf {
         self.dir.join("disk")
     }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
 }
 
 impl Drop for NbdFile {
