@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use byokd::kms::dev::{DEV_REGION, Fault, FaultKind};
+use byokd::key::wrapped::KeyArn;
+use byokd::kms::dev::{DEV_REGION, Fault, FaultKind, Seen};
 use jiff::Timestamp;
 use serde_json::Value;
 
@@ -298,6 +299,38 @@ fn a_witness_that_was_silent_once_costs_no_volume() {
     until("it was probed again and again", || customer.kms.requests().len() > before + 10);
     assert_eq!(daemon.state("v"), "unverified");
     never_fenced(&daemon, "v");
+}
+
+#[test]
+fn what_is_asked_further_about_a_denial_makes_no_fence_late_though_nobody_answers() {
+    let customer = Customer::new();
+    let (witness, deleted) = (customer.another_key(), customer.another_key());
+    let daemon = customer
+        .daemon_with(&format!("witness_key = \"{witness}\"\n"), "probe_interval = \"1s\"\n");
+    daemon.volume("refused", "1M", customer.key.as_str());
+    daemon.volume("deleted", "1M", deleted.as_str());
+    daemon.says("the witness key is ready");
+    let silent = Fault::new(FaultKind::Timeout);
+    customer.kms.inject(silent.clone().on(&["DescribeKey"]));
+    customer.kms.inject(Fault { key: Some(witness.to_string()), ..silent.on(&["Decrypt"]) });
+    let (id, denied) = (deleted.as_str(), Fault::error(400, "AccessDeniedException", "no"));
+    customer.kms.inject(Fault { key: Some(customer.key.to_string()), ..denied });
+    let deletion = customer.console.schedule_key_deletion().key_id(id);
+    customer.runtime.block_on(deletion.send()).unwrap();
+    for (name, code) in
+        [("refused", "AccessDeniedException"), ("deleted", "KMSInvalidStateException")]
+    {
+        until("it is fenced", || daemon.state(name) == "fenced");
+        let lease = lease(&daemon, name);
+        assert_eq!(lease["evidence"]["code"], code, "{lease}");
+        let took = Duration::from_millis(lease["fence_ms"].as_u64().unwrap());
+        assert!(took < BOUND, "{name}: {took:?} after the first denied answer");
+    }
+    let asked = |what: &str, key: &KeyArn| {
+        let about = |seen: &Seen| seen.key.as_deref().is_some_and(|id| key.as_str().ends_with(id));
+        customer.kms.requests().iter().any(|seen| seen.operation == what && about(seen))
+    };
+    assert!(asked("DescribeKey", &deleted) && asked("Decrypt", &witness));
 }
 
 /// fio, writing and verifying all it wrote, over four connections, in sizes and places of all
