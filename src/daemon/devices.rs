@@ -18,7 +18,7 @@ use crate::attachment::{Attachment, Owner};
 use crate::config::{DeviceChoice, EndUsers, VolumeConfig};
 use crate::control::Problem;
 use crate::daemon::refusals::{Answered, by_export, by_kernel, refused};
-use crate::daemon::volumes::DRAIN;
+use crate::daemon::stop::DRAIN;
 use crate::daemon::{Daemon, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::ExportError;

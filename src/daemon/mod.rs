@@ -1,20 +1,23 @@
 //! Puts the parts together: start, serve the control API, stop.
 //!
 //! A [`Daemon`] is shared by the control connections. It keeps the definitions of volumes and what
-//! is attached; what is done to them stands in `volumes`, `keys` and `rewrap`, what is said of
+//! is attached; what is done to them stands in `create`, `volumes`, `stop`, `keys` and `rewrap`, what is said of
 //! them in `status`.
 
 pub mod args;
 mod audited;
+mod create;
 mod devices;
 mod keys;
 mod look;
+mod patience;
 mod refusals;
 mod reload;
 mod resize;
 mod rewrap;
 mod service;
 mod status;
+mod stop;
 mod volumes;
 mod watch;
 
@@ -592,7 +595,7 @@ impl Daemon {
     /// Until these were tried, the daemon is not ready.
     fn await_wanted(&self) {
         for volume in self.volumes().values() {
-            let wanted = volumes::is_wanted(volume);
+            let wanted = patience::is_wanted(volume);
             volume.with(|now| now.awaited = wanted);
         }
     }

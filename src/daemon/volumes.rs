@@ -1,83 +1,44 @@
-//! What is done to volumes: create, attach, detach, forget.
+//! What is done to volumes: attach, detach, forget.
 //!
 //! Each volume has one lock that orders these; none is held while another volume is asked for, so
 //! that one whose KMS is slow never delays another.
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use nix::sys::resource::{Resource, getrlimit};
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout, timeout_at};
-use tracing::{error, info, warn};
-use uuid::Uuid;
+use tracing::info;
 
 use crate::audit::record::{Event, Kind};
 use crate::audit::{Audit, Owed};
 use crate::clock::now;
-use crate::config::{
-    AttachWhen, Auto, VolumeConfig, is_volume_name, load_volume, load_volume_with_hash,
-};
-use crate::control::{Problem, VolumeCreate, VolumeStatus};
-use crate::daemon::devices::{AttachHow, store, stored};
+use crate::config::{Auto, VolumeConfig, is_volume_name, load_volume, load_volume_with_hash};
+use crate::control::{Problem, VolumeStatus};
+use crate::daemon::devices::AttachHow;
 use crate::daemon::refusals::{Answered, by_export, by_panic, by_service, by_volume, refused};
 use crate::daemon::status::status;
+use crate::daemon::stop::DRAIN;
 use crate::daemon::{Attached, Daemon, Keyed, Now, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportOptions};
-use crate::fence::KeyDestroyed;
 use crate::keeper::plan::PlanStep;
 use crate::keeper::threads::{Apart, apart, close};
 use crate::keeper::{self, Keeper, Terms};
-use crate::kernel::sysfs;
-use crate::key::lease::{Allowance, Connection, FenceReason, Moment};
-use crate::key::wrapped::{Canary, EncryptionContext, Role};
+use crate::key::lease::FenceReason;
+use crate::key::wrapped::Role;
+use crate::kms::KeyService;
 use crate::kms::aws::{AwsKms, AwsSettings, RoleToAssume};
-use crate::kms::{KeyService, NewKey, ServiceError};
 use crate::listener::{Listener, Peers};
 use crate::luks2::Header;
 use crate::store::DirectIo;
-use crate::systemd::Notifier;
 use crate::units::{rfc3339, word};
-use crate::volume::{Access, CreateOptions, LockedVolume, NewVolume};
-
-/// How long requests in flight may take when a volume is detached or the daemon stops.
-pub(super) const DRAIN: Duration = Duration::from_secs(10);
+use crate::volume::{Access, LockedVolume};
 
 /// How soon the keeper of a volume that is attached is heard of first.
 const ATTACHING: Duration = Duration::from_secs(10);
-
-/// How long to wait before a volume that should be attached is tried again.
-const RETRY: Duration = Duration::from_secs(5);
-
-/// How soon a first denial of a volume with a device is confirmed.
-const CONFIRM: Duration = Duration::from_millis(500);
-
-/// How long ending the service of all volumes may take when the daemon stops, whatever hangs: all
-/// that is waited for in it ends by then. systemd ends the daemon 30 s after it told it to stop;
-/// what is left is for systemd to keep connections, for the audit trail and for the log.
-const STOP: Duration = Duration::from_secs(18);
-
-/// How long a stop waits for what is being done to a volume where there is no service to end: it may
-/// wait for a store that hangs.
-const BEING_TRIED: Duration = Duration::from_secs(2);
-
-/// How long a device's connections may take to a place between two requests, at most.
-const HAND_OVER: Duration = Duration::from_secs(8);
-
-/// The same where the volume is given up.
-const GIVING_UP: Duration = Duration::from_secs(2);
-
-/// What ending the service of a volume takes beyond the time that it is given: what was cut off has
-/// to notice, and the store to flush and to be closed.
-const CUT_OFF: Duration = Duration::from_millis(2500);
 
 /// Descriptors that no further volume takes: what is attached needs them for clients, and for asking
 /// KMS. A node that could not ask would lose all its volumes when their allowances end.
@@ -93,18 +54,6 @@ fn room_for_descriptors() -> Result<(), String> {
         ));
     }
     Ok(())
-}
-
-/// A name that a volume being made has for itself.
-struct Reserved<'a> {
-    daemon: &'a Daemon,
-    name: String,
-}
-
-impl Drop for Reserved<'_> {
-    fn drop(&mut self) {
-        self.daemon.creating().remove(&self.name);
-    }
 }
 
 impl Daemon {
@@ -145,130 +94,6 @@ impl Daemon {
     pub(super) async fn is_defined(&self, name: &str) -> io::Result<bool> {
         let path = self.definition(name);
         apart("definition", move || path.exists()).await
-    }
-
-    async fn reserve(&self, what: &str, name: &str) -> Answered<Reserved<'_>> {
-        let taken = || {
-            refused(
-                ExitCode::WrongState,
-                what,
-                "there is a volume of that name",
-                "Choose another name, or `byokctl volume forget` that one (its data stays).",
-            )
-        };
-        let reserved = {
-            let mut creating = self.creating();
-            if self.volumes().contains_key(name) || !creating.insert(name.to_owned()) {
-                return Err(taken());
-            }
-            Reserved { daemon: self, name: name.to_owned() }
-        };
-        if self.is_defined(name).await.map_err(|e| by_panic(what, e))? {
-            return Err(taken());
-        }
-        Ok(reserved)
-    }
-
-    pub(super) async fn create(&self, create: VolumeCreate) -> Answered<Box<VolumeStatus>> {
-        let what = format!("create volume {}", create.name);
-        if !is_volume_name(&create.name) {
-            return Err(refused(
-                ExitCode::Usage,
-                &what,
-                "that cannot be a volume's name",
-                "Use letters, digits, `-`, `_` and `.`, at most 64, beginning with a letter or digit.",
-            ));
-        }
-        if create.backing.is_relative() {
-            return Err(refused(
-                ExitCode::Usage,
-                &what,
-                format!("{} is a relative path", create.backing.display()),
-                "Give the backing file or device as an absolute path.",
-            ));
-        }
-        let reserved = self.reserve(&what, &create.name).await?;
-        let uuid = self.make(&what, &create).await?;
-        let mut config = VolumeConfig::new(create.backing);
-        config.uuid = Some(uuid);
-        config.role_arn = create.role.as_ref().map(|role| role.arn.clone());
-        config.external_id = create.role.and_then(|role| role.external_id);
-        let (path, defined) = (self.definition(&create.name), config.clone());
-        let written = apart("define", move || define(&path, &defined)).await;
-        written.flatten().map_err(|e| {
-            let why = format!("the volume is made, but its definition is not written: {e}");
-            refused(
-                ExitCode::Failed,
-                &what,
-                why,
-                "Write the definition by hand, or create it again with --force.",
-            )
-        })?;
-        let defined = Event::new(Kind::ConfigChange).volume(&create.name);
-        self.audit.record(defined.detail("change", "defined"));
-        info!(volume = create.name, key = %create.key, purpose = %create.purpose, "volume created");
-        // A reload may have found the definition already, and attach the volume.
-        let volume = {
-            let mut volumes = self.volumes();
-            let volume = volumes.entry(create.name.clone());
-            Arc::clone(volume.or_insert_with(|| Arc::new(Volume::new(config))))
-        };
-        drop(reserved);
-        Ok(Box::new(status(&create.name, &volume).await))
-    }
-
-    /// Writes the volume to its store. The key has proved by then that it can be used in the
-    /// volume's context, also for unwrapping.
-    async fn make(&self, what: &str, create: &VolumeCreate) -> Answered<Uuid> {
-        let options = CreateOptions {
-            backing: create.backing.clone(),
-            capacity: create.size,
-            sector_size: create.sector_size,
-            label: create.name.clone(),
-            force: create.force,
-            preallocate: create.preallocate,
-        };
-        let prepared = apart("prepare", move || NewVolume::prepare(options)).await;
-        let new = prepared.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
-        let uuid = new.uuid();
-        let (key, canary) = match self.make_key(what, create, uuid).await {
-            Ok(made) => made,
-            Err(refused) => {
-                close(new).await;
-                return Err(refused);
-            }
-        };
-        let event = Event::new(Kind::Create).volume(&create.name).wrapped(&key.wrapped);
-        let event = event.detail("backing", &create.backing.display().to_string());
-        // Not among work that may hang, as the key would.
-        let sealed = apart("seal", move || new.seal(key.key, key.wrapped, canary)).await;
-        let sealed = sealed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
-        if let Err(refused) = self.first_record(what, event).await {
-            close(sealed).await;
-            return Err(refused);
-        }
-        let committed = apart("commit", move || sealed.commit()).await;
-        committed.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
-        Ok(uuid)
-    }
-
-    /// A key for a new volume, which has proved that it can be used, and a canary.
-    async fn make_key(
-        &self,
-        what: &str,
-        create: &VolumeCreate,
-        uuid: Uuid,
-    ) -> Answered<(NewKey, Canary)> {
-        let pairs = create.context.clone();
-        let context = EncryptionContext::for_volume(uuid, create.purpose, pairs)
-            .map_err(|e| refused(ExitCode::Usage, what, e, "Mend the --context options."))?;
-        let kms = self.kms_for(what, create.role.as_ref()).await?;
-        let by_kms = |error: ServiceError| by_service(what, &error);
-        let key = kms.make_key(&create.key, &context).await.map_err(by_kms)?;
-        let canary = kms.make_canary(&create.key, &context).await.map_err(by_kms)?;
-        let probed = kms.probe(&canary, Connection::Fresh).await;
-        probed.map_err(|e| by_kms(e.into()))?;
-        Ok((key, canary))
     }
 
     /// Does `act` while the volume is known, or refuses what is asked for it: it may have been forgotten,
@@ -576,242 +401,6 @@ impl Daemon {
         }
         Ok(Box::new(status(name, &volume).await))
     }
-
-    /// Ends the service of a volume, if it is in service; says whether it was. Requests in flight have
-    /// `within` the time to end.
-    pub(super) async fn end(
-        &self,
-        name: &str,
-        volume: &Arc<Volume>,
-        reason: FenceReason,
-        within: Duration,
-    ) -> io::Result<bool> {
-        let taken =
-            volume.with(|now| match std::mem::replace(&mut now.service, Service::Detached) {
-                Service::Attached(attached) => {
-                    now.service = Service::Detaching(attached.keyed());
-                    Some(attached)
-                }
-                other @ (Service::Detached | Service::Attaching(_) | Service::Detaching(_)) => {
-                    now.service = other;
-                    None
-                }
-            });
-        let Some(attached) = taken else { return Ok(false) };
-        self.table.remove(name);
-        let (audit, volume) = (Arc::clone(&self.audit), Arc::clone(volume));
-        let ending = end_service(audit, name.to_owned(), volume, attached, reason, within);
-        // Whoever does not wait for it any more does not end it.
-        tokio::spawn(ending).await.map_err(io::Error::other)?.map(|()| true)
-    }
-
-    /// Refuses what would put a volume into service while the daemon stops.
-    pub(super) fn goes_into_service(&self, what: &str) -> Answered<()> {
-        if self.stopping.load(Ordering::SeqCst) {
-            let remedy = "Attach it when byokd runs again.";
-            return Err(refused(ExitCode::WrongState, what, "the daemon is stopping", remedy));
-        }
-        Ok(())
-    }
-
-    /// Nothing that is still under way, of its keeper for example, brings the key back.
-    fn destroy(&self, name: &str, export: &Export, reason: FenceReason) {
-        if export.close_for_good(reason).is_first() {
-            let header = export.volume().header();
-            let event = Event::new(Kind::KeyDestroyed).volume(name);
-            self.audit.record(event.wrapped(&header.token().wrapped).reason(reason));
-        }
-    }
-
-    /// The daemon stops, and a key that is still here is destroyed, whatever is being done to its
-    /// volume.
-    fn give_up(&self, name: &str, volume: &Volume) {
-        if let Some(Keyed { export, .. }) = volume.with(|now| now.service.keyed()) {
-            self.destroy(name, &export, FenceReason::Stopping);
-        }
-    }
-
-    /// Attaches what should be attached and what has a device in the kernel, again and again while
-    /// KMS gives no verdict or says no. Dropping this ends the tries.
-    /// `tried` is dropped when each has been tried once.
-    pub(super) async fn attach_all(self: Arc<Self>, tried: mpsc::Sender<()>) {
-        let mut tries = JoinSet::new();
-        for (name, volume) in self.volumes().clone() {
-            if is_wanted(&volume) {
-                tries.spawn(Arc::clone(&self).attach_patiently(name, Some(tried.clone())));
-            }
-        }
-        drop(tried);
-        while tries.join_next().await.is_some() {}
-    }
-
-    pub(super) async fn attach_patiently(
-        self: Arc<Self>,
-        name: String,
-        mut tried: Option<mpsc::Sender<()>>,
-    ) {
-        let mut waiting = Waiting::default();
-        loop {
-            // An operator may have attached or forgotten it meanwhile, or taken its device away.
-            let Some(volume) = self.volumes().get(&name).cloned() else { return };
-            if !is_wanted(&volume) {
-                volume.with(|now| now.awaited = false);
-                return;
-            }
-            let device = volume.with(|now| now.device.clone());
-            let read_only = device.as_ref().is_some_and(|d| sysfs::is_read_only(d.device().index));
-            let how = AttachHow { read_only, ..AttachHow::default() };
-            let attached = self.attach(&name, how).await;
-            volume.with(|now| now.awaited = false);
-            let Err(e) = attached else { return };
-            // Somebody else did it meanwhile.
-            if !is_wanted(&volume) {
-                return;
-            }
-            let lease = volume.with(|now| now.config.lease.policy(self.setup.policy));
-            let (pause, requests) = waiting.after(e.exit, lease.allowance);
-            match (device, requests) {
-                (Some(device), Refuse::Now) => device.refuse().await,
-                (Some(_), Refuse::NotYet) => {}
-                (None, _) => {
-                    if e.exit != ExitCode::KmsUnavailable && e.exit != ExitCode::KeyDenied {
-                        error!(volume = name, why = e.why, remedy = e.remedy, "not attached");
-                        return;
-                    }
-                }
-            }
-            if waiting.is_news(&e.why) {
-                warn!(volume = name, why = e.why, remedy = e.remedy, "not attached yet");
-            }
-            drop(tried.take());
-            tokio::time::sleep(pause).await;
-        }
-    }
-
-    /// Ends service of every volume, all at the same time and in bounded time. Devices in the kernel
-    /// stay: the connections of each are for the next daemon, once its volume is flushed and the key
-    /// destroyed.
-    pub(super) async fn stop(self: &Arc<Self>, notifier: &Notifier) {
-        let deadline = Instant::now() + STOP;
-        self.stopping.store(true, Ordering::SeqCst);
-        let (give, mut given) = mpsc::unbounded_channel();
-        let mut ends = JoinSet::new();
-        for (name, volume) in self.volumes().clone() {
-            ends.spawn(Arc::clone(self).stop_one(name, volume, deadline, give.clone()));
-        }
-        drop(give);
-        // As soon as they are between two requests: what hangs afterwards costs none of them.
-        let mut keeps = true;
-        while let Ok(Some(sockets)) = timeout_at(deadline, given.recv()).await {
-            keeps = keeps && store(notifier, &sockets);
-        }
-        while ends.try_join_next().is_some() {}
-        if !given.is_closed() {
-            error!(volumes = ends.len(), "not waited for: volumes whose service does not end");
-        }
-        stored(notifier);
-    }
-
-    /// Ends service of one volume by `deadline`, and gives the connections of its device away.
-    async fn stop_one(
-        self: Arc<Self>,
-        name: String,
-        volume: Arc<Volume>,
-        deadline: Instant,
-        give: mpsc::UnboundedSender<Vec<(u32, OwnedFd)>>,
-    ) {
-        let left = || deadline.saturating_duration_since(Instant::now());
-        let given = |sockets: Vec<_>| {
-            if !sockets.is_empty() {
-                // Who takes them has no more time.
-                let _closed = give.send(sockets);
-            }
-        };
-        let patience = volume.with(|now| match now.service {
-            Service::Attached(_) | Service::Detaching(_) => {
-                left().saturating_sub(GIVING_UP + CUT_OFF)
-            }
-            Service::Detached | Service::Attaching(_) => BEING_TRIED,
-        });
-        let Ok(_alone) = timeout(patience, volume.changing.lock()).await else {
-            error!(
-                volume = name,
-                "not waited for: something that is being done to it does not end"
-            );
-            // First, so that the kernel sees no error: what it has sent is answered with the key.
-            given(hand_over(&volume, GIVING_UP).await);
-            self.give_up(&name, &volume);
-            return;
-        };
-        given(hand_over(&volume, HAND_OVER.min(left() / 2)).await);
-        let within = DRAIN.min(left().saturating_sub(CUT_OFF));
-        // What failed was logged.
-        let _ended = self.end(&name, &volume, FenceReason::Stopping, within).await;
-        // Whoever began to end it may have been cut off, and it goes on.
-        volume.ended(left().saturating_sub(CUT_OFF / 2)).await;
-        self.give_up(&name, &volume);
-    }
-}
-
-/// What [`Daemon::end`] does, once nobody else can.
-async fn end_service(
-    audit: Arc<Audit>,
-    name: String,
-    volume: Arc<Volume>,
-    attached: Attached,
-    reason: FenceReason,
-    within: Duration,
-) -> io::Result<()> {
-    let Attached { export, keeper, _listener: listener, .. } = attached;
-    drop(listener);
-    let wrapped = export.volume().header().token().wrapped.clone();
-    let event = {
-        let name = name.clone();
-        move |kind| Event::new(kind).volume(&name).wrapped(&wrapped).reason(reason)
-    };
-    let record = {
-        let (audit, destroyed) = (Arc::clone(&audit), event(Kind::KeyDestroyed));
-        // Not of a volume that was fenced already.
-        move |receipt: &KeyDestroyed| {
-            if receipt.is_first() {
-                audit.record(destroyed.clone());
-            }
-        }
-    };
-    // Not among work that may hang: the key would outlive its volume's service.
-    let (stopping, records) = (Arc::clone(&export), record.clone());
-    let stopped = apart("stop", move || stopping.stop(reason, within, records)).await;
-    let flushed = stopped.unwrap_or_else(|no_thread| {
-        record(&export.close_for_good(reason));
-        Err(no_thread)
-    });
-    // Not earlier: a key that is denied while requests end is destroyed as at any other time.
-    keeper.end().await;
-    let detach = event(Kind::Detach);
-    audit.record(match &flushed {
-        Ok(()) => detach,
-        Err(e) => detach.failed(ExitCode::Failed, &format!("the last flush failed: {e}")),
-    });
-    // What it holds is this volume's, and let go of below.
-    let left = volume.leave_service();
-    close((left, export)).await;
-    match flushed {
-        Ok(()) => {
-            info!(volume = name, ?reason, "detached: flushed, the key is destroyed");
-            Ok(())
-        }
-        Err(e) => {
-            error!(volume = name, error = %e, "detached: the key is destroyed, the last flush failed");
-            Err(e)
-        }
-    }
-}
-
-/// Our ends of the connections of the volume's device, if it has one, for the next daemon.
-async fn hand_over(volume: &Volume, within: Duration) -> Vec<(u32, OwnedFd)> {
-    let Some(device) = volume.with(|now| now.device.take()) else { return Vec::new() };
-    let index = device.device().index;
-    device.hand_over(within).await.into_iter().map(|end| (index, end)).collect()
 }
 
 /// A volume whose key is here and that nobody is served of yet. Dropped, whatever becomes of its
@@ -844,20 +433,6 @@ impl Drop for Unserved {
     }
 }
 
-/// Writes a definition so that it is there whole or not at all.
-fn define(path: &Path, config: &VolumeConfig) -> io::Result<()> {
-    let text = toml::to_string(config).map_err(io::Error::other)?;
-    let new = path.with_extension("toml.new");
-    let mut file = File::create(&new)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    std::fs::rename(&new, path)?;
-    match path.parent() {
-        Some(directory) => File::open(directory)?.sync_all(),
-        None => Ok(()),
-    }
-}
-
 /// Checks that the store holds the volume that the definition means.
 pub(super) fn is_the_one(what: &str, config: &VolumeConfig, header: &Header) -> Answered<()> {
     match config.uuid {
@@ -868,84 +443,5 @@ pub(super) fn is_the_one(what: &str, config: &VolumeConfig, header: &Header) -> 
             "Put the store back, or mend `backing` or `uuid` of the definition.",
         )),
         _ => Ok(()),
-    }
-}
-
-/// Whether a volume should be in service and is not.
-pub(super) fn is_wanted(volume: &Volume) -> bool {
-    volume.with(|now| {
-        let wanted = now.device.is_some() || now.config.attach == AttachWhen::Auto;
-        wanted && !matches!(now.service, Service::Attached(_))
-    })
-}
-
-/// What becomes of the requests of a device whose volume cannot be attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Refuse {
-    Now,
-    NotYet,
-}
-
-/// What the tries to attach a volume have come to.
-#[derive(Default)]
-struct Waiting {
-    since: Option<Moment>,
-    denied: bool,
-    said: Option<String>,
-}
-
-impl Waiting {
-    /// When to try again, and whether requests still wait, after a try that ended so.
-    fn after(&mut self, exit: ExitCode, allowance: Allowance) -> (Duration, Refuse) {
-        let now = now();
-        let since = *self.since.get_or_insert(now);
-        match exit {
-            ExitCode::KmsUnavailable => match allowance {
-                Allowance::For(limit) if now.since(since) >= limit => (RETRY, Refuse::Now),
-                Allowance::For(limit) => {
-                    let left = limit.saturating_sub(now.since(since));
-                    (RETRY.min(left), Refuse::NotYet)
-                }
-                Allowance::Never => (RETRY, Refuse::NotYet),
-            },
-            // As for a volume that is served: one denial is confirmed.
-            ExitCode::KeyDenied if !std::mem::replace(&mut self.denied, true) => {
-                (CONFIRM, Refuse::NotYet)
-            }
-            ExitCode::KeyDenied
-            | ExitCode::Ok
-            | ExitCode::Failed
-            | ExitCode::Usage
-            | ExitCode::WrongState
-            | ExitCode::Discrepancy => (RETRY, Refuse::Now),
-        }
-    }
-
-    fn is_news(&mut self, why: &str) -> bool {
-        let news = self.said.as_deref() != Some(why);
-        self.said = Some(why.to_owned());
-        news
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn requests_of_a_device_wait_for_kms_until_the_allowance_and_a_denial_is_confirmed() {
-        let hour = Allowance::For(Duration::from_secs(3600));
-        let mut waiting = Waiting::default();
-        assert_eq!(waiting.after(ExitCode::KmsUnavailable, hour), (RETRY, Refuse::NotYet));
-        assert_eq!(waiting.after(ExitCode::KeyDenied, hour), (CONFIRM, Refuse::NotYet));
-        assert_eq!(waiting.after(ExitCode::KeyDenied, hour), (RETRY, Refuse::Now));
-        let over = Allowance::For(Duration::ZERO);
-        assert_eq!(waiting.after(ExitCode::KmsUnavailable, over), (RETRY, Refuse::Now));
-        let never = Allowance::Never;
-        assert_eq!(waiting.after(ExitCode::KmsUnavailable, never), (RETRY, Refuse::NotYet));
-        assert_eq!(waiting.after(ExitCode::Failed, hour), (RETRY, Refuse::Now));
-        let short = Allowance::For(Duration::from_secs(3));
-        let (pause, refuse) = Waiting::default().after(ExitCode::KmsUnavailable, short);
-        assert!(pause <= Duration::from_secs(3) && refuse == Refuse::NotYet);
     }
 }
