@@ -4,19 +4,22 @@
 //! and ends service for all of them at once: [`Export::close`] closes the fence at once, from
 //! whatever thread; [`Export::settle`], [`Export::restore`] and [`Export::stop`] block, within the
 //! bounds they name, and are called from threads that may block.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `client.rs` | one connection |
+//! | `table.rs` | the names that clients can ask for |
 
-use std::collections::BTreeMap;
+mod client;
+mod table;
+
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::sockopt::PeerCredentials;
-use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, recv, shutdown};
-use std::os::fd::AsRawFd;
+use nix::sys::socket::Shutdown;
 use thiserror::Error;
 use tracing::{error, info, warn};
 
@@ -26,10 +29,14 @@ use crate::device::WriteOrder;
 use crate::fence::{Fence, KeyDestroyed};
 use crate::key::VolumeKey;
 use crate::key::lease::{FENCE_MARGIN, FenceReason, UNCONFIRMED};
-use crate::metrics::io::{IoCounters, IoTotals};
+use crate::metrics::io::IoTotals;
 use crate::store::{Backing, DirectIo};
 use crate::units::{Geometry, SectorSize, millis};
 use crate::volume::{Access, UnlockedVolume, VolumeError};
+
+pub(crate) use client::{Client, HANG_UP, PeerKind};
+pub(crate) use table::Budget;
+pub use table::ExportTable;
 
 /// How long a connection has, after the fence closed, to answer what it holds and wipe it. Then it
 /// is cut off: its client takes no answers. Nothing may be sent later than is promised of a denial
@@ -37,19 +44,12 @@ use crate::volume::{Access, UnlockedVolume, VolumeError};
 const QUIESCE: Duration = Duration::from_millis(450);
 const _: () = assert!(UNCONFIRMED.as_millis() + QUIESCE.as_millis() < FENCE_MARGIN.as_millis());
 
-/// The peer sends no more; nix has no name for it.
-pub(crate) const HANG_UP: PollFlags = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
-
 /// How long a connection that was cut off has to notice.
 const CUT_OFF: Duration = Duration::from_millis(200);
 
 /// How long the backing store may keep operations that were given up before a restore or a new
 /// connection is refused.
 pub(crate) const ORPHANS: Duration = Duration::from_secs(10);
-
-/// Memory for requests in flight over all connections of all exports, besides the one buffer that
-/// each connection may always have. Chosen for a node with 24 GiB that serves other things too.
-const BUDGET: usize = 512 << 20;
 
 /// How a volume is to be served.
 #[derive(Clone, Debug)]
@@ -127,25 +127,6 @@ pub struct Connected {
     pub failed: u64,
 }
 
-/// What an export knows of one of its connections.
-pub(crate) struct Client {
-    socket: OwnedFd,
-    waker: EventFd,
-    /// It may begin what its peer sends; before, it only waits for what others left.
-    begun: AtomicBool,
-    /// It waits for its peer and holds no plaintext.
-    idle: AtomicBool,
-    /// The closings of the fence after which it has held no plaintext from before.
-    clean_after: AtomicU64,
-    pid: Option<i32>,
-    /// The kernel's own client: it can be handed from one daemon to the next.
-    kernel: bool,
-    /// It is to stop between two requests, and leave its socket as it is.
-    handing_over: AtomicBool,
-    failed: AtomicU64,
-    io: IoCounters,
-}
-
 /// What becomes of a request now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stance {
@@ -155,15 +136,6 @@ pub(crate) enum Stance {
     Held,
     /// It fails.
     Refusing,
-}
-
-/// Who is at the other end of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum PeerKind {
-    /// A process, here or elsewhere.
-    Program,
-    /// The kernel's NBD client, by a socketpair.
-    Kernel,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -362,7 +334,7 @@ impl Export {
 
     /// Counts a request that failed by a fence or by the backing store.
     pub(crate) fn count_failed(&self, client: &Client) {
-        client.failed.fetch_add(1, Ordering::Relaxed);
+        client.count_failed();
         self.failed.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -375,7 +347,7 @@ impl Export {
     pub fn io(&self) -> IoTotals {
         let clients = lock(&self.clients);
         let mut totals = *lock(&self.past);
-        clients.iter().for_each(|client| totals.add(&client.io));
+        clients.iter().for_each(|client| totals.add(client.io()));
         totals
     }
 
@@ -397,16 +369,12 @@ impl Export {
     /// Operations that the backing store has not ended, of those that were given up, and of the
     /// kernel's connections that were.
     pub fn stalled(&self) -> usize {
-        self.left_behind(|client| client.kernel && client.is_left_behind())
+        self.left_behind(|client| client.is_kernel() && client.is_left_behind())
     }
 
     /// The connections there are now.
     pub fn connected(&self) -> Vec<Connected> {
-        let told = |client: &Arc<Client>| Connected {
-            pid: client.pid,
-            failed: client.failed.load(Ordering::Relaxed),
-        };
-        lock(&self.clients).iter().map(told).collect()
+        lock(&self.clients).iter().map(|client| client.told()).collect()
     }
 
     /// Opens a closed fence with the key unwrapped anew, after checking it against the header. The
@@ -422,7 +390,7 @@ impl Export {
         if self.is_stopping() {
             return Err(ExportError::Stopping);
         }
-        let left = self.left_behind(|client| client.kernel && client.is_left_behind());
+        let left = self.left_behind(|client| client.is_kernel() && client.is_left_behind());
         if left > 0 {
             return Err(ExportError::Stalled(left));
         }
@@ -490,9 +458,8 @@ impl Export {
     /// answered and its socket left open. Returns at once; requests go on being answered meanwhile.
     pub fn hand_over(&self) {
         self.each_client(|client| {
-            if client.kernel {
-                client.handing_over.store(true, Ordering::SeqCst);
-                client.wake();
+            if client.is_kernel() {
+                client.hand_over();
             }
         });
     }
@@ -505,13 +472,13 @@ impl Export {
         let clients = lock(&self.clients);
         clients
             .iter()
-            .any(|c| c.kernel && !std::ptr::eq(&raw const **c, than) && c.is_left_behind())
+            .any(|c| c.is_kernel() && !std::ptr::eq(&raw const **c, than) && c.is_left_behind())
     }
 
     /// Requests of the kernel's client that failed by a fence or by the backing store.
     pub fn failed_in_kernel(&self) -> u64 {
         let clients = lock(&self.clients);
-        clients.iter().filter(|c| c.kernel).map(|c| c.failed.load(Ordering::Relaxed)).sum()
+        clients.iter().filter(|c| c.is_kernel()).map(|c| c.failed()).sum()
     }
 
     /// Whether requests are being served.
@@ -593,7 +560,7 @@ impl Export {
     }
 
     fn is_full(&self, clients: &[Arc<Client>]) -> bool {
-        clients.iter().filter(|client| !client.kernel).count() >= self.options.max_connections
+        clients.iter().filter(|client| !client.is_kernel()).count() >= self.options.max_connections
     }
 
     /// Whether there are as many connections as there may be, besides the kernel's.
@@ -607,24 +574,7 @@ impl Export {
         socket: BorrowedFd<'_>,
         kind: PeerKind,
     ) -> io::Result<Option<Arc<Client>>> {
-        let pid = match kind {
-            // It calls itself what it was made by, which is us.
-            PeerKind::Kernel => Some(0),
-            PeerKind::Program => getsockopt(&socket, PeerCredentials).ok().map(|peer| peer.pid()),
-        };
-        let waker = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let client = Arc::new(Client {
-            socket: socket.try_clone_to_owned()?,
-            waker,
-            begun: AtomicBool::new(false),
-            idle: AtomicBool::new(true),
-            clean_after: AtomicU64::new(self.fence.closings()),
-            pid,
-            kernel: kind == PeerKind::Kernel,
-            handing_over: AtomicBool::new(false),
-            failed: AtomicU64::new(0),
-            io: IoCounters::default(),
-        });
+        let client = Arc::new(Client::new(socket, kind, self.fence.closings())?);
         let mut clients = lock(&self.clients);
         // How many the kernel has was decided where its device was made.
         let full = kind == PeerKind::Program && self.is_full(&clients);
@@ -639,7 +589,7 @@ impl Export {
         let mut clients = lock(&self.clients);
         // Under one lock: whoever scrapes sees it here or there.
         if clients.iter().any(|c| Arc::ptr_eq(c, client)) {
-            lock(&self.past).add(&client.io);
+            lock(&self.past).add(client.io());
         }
         clients.retain(|c| !Arc::ptr_eq(c, client));
         drop(clients);
@@ -695,7 +645,7 @@ impl Export {
                 return Err(ExportError::Stalled(left));
             }
             // Nothing is begun before a restore, which waits for the same.
-            if client.kernel && (self.gives_up() || client.is_handing_over()) {
+            if client.is_kernel() && (self.gives_up() || client.is_handing_over()) {
                 return Ok(told);
             }
             // Counts change without the lock: a short wait covers a notice that was missed.
@@ -728,184 +678,5 @@ impl Export {
             clients =
                 self.changed.wait_timeout(clients, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
-    }
-}
-
-impl Client {
-    /// What it counts; for its own thread alone.
-    #[inline]
-    pub(crate) fn io(&self) -> &IoCounters {
-        &self.io
-    }
-
-    /// Interrupts its wait for the backing store.
-    fn wake(&self) {
-        // It fails only when the counter is full, and then it is awake already.
-        let _woken = self.waker.write(1);
-    }
-
-    fn shut(&self, how: Shutdown) {
-        // The socket may be gone already, which is what is wanted.
-        let _shut = shutdown(self.socket.as_raw_fd(), how);
-    }
-
-    /// Whether its peer sends no more.
-    pub(crate) fn has_hung_up(&self) -> bool {
-        let mut fds = [PollFd::new(self.socket.as_fd(), HANG_UP)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].any() != Some(false)
-    }
-
-    /// Its requests that are not answered yet.
-    fn in_flight(&self) -> u64 {
-        let mut totals = IoTotals::default();
-        totals.add(&self.io);
-        totals.in_flight()
-    }
-
-    /// Whether its peer has gone, and it may still do something that it was sent. It says that it is
-    /// busy before it receives anything, and the kernel's looks only then whether its peer has gone;
-    /// here it is looked at the other way round: so none begins anything later.
-    fn is_left_behind(&self) -> bool {
-        let may_do = || {
-            !self.kernel && self.has_unread()
-                || !self.idle.load(Ordering::SeqCst)
-                || self.in_flight() > 0
-        };
-        self.has_hung_up() && self.begun.load(Ordering::SeqCst) && may_do()
-    }
-
-    /// Whether its peer has gone, and it may do what it was sent when it begins. The kernel's does not.
-    fn may_begin_late(&self) -> bool {
-        !self.kernel && self.has_hung_up() && !self.begun.load(Ordering::SeqCst)
-    }
-
-    /// Whether there is something from its peer that it has not received.
-    fn has_unread(&self) -> bool {
-        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        recv(self.socket.as_raw_fd(), &mut [0], peek).is_ok_and(|length| length > 0)
-    }
-
-    fn is_clean(&self, closings: u64) -> bool {
-        self.idle.load(Ordering::SeqCst) || self.clean_after.load(Ordering::SeqCst) >= closings
-    }
-
-    pub(crate) fn is_kernel(&self) -> bool {
-        self.kernel
-    }
-
-    pub(crate) fn is_handing_over(&self) -> bool {
-        self.handing_over.load(Ordering::SeqCst)
-    }
-
-    pub(crate) fn waker(&self) -> BorrowedFd<'_> {
-        self.waker.as_fd()
-    }
-
-    /// Takes a wake-up.
-    pub(crate) fn awake(&self) {
-        // EAGAIN: somebody woke it for nothing.
-        let _count = self.waker.read();
-    }
-
-    /// From here on it does what its peer sends.
-    pub(crate) fn begins(&self) {
-        self.set_idle(false);
-        self.begun.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-    }
-
-    /// It has wiped what it held and waits for its peer.
-    pub(crate) fn set_idle(&self, idle: bool) {
-        self.idle.store(idle, Ordering::SeqCst);
-        // Before anything that is looked at next.
-        fence(Ordering::SeqCst);
-    }
-
-    /// It holds no plaintext from before the fence closed for the `closings`-th time.
-    pub(crate) fn clean(&self, closings: u64) {
-        self.clean_after.store(closings, Ordering::SeqCst);
-    }
-}
-
-/// Memory for requests in flight, shared by all connections.
-#[derive(Debug)]
-pub(crate) struct Budget(AtomicUsize);
-
-impl Budget {
-    /// Takes `bytes` if they are there.
-    pub(crate) fn take(&self, bytes: usize) -> bool {
-        let take = |left: usize| left.checked_sub(bytes);
-        self.0.try_update(Ordering::AcqRel, Ordering::Relaxed, take).is_ok()
-    }
-
-    pub(crate) fn give(&self, bytes: usize) {
-        self.0.fetch_add(bytes, Ordering::AcqRel);
-    }
-}
-
-/// What is served at one place: the names a client can ask for there.
-#[derive(Clone)]
-pub struct ExportTable {
-    exports: Arc<Mutex<BTreeMap<String, Arc<Export>>>>,
-    budget: Arc<Budget>,
-}
-
-impl Default for ExportTable {
-    fn default() -> Self {
-        Self { exports: Arc::default(), budget: Arc::new(Budget(AtomicUsize::new(BUDGET))) }
-    }
-}
-
-impl ExportTable {
-    /// An empty table with its own memory budget.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// A table of one export that shares this one's memory budget: what a volume's own socket
-    /// serves.
-    #[must_use]
-    pub fn only(&self, export: Arc<Export>) -> Self {
-        let table = Self { exports: Arc::default(), budget: Arc::clone(&self.budget) };
-        table.insert(export);
-        table
-    }
-
-    /// Adds an export under its name.
-    pub fn insert(&self, export: Arc<Export>) {
-        lock(&self.exports).insert(export.name().to_owned(), export);
-    }
-
-    /// Takes an export out.
-    pub fn remove(&self, name: &str) {
-        lock(&self.exports).remove(name);
-    }
-
-    /// The export of that name; the empty name means the only one there is.
-    #[must_use]
-    pub fn find(&self, name: &str) -> Option<Arc<Export>> {
-        let exports = lock(&self.exports);
-        match exports.get(name) {
-            Some(export) => Some(Arc::clone(export)),
-            None if name.is_empty() && exports.len() == 1 => exports.values().next().cloned(),
-            None => None,
-        }
-    }
-
-    /// Every name, in order.
-    #[must_use]
-    pub fn names(&self) -> Vec<String> {
-        lock(&self.exports).keys().cloned().collect()
-    }
-
-    /// Memory in use for requests in flight, and how much there may be.
-    #[must_use]
-    pub fn request_memory(&self) -> (usize, usize) {
-        (BUDGET.saturating_sub(self.budget.0.load(Ordering::Relaxed)), BUDGET)
-    }
-
-    pub(crate) fn budget(&self) -> &Arc<Budget> {
-        &self.budget
     }
 }
