@@ -310,8 +310,15 @@ impl Daemon {
         let opened = apart("unlock", move || {
             // Wiped before that is recorded, where it comes to nothing.
             let key = key;
-            let unlocked =
-                locked.into_inner().unlock(&key).map_err(|(_, e)| by_volume(&tried, &e))?;
+            let unlocked = match locked.into_inner().unlock(&key) {
+                Ok(unlocked) => unlocked,
+                Err((_locked, error)) => {
+                    // Before the store is closed, which may hang.
+                    drop(key);
+                    drop(custody);
+                    return Err(by_volume(&tried, &error));
+                }
+            };
             let purpose = unlocked.header().token().wrapped.context.purpose();
             let description = purpose.map(|p| format!("byokd volume for {p}")).unwrap_or_default();
             let export = Export::open(unlocked, key, ExportOptions { description, ..options })
