@@ -185,6 +185,7 @@ impl Fence {
     ///
     /// # Errors
     /// The fence is closed.
+    #[inline]
     pub fn check(&self) -> Result<(), Fenced> {
         let standing = self.standing();
         if standing.is_closed() { Err(Fenced(standing.reason)) } else { self.check_time() }
@@ -206,8 +207,8 @@ impl Fence {
     }
 
     /// Closes the fence and destroys the key: every later [`Gate::enter`] is refused, and when this
-    /// returns no copy of the key or its round keys is left. Waits for at most one cipher call per
-    /// gate. Closing a closed fence changes its reason only.
+    /// returns no copy of the key or its round keys is left. Waits for at most the cipher calls that
+    /// have begun. Closing a closed fence changes its reason only.
     pub fn close(&self, reason: FenceReason) -> KeyDestroyed {
         let mut custody = lock(&self.custody);
         self.standing.store(self.standing().closed(reason).word(), Ordering::Release);
@@ -263,8 +264,9 @@ impl Gate {
     /// The fence is closed, or the cipher could not be set up.
     #[inline]
     pub fn enter(&self) -> Result<Pass<'_>, EnterError> {
-        self.fence.check_time()?;
         let mut cipher = lock(&self.slot.0);
+        // Who closes it may have to wait for this lock again and again.
+        self.fence.check()?;
         if cipher.is_none() {
             *cipher = Some(self.key_cipher()?);
         }
@@ -279,7 +281,6 @@ impl Gate {
 
     #[cold]
     fn key_cipher(&self) -> Result<Xts, EnterError> {
-        self.fence.check()?;
         let mut custody = lock(&self.fence.custody);
         let Some(custody) = custody.as_mut() else {
             self.fence.check()?;
