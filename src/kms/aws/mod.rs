@@ -391,8 +391,6 @@ impl AwsKms {
     /// decision of the customer's.
     async fn state_of(&self, arn: &KeyArn, deadline: Instant) -> Option<String> {
         let request = self.confirming.describe_key().key_id(arn.as_str()).send();
-        // Not longer: what is promised of a denial counts from the answer that it belongs to.
-        let deadline = deadline.min(Instant::now() + FURTHER);
         let answer = by(deadline, request).await?.ok()?;
         if self.is_replayed(answer.request_id()) {
             return None;
@@ -574,10 +572,6 @@ impl KeyService for AwsKms {
 
 /// A canary is as long as an AES-256 key: no reason to be of another kind than what it stands for.
 const CANARY_LEN: i32 = 32;
-
-/// What is asked further about a denial, the key's state or the witness, delays a fence: it gets less
-/// time than a probe.
-const FURTHER: Duration = Duration::from_millis(750);
 
 /// [`VOLUME_KEY_LEN`] as KMS counts it.
 const VOLUME_KEY_LEN_I32: i32 = 64;

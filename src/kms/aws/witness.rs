@@ -14,13 +14,16 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::{AwsKms, FURTHER, by};
+use super::{AwsKms, by};
 use crate::key::lease::{Connection, Verdict, Whose};
 use crate::key::wrapped::{Canary, EncryptionContext, KeyArn, Purpose};
 use crate::kms::{KeyService, KmsError};
 
 /// How long after it could not be made ready that is tried again, at the next success.
 const AGAIN: Duration = Duration::from_secs(60);
+
+/// How long a witness has: it is asked within a probe that has taken its time already.
+const TESTIMONY: Duration = Duration::from_millis(750);
 
 /// The error code that says nothing about whose fault it is.
 const AMBIGUOUS: &str = "AccessDeniedException";
@@ -117,7 +120,7 @@ impl AwsKms {
         if error.code != AMBIGUOUS {
             return KmsError { whose: Whose::Customers, ..error };
         }
-        match self.testimony(witness, asked, deadline.min(Instant::now() + FURTHER)).await {
+        match self.testimony(witness, asked, deadline).await {
             whose @ (Whose::Unknown | Whose::Customers) => KmsError { whose, ..error },
             Whose::Ours => {
                 warn!(key = %error.key, witness = %witness.arn, "denied, and so is the witness key: our own role, a service control policy or a VPC endpoint policy refuses");
@@ -147,15 +150,20 @@ impl AwsKms {
             return testimony;
         }
         let now = Instant::now();
-        let probe = self.probe_plainly(canary, Connection::Fresh, deadline);
-        let testimony = match by(deadline, probe).await {
+        let full = now + TESTIMONY;
+        let limit = deadline.min(full);
+        let probe = self.probe_plainly(canary, Connection::Fresh, limit);
+        let testimony = match by(limit, probe).await {
             Some(Err(error)) if error.verdict == Verdict::Denied && error.code == AMBIGUOUS => {
                 Whose::Ours
             }
             Some(Ok(_)) => Whose::Customers,
             Some(Err(_)) | None => Whose::Unknown,
         };
-        *said = Some((now, testimony));
+        // That it was given too little time says nothing to others.
+        if testimony != Whose::Unknown || limit == full {
+            *said = Some((now, testimony));
+        }
         testimony
     }
 }
