@@ -513,6 +513,17 @@ impl KeyLease {
         self.enter(now, LeaseState::Held);
     }
 
+    /// The volume has another key, which KMS has just allowed: what was heard of the one before is not
+    /// of this one.
+    pub fn rewrapped(&mut self, now: Moment) {
+        if self.state.serves() {
+            (self.first_denial, self.certain, self.mismatches) = (None, false, 0);
+            if self.state == LeaseState::Suspect {
+                self.enter(now, LeaseState::Held);
+            }
+        }
+    }
+
     /// The key could not be unwrapped or the fence not opened: the run of successes begins anew.
     pub fn restore_failed(&mut self, now: Moment) {
         if !matches!(self.state, LeaseState::Suspended) {
@@ -700,6 +711,22 @@ mod tests {
         other.observe(at(15), Verdict::Unavailable, at(14));
         other.observe(at(16), Verdict::Denied, at(16));
         assert_eq!(other.first_denial(), Some(at(16)));
+    }
+
+    #[test]
+    fn a_denial_of_the_key_before_is_none_of_the_key_that_a_volume_has_now() {
+        let mut lease = lease();
+        lease.observe(at(10), Verdict::Denied, at(10));
+        lease.rewrapped(at(11));
+        assert_eq!(lease.state(), LeaseState::Held);
+        lease.observe(at(12), Verdict::Unavailable, at(12));
+        assert_eq!(lease.tick(at(100)), Step::None);
+        lease.observe(at(101), Verdict::Denied, at(101));
+        assert_eq!(lease.state(), LeaseState::Suspect, "one alone fences nothing");
+        // What is fenced comes back when the new key is allowed, not before.
+        lease.observe(at(102), Verdict::Denied, at(102));
+        lease.rewrapped(at(103));
+        assert_eq!(lease.state(), LeaseState::Revoked(FenceReason::Denied));
     }
 
     #[test]
@@ -936,7 +963,7 @@ mod tests {
         fn whatever_happens_the_promises_hold(
             policy in policy(),
             events in proptest::collection::vec(
-                (verdict(), pause(), any::<bool>(), 0u64..2500),
+                (verdict(), pause(), any::<bool>(), 0u64..2500, 0u64..2500),
                 1..200,
             ),
         ) {
@@ -950,10 +977,12 @@ mod tests {
             let (mut now, mut last_success) = (at(0), at(0));
             let (mut fenced, mut run, mut denials, mut mismatches) = (false, 0, 0, 0);
             let mut denied_at: Option<Moment> = None;
-            for (verdict, pause, ticks, took) in events {
+            for (verdict, pause, ticks, took, judged) in events {
                 // One probe at a time, so its question was sent after the answer before it.
                 let asked = Moment(now.0 + pause.saturating_sub(Duration::from_millis(took)));
                 now.0 += pause;
+                // A denied answer came some time before all was known of it, and after its question.
+                let came = Moment(now.0.saturating_sub(Duration::from_millis(judged)).max(asked.0));
                 let unconfirmed = denied_at.is_some_and(|at| now.since(at) > believed_after);
                 if ticks {
                     match lease.tick(now) {
@@ -983,10 +1012,12 @@ mod tests {
                     }
                     Verdict::Denied => {
                         (run, denials) = (0, denials + 1);
-                        denied_at.get_or_insert(now);
+                        denied_at.get_or_insert(came);
+                        lease.attribute(Whose::Unknown, came);
                     }
                     Verdict::Unavailable | Verdict::Credentials | Verdict::Mismatch => run = 0,
                 }
+                let unconfirmed = denied_at.is_some_and(|at| now.since(at) > believed_after);
                 match lease.observe(now, verdict, asked) {
                     Step::Fence(FenceReason::Denied) => {
                         prop_assert!(verdict == Verdict::Denied || unconfirmed);
