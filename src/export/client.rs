@@ -131,6 +131,14 @@ impl Client {
         self.has_hung_up() && self.begun.load(Ordering::SeqCst) && may_do()
     }
 
+    /// Ends what its own thread may wait for: that its peer takes what it has asked for, and it sends
+    /// nothing more. What is in the store goes on.
+    pub(super) fn shut_if_left_behind(&self) {
+        if self.is_left_behind() {
+            self.shut(Shutdown::Both);
+        }
+    }
+
     /// Whether its peer has gone, and it may do what it was sent when it begins. The kernel's does not.
     pub(super) fn may_begin_late(&self) -> bool {
         !self.kernel && self.has_hung_up() && !self.begun.load(Ordering::SeqCst)

@@ -41,7 +41,7 @@ pub use table::ExportTable;
 /// How long a connection has, after the fence closed, to answer what it holds and wipe it. Then it
 /// is cut off: its client takes no answers. Nothing may be sent later than is promised of a denial
 /// that was believed at last.
-const QUIESCE: Duration = Duration::from_millis(450);
+pub(crate) const QUIESCE: Duration = Duration::from_millis(450);
 const _: () = assert!(UNCONFIRMED.as_millis() + QUIESCE.as_millis() < FENCE_MARGIN.as_millis());
 
 /// How long a connection that was cut off has to notice.
@@ -50,6 +50,9 @@ const CUT_OFF: Duration = Duration::from_millis(200);
 /// How long the backing store may keep operations that were given up before a restore or a new
 /// connection is refused.
 pub(crate) const ORPHANS: Duration = Duration::from_secs(10);
+
+/// How long whoever has hung up may keep others waiting for replies that it does not take.
+const DEAF: Duration = Duration::from_secs(1);
 
 /// How a volume is to be served.
 #[derive(Clone, Debug)]
@@ -237,18 +240,28 @@ impl Export {
         if self.wait_clients(QUIESCE, |client| client.is_clean(closings)) {
             return;
         }
-        let cut = self.each_client(|client| {
-            if !client.is_clean(closings) {
-                client.shut(Shutdown::Both);
-            }
-        });
-        warn!(volume = self.name(), connections = cut, "cut off connections that take no answers");
+        self.cut_off();
         if !self.wait_clients(CUT_OFF, |client| client.is_clean(closings)) {
             error!(
                 volume = self.name(),
                 "the key is destroyed, but a connection still holds what it had decrypted"
             );
         }
+    }
+
+    /// Whether no connection holds plaintext from before the fence was closed.
+    pub(crate) fn is_settled(&self) -> bool {
+        let closings = self.fence.closings();
+        lock(&self.clients).iter().all(|client| client.is_clean(closings))
+    }
+
+    /// Cuts off the connections that do.
+    pub(crate) fn cut_off(&self) {
+        let closings = self.fence.closings();
+        let clients = lock(&self.clients).clone();
+        let held = clients.iter().filter(|client| !client.is_clean(closings));
+        let cut = held.map(|client| client.shut(Shutdown::Both)).count();
+        warn!(volume = self.name(), connections = cut, "cut off connections that take no answers");
     }
 
     /// Decides how long requests wait; a fence that was closed already is not held for longer.
@@ -621,7 +634,8 @@ impl Export {
     /// one. The kernel's is let in also where all it is told is that it is refused, and is not kept
     /// from being handed over: see [`Client::is_handing_over`]. Says whether it had to wait.
     pub(crate) fn wait_for_orphans(&self, client: &Client) -> Result<bool, ExportError> {
-        let deadline = Instant::now() + ORPHANS;
+        let since = Instant::now();
+        let deadline = since + ORPHANS;
         let mut told = false;
         loop {
             let mut came_before = true;
@@ -647,6 +661,9 @@ impl Export {
             // Nothing is begun before a restore, which waits for the same.
             if client.is_kernel() && (self.gives_up() || client.is_handing_over()) {
                 return Ok(told);
+            }
+            if now >= since + DEAF {
+                self.each_client(Client::shut_if_left_behind);
             }
             // Counts change without the lock: a short wait covers a notice that was missed.
             let wait = (deadline - now).min(Duration::from_millis(20));

@@ -23,7 +23,7 @@ use crate::audit::record::{Event as Record, Kind};
 use crate::audit::{Audit, Owed};
 use crate::clock::now;
 use crate::exit::ExitCode;
-use crate::export::{Export, ExportError, ORPHANS};
+use crate::export::{Export, ExportError, ORPHANS, QUIESCE};
 use crate::keeper::group::{Groups, Heard, HearsWithin, Seat};
 use crate::keeper::pace::Errand;
 use crate::keeper::plan::PlanStep;
@@ -378,6 +378,7 @@ impl<K: KeyService> Keeping<K> {
     }
 
     fn rewrapped(&mut self, seat: Seat, heard: oneshot::Sender<()>) {
+        self.lease.rewrapped(now());
         self.header = self.export.volume().header();
         self.planned_for = seat.shape();
         self.seat = seat;
@@ -815,8 +816,15 @@ enum NotUnwrapped {
 pub(crate) async fn settle(export: &Arc<Export>) {
     let settling = Arc::clone(export);
     if let Err(error) = apart("fence", move || settling.settle()).await {
-        error!(volume = export.name(), %error, "no thread for a fence: a keeper stands still for it");
-        export.settle();
+        error!(volume = export.name(), %error, "no thread for a fence: its keeper sees to it itself");
+        let deadline = Instant::now() + QUIESCE;
+        while !export.is_settled() {
+            if Instant::now() >= deadline {
+                export.cut_off();
+                break;
+            }
+            sleep_until(Instant::now() + MOMENT).await;
+        }
     }
 }
 

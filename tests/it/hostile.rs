@@ -304,6 +304,24 @@ fn a_client_that_takes_no_replies_takes_little_memory_and_harms_nobody() {
 }
 
 #[test]
+fn a_client_that_ends_its_half_and_takes_no_replies_keeps_nobody_out() {
+    beside_an_honest_client(|_, socket, honest| {
+        let mut deaf = Raw::connected(socket, "v");
+        for cookie in 0..32 {
+            deaf.send(&request(0, READ, cookie, 0, 1 << 20));
+        }
+        deaf.sends_no_more();
+        let began = Instant::now();
+        let mut next = Raw::connected(socket, "v");
+        assert_eq!(next.read(0, 4096).len(), 4096);
+        let took = began.elapsed();
+        assert!(took < Duration::from_secs(3), "{took:?}");
+        honest.goes_on();
+        drop(deaf);
+    });
+}
+
+#[test]
 fn a_client_may_vanish_at_any_byte() {
     beside_an_honest_client(|_, socket, _| {
         let mut talk = 3u32.to_be_bytes().to_vec();

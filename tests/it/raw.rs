@@ -116,6 +116,11 @@ impl Raw {
         self.0.shutdown(std::net::Shutdown::Both).unwrap();
     }
 
+    /// Sends no more, and would still take replies.
+    pub(crate) fn sends_no_more(&self) {
+        self.0.shutdown(std::net::Shutdown::Write).unwrap();
+    }
+
     pub(crate) fn try_send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.0.write_all(bytes)
     }
