@@ -10,7 +10,7 @@ use crate::support::{Daemon, have, output, run, until};
 const DISCREPANCY: i32 = 6;
 
 /// All records on disk, by byokctl.
-fn records(daemon: &Daemon) -> Vec<Value> {
+pub(crate) fn records(daemon: &Daemon) -> Vec<Value> {
     let dir = daemon.dir.path().join("audit");
     let text = run(Command::new(env!("CARGO_BIN_EXE_byokctl"))
         .args(["audit", "export", "--dir"])

@@ -148,8 +148,13 @@ pub(crate) struct Mount {
 
 impl Mount {
     pub(crate) fn new(disk: &Disk, dir: &Path) -> Self {
+        Self::of(disk.device(), dir)
+    }
+
+    /// What is on a device.
+    pub(crate) fn of(device: &str, dir: &Path) -> Self {
         std::fs::create_dir_all(dir).unwrap();
-        run(Command::new("mount").arg(disk.device()).arg(dir));
+        run(Command::new("mount").arg(device).arg(dir));
         Self { dir: dir.to_owned() }
     }
 
@@ -162,6 +167,22 @@ impl Mount {
 
     pub(crate) fn path(&self) -> &Path {
         &self.dir
+    }
+}
+
+/// A file system that lets whoever writes to it wait, until this is dropped.
+pub(crate) struct Frozen<'a>(&'a Mount);
+
+impl<'a> Frozen<'a> {
+    pub(crate) fn new(mount: &'a Mount) -> Self {
+        run(Command::new("/usr/sbin/fsfreeze").arg("--freeze").arg(mount.path()));
+        Self(mount)
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        undo("/usr/sbin/fsfreeze", &["--unfreeze", self.0.path().to_str().expect("UTF-8")]);
     }
 }
 

@@ -17,7 +17,7 @@ use crate::audit::keys;
 use crate::backing::HangingDisk;
 use crate::customer::Customer;
 use crate::metrics::{address, scrape, value};
-use crate::mounts::can_mount;
+use crate::mounts::{Frozen, LoopDevice, Mount, can_mount};
 use crate::raw::{READ, Raw, request};
 use crate::support::{Daemon, Running, have, nbdsh, run, until};
 
@@ -77,6 +77,40 @@ fn a_log_that_nobody_reads_holds_neither_a_fence_nor_a_stop_back() {
     daemon.ok(&["dev", "key", "enable", &key]);
     until("the volume is served again", || daemon.state("v") == "serving");
     assert!(daemon.terminate().success());
+}
+
+#[test]
+fn an_audit_trail_whose_disk_hangs_holds_no_fence_back() {
+    if !can_mount(&["mkfs.ext4"]) {
+        return;
+    }
+    let customer = Customer::new();
+    let place = tempfile::tempdir().unwrap();
+    let disk = place.path().join("disk");
+    File::create(&disk).unwrap().set_len(16 << 20).unwrap();
+    run(Command::new("/usr/sbin/mkfs.ext4").arg("-q").arg(&disk));
+    let device = LoopDevice::new(&disk, &[]);
+    let trail = Mount::of(device.path(), &place.path().join("trail"));
+    let settings = customer.settings("", "probe_interval = \"1s\"\n");
+    let audit = format!("[audit]\ndirectory = \"{}\"\n", trail.path().join("a").display());
+    let daemon = Daemon::configured(&(audit + &settings));
+    daemon.volume("v", "8M", customer.key.as_str());
+    let mut client = Raw::connected(&daemon.dir.path().join("nbd/v.sock"), "v");
+    assert_eq!(client.write(0, &[1; 4096]), 0);
+    let frozen = Frozen::new(&trail);
+    customer.set_enabled(false);
+    let began = Instant::now();
+    until("the key is gone", || client.command(0, READ, 0, 0) == 1);
+    let took = began.elapsed();
+    drop(frozen);
+    assert!(took < Duration::from_millis(1100) + Duration::from_secs(2), "{took:?}");
+    customer.set_enabled(true);
+    until("it is served again", || client.command(0, READ, 0, 0) == 0);
+    let dir = trail.path().join("a");
+    let verify = ["audit", "verify", "--dir"];
+    let report = run(Command::new(env!("CARGO_BIN_EXE_byokctl")).args(verify).arg(&dir));
+    let text = std::fs::read_to_string(dir.join("audit-000000000001.jsonl")).unwrap();
+    assert_eq!(text.matches("\"event\":\"key-destroyed\"").count(), 1, "{report}: {text}");
 }
 
 #[test]
