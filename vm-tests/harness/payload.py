@@ -10,6 +10,8 @@ import tempfile
 from . import image
 
 BINARIES = ("byokd", "byokctl", "byokd-kernel")
+# Of workloads/, what runs in a guest.
+WORKLOAD = ("programs/journal_writer.py", "parts/acks.py", "parts/__init__.py")
 
 
 def build(say, release, packages):
@@ -33,6 +35,10 @@ def build(say, release, packages):
                 subprocess.run(["strip", "-o", f"{tree}/{file.name}", file], check=True)
             else:
                 shutil.copy(file, tree)
+        for name in WORKLOAD:
+            copy = pathlib.Path(tree) / "workloads" / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image.PROJECT / "workloads" / name, copy)
         for version in (1, 2) if packages else ():
             say(f"making package {version}")
             image.run(image.PROJECT / "packaging/deb", "--no-build", "--profile", "release" if release else "dev",
