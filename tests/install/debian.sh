@@ -11,12 +11,4 @@ packages=(
 )
 # local-kms is built with it; any newer Go that is there already does as well.
 command -v go >/dev/null || packages+=(golang-go)
-missing=()
-for package in "${packages[@]}"; do
-    dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
-done
-[ "${#missing[@]}" -eq 0 ] && exit 0
-sudo=()
-[ "$(id -u)" -eq 0 ] || sudo=(sudo)
-"${sudo[@]}" apt-get update -qq
-DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}"
+source "$(dirname "$0")/packages"

@@ -25,20 +25,7 @@ fn why(answer: &Value) -> &str {
 
 /// Makes a volume somewhere else than usual.
 fn create(daemon: &Daemon, name: &str, backing: &Path, size: &str, key: &str) -> (i32, Value) {
-    let backing = backing.to_str().unwrap();
-    daemon.ctl(&[
-        "volume",
-        "create",
-        name,
-        "--backing",
-        backing,
-        "--size",
-        size,
-        "--key",
-        key,
-        "--purpose",
-        "documents",
-    ])
+    daemon.try_create(name, backing, size, key, "documents")
 }
 
 fn file_of(dir: &Path, bytes: u64) -> PathBuf {
@@ -364,6 +351,19 @@ fn send(signal: &str, pid: u32) {
     }
 }
 
+/// A client of the volume `v` whose request the store does not answer.
+pub(crate) fn a_request_that_hangs(daemon: &Daemon) -> Running {
+    let client = Command::new("/usr/bin/python3")
+        .args(["-u", "-m", "nbd", "-u", &daemon.uri("v"), "-c"])
+        .arg("h.aio_pread(nbd.Buffer(65536), 0)\nwhile True: h.poll(-1)")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    Running(client)
+}
+
 impl Drop for HangingDisk {
     fn drop(&mut self) {
         // So that the rest ends: the file, then nbdkit.
@@ -432,15 +432,7 @@ fn a_key_that_is_denied_during_a_detach_is_destroyed_in_time_though_the_store_ha
     let key = daemon.key();
     disk.attach(&daemon, "v", &key);
     disk.signal("-STOP");
-    let client = Command::new("/usr/bin/python3")
-        .args(["-u", "-m", "nbd", "-u", &daemon.uri("v"), "-c"])
-        .arg("h.aio_pread(nbd.Buffer(65536), 0)\nwhile True: h.poll(-1)")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let _client = Running(client);
+    let _client = a_request_that_hangs(&daemon);
     let address = address(&daemon);
     // Whoever asks for the status of what is detached reads its header, from a store that hangs.
     let metric = |sample: &str| value(&scrape(&address), sample);

@@ -497,21 +497,7 @@ fn the_policy_that_is_printed_is_enough_and_no_more() {
     let probes = customer.kms.requests().len();
     until("it was probed twice", || customer.kms.requests().len() >= probes + 2);
     assert_eq!(daemon.state("v"), "serving");
-    let backing = daemon.backing("w");
-    let backing = backing.to_str().unwrap();
-    let (code, answer) = daemon.ctl(&[
-        "volume",
-        "create",
-        "w",
-        "--backing",
-        backing,
-        "--size",
-        "8M",
-        "--key",
-        key,
-        "--purpose",
-        "backup",
-    ]);
+    let (code, answer) = daemon.try_create("w", &daemon.backing("w"), "8M", key, "backup");
     assert_eq!(code, 3, "a purpose that the customer did not allow: {answer}");
     let encrypt =
         customer.console.encrypt().key_id(key).plaintext(aws_sdk_kms::primitives::Blob::new("x"));

@@ -14,7 +14,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
 use crate::audit::keys;
-use crate::backing::HangingDisk;
+use crate::backing::{HangingDisk, a_request_that_hangs};
 use crate::customer::Customer;
 use crate::metrics::{address, scrape, value};
 use crate::mounts::{Frozen, LoopDevice, Mount, can_mount};
@@ -166,15 +166,7 @@ fn an_operator_fences_a_volume_that_is_being_detached_though_its_store_hangs() {
     let key = daemon.key();
     disk.attach(&daemon, "v", &key);
     disk.signal("-STOP");
-    let client = Command::new("/usr/bin/python3")
-        .args(["-u", "-m", "nbd", "-u", &daemon.uri("v"), "-c"])
-        .arg("h.aio_pread(nbd.Buffer(65536), 0)\nwhile True: h.poll(-1)")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let _client = Running(client);
+    let _client = a_request_that_hangs(&daemon);
     let address = address(&daemon);
     let metric = |sample: &str| value(&scrape(&address), sample);
     until("a request hangs in the store", || metric("byokd_io_in_flight{volume=\"v\"}") > 0.0);

@@ -203,21 +203,22 @@ impl Daemon {
     }
 
     pub(crate) fn create(&self, name: &str, size: &str, key: &str) {
-        let backing = self.backing(name);
+        let (code, answer) = self.try_create(name, &self.backing(name), size, key, "zeebe");
+        assert_eq!(code, 0, "create {name}: {answer}");
+    }
+
+    /// Makes a volume as it is told to; the exit code and the answer.
+    pub(crate) fn try_create(
+        &self,
+        name: &str,
+        backing: &Path,
+        size: &str,
+        key: &str,
+        purpose: &str,
+    ) -> (i32, Value) {
         let backing = backing.to_str().expect("UTF-8");
-        self.ok(&[
-            "volume",
-            "create",
-            name,
-            "--backing",
-            backing,
-            "--size",
-            size,
-            "--key",
-            key,
-            "--purpose",
-            "zeebe",
-        ]);
+        let where_to = ["volume", "create", name, "--backing", backing];
+        self.ctl(&[&where_to[..], &["--size", size, "--key", key, "--purpose", purpose]].concat())
     }
 
     /// All that is said of a volume.
