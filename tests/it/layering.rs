@@ -73,7 +73,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &["audit::chain", "exit", "key::lease", "key::wrapped", "kms", "kms::trouble", "units"],
     ),
     ("audit::words", &["audit::record", "key::lease", "units"]),
-    ("audit::verify", &["audit::chain"]),
+    ("audit::verify", &["audit::chain", "audit::record", "units"]),
     ("audit::reconcile", &["audit::record", "units"]),
     (
         "keeper",
