@@ -813,6 +813,19 @@ mod tests {
     }
 
     #[test]
+    fn a_run_that_stops_in_order_ends_with_that_whatever_is_due() {
+        for records in 0..9 {
+            let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+            let audit = Audit::open(settings(dir.path())).unwrap();
+            (0..records).for_each(|n| audit.durable(event(n)).unwrap());
+            audit.stop("the test");
+            let last = lines(&read(dir.path()).pop().unwrap().1).pop().unwrap();
+            let last: Record = serde_json::from_slice(&last).unwrap();
+            assert_eq!(last.event.event, Kind::DaemonStop, "after {records}");
+        }
+    }
+
+    #[test]
     fn a_start_says_what_no_signature_covers() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let audit = Audit::open(settings(dir.path())).unwrap();

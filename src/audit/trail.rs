@@ -159,9 +159,11 @@ impl Trail {
         if self.firsts.is_empty() || self.file_len >= self.settings.file_size {
             self.begin_file();
         }
+        let ends = event.event == Kind::DaemonStop;
         let seq = self.line(event, false, None);
         self.since_checkpoint += 1;
-        if self.since_checkpoint >= self.settings.checkpoint_every {
+        // It is the last record of a run: whether a run stopped in order is told by that.
+        if !ends && self.since_checkpoint >= self.settings.checkpoint_every {
             self.checkpoint();
         }
         Some(seq)

@@ -180,7 +180,18 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "volume",
         ],
     ),
-    ("cli::audit", &["audit::*", "cli::args", "cli::output", "control", "control::client", "exit"]),
+    (
+        "cli::audit",
+        &[
+            "audit::*",
+            "cli::args",
+            "cli::audit_words",
+            "cli::output",
+            "control",
+            "control::client",
+            "exit",
+        ],
+    ),
     (
         "cli",
         &[
