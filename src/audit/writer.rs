@@ -56,16 +56,18 @@ impl Writer {
 
     /// Writes until the trail is closed and all is written, or cannot be.
     pub(super) fn run(mut self, shared: &Shared) {
+        let mut looked = Instant::now();
         loop {
             let mut trail = shared.trail();
-            let mut nothing_new = false;
-            while self.waiting.is_empty() && trail.is_idle() && !nothing_new {
-                (trail, nothing_new) = match shared.news.wait_timeout(trail, TICK) {
-                    Ok((trail, over)) => (trail, over.timed_out()),
-                    Err(poisoned) => (poisoned.into_inner().0, false),
+            // Requests to KMS are news as well, and nothing to be written yet.
+            while self.waiting.is_empty() && trail.is_idle() && looked.elapsed() < TICK {
+                trail = match shared.news.wait_timeout(trail, TICK) {
+                    Ok((trail, _)) => trail,
+                    Err(poisoned) => poisoned.into_inner().0,
                 };
                 trail.tick();
             }
+            looked = Instant::now();
             self.waiting.append(&mut trail.take());
             let closed = trail.is_closed();
             drop(trail);
