@@ -176,7 +176,9 @@ impl Writer {
         let change = match there {
             Ok(there) if same(&there) => None,
             Ok(_) => Some("another file was put in its place"),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Some("it was removed"),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Some("it was removed, and there is a new one")
+            }
             Err(error) => return Err(error),
         };
         if change.is_some() {
@@ -199,14 +201,13 @@ impl Writer {
         }
         self.at = len;
         self.glue = if ends_a_line(file, len)? { "" } else { "\n" };
-        match change {
-            Some(what) => {
-                let what = format!("{what}, which is {len} bytes long; {at} were written");
-                self.changed(what).map(Some)
-            }
-            None if len > at => self.added(at, len - at).map(Some),
-            None => self.changed(format!("{} bytes were cut off its end", at - len)).map(Some),
+        if change.is_none() && len > at {
+            return self.added(at, len - at).map(Some);
         }
+        Ok(Some(self.changed(&match change {
+            Some(what) => format!("{what}, which is {len} bytes long; {at} were written"),
+            None => format!("{} bytes were cut off its end", at - len),
+        })))
     }
 
     fn file_name(&self) -> String {
@@ -214,15 +215,15 @@ impl Writer {
         path.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
-    fn changed(&self, what: String) -> io::Result<Change> {
+    fn changed(&self, what: &str) -> Change {
         let event = Event::new(Kind::ForeignChange).detail("file", &self.file_name());
-        Ok(Change { what: format!("{}: {what}", self.file_name()), event })
+        Change { what: format!("{}: {what}", self.file_name()), event }
     }
 
     fn added(&self, at: u64, bytes: u64) -> io::Result<Change> {
         let Some(Newest { file, .. }) = &self.file else { return Err(no_file()) };
         let sha256 = hash_of(file, at, bytes)?;
-        let mut change = self.changed(format!("{bytes} bytes were added after byte {at}"))?;
+        let mut change = self.changed(&format!("{bytes} bytes were added after byte {at}"));
         change.event.foreign = Some(Foreign { file: self.file_name(), at, bytes, sha256 });
         Ok(change)
     }

@@ -116,10 +116,9 @@ fn tail(
 
 /// How the running daemon's trail is.
 fn status(socket: &Path) -> Result<AuditStatus, ControlError> {
-    match Client::connect(socket)?.ask(&Request::AuditHead)? {
-        Answer::AuditHead(status) => Ok(*status),
-        _ => Err(another_answer()),
-    }
+    let answer = Client::connect(socket)?.ask(&Request::AuditHead)?;
+    let Answer::AuditHead(status) = answer else { return Err(another_answer()) };
+    Ok(*status)
 }
 
 /// The files of a trail, in order.
