@@ -2,7 +2,7 @@
 //! fuzz target, which `tests/it/seeds.rs` runs over the seeds as well.
 
 use byokd::audit::chain::{Hash, check};
-use byokd::audit::reconcile::{compare, read_export};
+use byokd::audit::reconcile::{Writing, compare, read_export};
 use byokd::audit::verify::{Expectations, Verifier};
 use byokd::config;
 use byokd::key::lease::{Connection, Verdict};
@@ -231,7 +231,7 @@ pub fn audit(bytes: &[u8]) {
     }
     if let Ok(events) = read_export(bytes) {
         // Nothing is joined with an empty trail.
-        let found = compare(&[], &events, &[]);
+        let found = compare(&[], &events, &[], Writing::Unknown);
         assert_eq!((found.matched, found.matched_by_context), (0, 0));
     }
 }

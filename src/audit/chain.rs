@@ -13,7 +13,7 @@ use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::audit::record::{Record, Torn};
+use crate::audit::record::{Foreign, Record, Torn};
 
 /// A SHA-256, written as 64 small hex digits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -101,13 +101,35 @@ const SEAL_LEN: usize = MEMBER.len() + 64 + 2;
 #[must_use]
 pub fn seal(record: &mut Record) -> String {
     record.hash = Hash::default();
-    let text = serde_json::to_string(record).expect("texts and numbers can be written as JSON");
+    let text = json(record);
     let mut line = text[..text.len() - SEAL_LEN].to_owned();
     record.hash = Hash::of(line.as_bytes());
     line.push_str(MEMBER);
     line.push_str(&record.hash.to_string());
     line.push_str("\"}");
     line
+}
+
+fn json(record: &Record) -> String {
+    serde_json::to_string(record).expect("texts and numbers can be written as JSON")
+}
+
+/// `,"prev":"`, a hash, and a quotation mark.
+const PREV_LEN: usize = 9 + 64 + 1;
+
+/// What the signature of a record that has none yet covers: all of it, and its place in the chain.
+///
+/// # Panics
+/// Never, like [`seal`].
+#[must_use]
+pub fn signed_text(record: &Record) -> String {
+    let text = json(record);
+    let content = &text[..text.len() - SEAL_LEN - PREV_LEN];
+    text_to_sign(&record.prev, &Hash::of(content.as_bytes()))
+}
+
+fn text_to_sign(prev: &Hash, content: &Hash) -> String {
+    format!("byokd audit record 1\n{prev}\n{content}\n")
 }
 
 /// Why a line is no record as it was written.
@@ -137,6 +159,9 @@ pub struct Link {
     pub seq: u64,
     /// When.
     pub time: String,
+    /// The run that recorded it.
+    #[serde(default)]
+    pub instance: String,
     /// What kind of thing happened.
     pub event: String,
     /// The hash of the record before.
@@ -145,6 +170,8 @@ pub struct Link {
     pub hash: Hash,
     /// What a crash cut off before it.
     pub torn: Option<Torn>,
+    /// What stands in a file and was written by something else.
+    pub foreign: Option<Foreign>,
     /// The first record that is kept.
     pub kept_from: Option<u64>,
     /// Events that could not be recorded.
@@ -153,6 +180,9 @@ pub struct Link {
     pub signature: Option<String>,
     /// Whose.
     pub signer: Option<String>,
+    /// Of all that stands before the signature, if nothing but its place in the chain follows it.
+    #[serde(skip)]
+    pub content: Option<Hash>,
 }
 
 /// Checks a line, without its newline, by itself.
@@ -169,29 +199,65 @@ pub fn check(line: &[u8]) -> Result<Link, LineError> {
     if is != should {
         return Err(LineError::Hash { is, should });
     }
-    serde_json::from_slice(line).map_err(|e| LineError::NoRecord(e.to_string()))
+    let mut link: Link =
+        serde_json::from_slice(line).map_err(|e| LineError::NoRecord(e.to_string()))?;
+    link.content = content(line, &link);
+    Ok(link)
 }
 
+fn content(line: &[u8], link: &Link) -> Option<Hash> {
+    let (signature, signer) = (link.signature.as_ref()?, link.signer.as_ref()?);
+    let end = format!(
+        ",\"signature\":\"{signature}\",\"signer\":\"{signer}\",\"prev\":\"{}\"{MEMBER}{}\"}}",
+        link.prev, link.hash
+    );
+    line.strip_suffix(end.as_bytes()).map(Hash::of)
+}
+
+/// How every line begins.
+const BEGINNING: &[u8] = b"{\"seq\":";
+
 /// Whether bytes without a newline at their end can be the start of a line that was cut off: not
-/// if its end is there.
+/// if they begin in another way, and not if the end of a line is there.
 #[must_use]
 pub fn may_be_cut_off(fragment: &[u8]) -> bool {
+    if !fragment.starts_with(BEGINNING) && !BEGINNING.starts_with(fragment) {
+        return false;
+    }
     let member = MEMBER.as_bytes();
     let end = fragment.windows(member.len()).rposition(|window| window == member);
     end.is_none_or(|at| fragment.len() < at + SEAL_LEN)
 }
 
-/// What a signature covers: that the chain up to the record before has this hash.
-#[must_use]
-pub fn signed_text(seq: u64, prev: &Hash) -> String {
-    format!("byokd audit checkpoint 1\n{seq}\n{prev}\n")
+/// What a record's signature covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signed {
+    /// It has none.
+    Not,
+    /// It is not that of the key.
+    Wrongly,
+    /// The chain up to the record before. Versions before 0.1 signed so, and checkpoints alone.
+    Before,
+    /// The record, and with it the chain up to it.
+    Whole,
 }
 
-/// Whether a record's signature is that of the key, if it has one.
+/// What a record's signature covers, if it is that of the key.
 #[must_use]
-pub fn is_signed_by(link: &Link, public_key: &[u8]) -> bool {
-    let Some(signature) = link.signature.as_deref().and_then(unhex) else { return false };
-    UnparsedPublicKey::new(&ED25519, public_key)
-        .verify(signed_text(link.seq, &link.prev).as_bytes(), &signature)
-        .is_ok()
+pub fn signed_by(link: &Link, public_key: &[u8]) -> Signed {
+    let Some(signature) = &link.signature else { return Signed::Not };
+    let Some(signature) = unhex(signature) else { return Signed::Wrongly };
+    let key = UnparsedPublicKey::new(&ED25519, public_key);
+    let fits = |text: &str| key.verify(text.as_bytes(), &signature).is_ok();
+    if link.content.is_some_and(|content| fits(&text_to_sign(&link.prev, &content))) {
+        return Signed::Whole;
+    }
+    let before = format!("byokd audit checkpoint 1\n{}\n{}\n", link.seq, link.prev);
+    if is_mark(&link.event) && fits(&before) { Signed::Before } else { Signed::Wrongly }
+}
+
+/// Whether that kind of record was signed when only checkpoints were.
+#[must_use]
+pub fn is_mark(event: &str) -> bool {
+    matches!(event, "checkpoint" | "daemon-stop")
 }

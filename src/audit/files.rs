@@ -4,9 +4,10 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::audit::chain::{Hash, check};
-use crate::audit::record::{Record, Torn};
+use crate::audit::chain::{Hash, Link, Signed, check, signed_by};
+use crate::audit::record::{Kind, Record, Torn};
 use crate::audit::verify::{Anchor, is_cut_off};
+use crate::units::word;
 
 /// The name of the file that begins with this record.
 #[must_use]
@@ -39,6 +40,11 @@ pub(super) struct Found {
     pub(super) firsts: Vec<u64>,
     /// The last good record.
     pub(super) tip: Option<Anchor>,
+    /// That is the end of a run that stopped in order.
+    pub(super) stopped: bool,
+    /// The records before the tip and with it that do not bear the given key's signature begin at
+    /// the latest here; none do if it is none.
+    pub(super) unsigned_from: Option<u64>,
     /// Records of the last file.
     pub(super) records: Vec<Record>,
     /// Bytes of the last file.
@@ -51,18 +57,30 @@ pub(super) struct Found {
     pub(super) damaged: Option<usize>,
 }
 
-/// Reads the end of a trail.
-pub(super) fn find(directory: &Path) -> io::Result<Found> {
+impl Found {
+    fn good(&mut self, link: &Link, key: Option<&[u8]>) {
+        self.tip = Some(Anchor { seq: link.seq, hash: link.hash });
+        self.stopped = link.event == word(Kind::DaemonStop);
+        if key.is_some_and(|key| signed_by(link, key) == Signed::Whole) {
+            self.unsigned_from = None;
+        } else {
+            self.unsigned_from.get_or_insert(link.seq);
+        }
+    }
+}
+
+/// Reads the end of a trail whose records are signed with this key.
+pub(super) fn find(directory: &Path, key: Option<&[u8]>) -> io::Result<Found> {
     let files = list(directory)?;
     let mut found =
         Found { firsts: files.iter().map(|(first, _)| *first).collect(), ..Found::default() };
     for (age, (_, path)) in files.iter().rev().enumerate() {
         let bytes = std::fs::read(path)?;
         if age == 0 {
-            read_end(&bytes, &mut found);
-        } else {
+            read_end(&bytes, key, &mut found);
+        } else if let Some(link) = last_record(&bytes) {
             // The newest file has no good record: a crash while it was begun.
-            found.tip = last_record(&bytes);
+            found.good(&link, key);
         }
         if found.tip.is_some() {
             break;
@@ -71,12 +89,11 @@ pub(super) fn find(directory: &Path) -> io::Result<Found> {
     Ok(found)
 }
 
-fn last_record(bytes: &[u8]) -> Option<Anchor> {
-    let link = bytes.rsplit(|byte| *byte == b'\n').find_map(|line| check(line).ok())?;
-    Some(Anchor { seq: link.seq, hash: link.hash })
+fn last_record(bytes: &[u8]) -> Option<Link> {
+    bytes.rsplit(|byte| *byte == b'\n').find_map(|line| check(line).ok())
 }
 
-fn read_end(bytes: &[u8], found: &mut Found) {
+fn read_end(bytes: &[u8], key: Option<&[u8]>, found: &mut Found) {
     found.len = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
     let (mut at, mut number) = (0, 0);
     let mut bad: Option<(usize, usize)> = None;
@@ -87,7 +104,7 @@ fn read_end(bytes: &[u8], found: &mut Found) {
         match check(line) {
             Ok(link) => {
                 bad = None;
-                found.tip = Some(Anchor { seq: link.seq, hash: link.hash });
+                found.good(&link, key);
                 // A later version's kinds are no reason to stop.
                 found.records.extend(serde_json::from_slice::<Record>(line).ok());
                 found.glue = if end.is_none() { "\n" } else { "" };

@@ -12,7 +12,7 @@
 //! | `trail.rs` | the chain in memory: numbers, checkpoints, rotation, the queue |
 //! | `writer.rs` | the thread that writes |
 //! | `files.rs` | the files, and what a daemon finds in them when it starts |
-//! | `signer.rs` | the key that checkpoints are signed with |
+//! | `signer.rs` | the key that records are signed with |
 //! | `calls.rs` | requests to KMS, gathered |
 //! | `recent.rs` | the latest records, in memory |
 //! | `verify.rs` | checking a trail |
@@ -43,6 +43,7 @@ use thiserror::Error;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
+use crate::audit::files::Found;
 use crate::audit::record::{Event, Kind, Record};
 use crate::audit::signer::Signer;
 use crate::audit::trail::Trail;
@@ -62,7 +63,7 @@ pub struct AuditSettings {
     pub keep: usize,
     /// Records between two checkpoints.
     pub checkpoint_every: u64,
-    /// The key that checkpoints are signed with.
+    /// The key that records are signed with.
     pub signing_key: Option<PathBuf>,
     /// What happens if it cannot be written.
     pub on_failure: OnFailure,
@@ -95,7 +96,7 @@ pub enum AuditOpenError {
     /// Another daemon writes there.
     #[error("another byokd writes the audit trail in {}", .0.display())]
     InUse(PathBuf),
-    /// The key for checkpoints.
+    /// The key that records are signed with.
     #[error(transparent)]
     Key(#[from] KeyFileError),
 }
@@ -126,11 +127,14 @@ pub struct AuditStatus {
     pub lost: u64,
     /// What happens while it cannot be written.
     pub on_failure: OnFailure,
-    /// The public key of its checkpoints, in hex.
+    /// What else changed its files while this run wrote to them, the last time that was seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed: Option<Failing>,
+    /// The public key of its records, in hex.
     pub public_key: Option<String>,
 }
 
-/// Why a trail cannot be written.
+/// Why a trail cannot be written, or what was done to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failing {
     /// Since when, RFC 3339.
@@ -144,8 +148,50 @@ pub struct Failing {
 pub struct Audit {
     settings: AuditSettings,
     shared: Arc<Shared>,
+    before: Before,
     /// Nobody else writes to the directory while this lives.
     alone: Option<Flock<File>>,
+}
+
+/// What a trail was when it was opened.
+#[derive(Debug, Default)]
+struct Before {
+    /// Its last record.
+    tip: Option<Anchor>,
+    /// That ends a run which stopped in order.
+    stopped: bool,
+    /// Records that bear no signature of this run's key.
+    unsigned: Option<String>,
+}
+
+impl Before {
+    fn of(found: &Found, signs: bool) -> Self {
+        let unsigned = found.tip.zip(found.unsigned_from).map(|(tip, from)| {
+            let from = if signs { from } else { found.firsts.first().map_or(1, |first| *first) };
+            format!("{from} to {}", tip.seq)
+        });
+        Self { tip: found.tip, stopped: found.stopped, unsigned }
+    }
+
+    /// Says it in the log, if there is something to be said.
+    fn announce(&self, signs: bool) {
+        let Some(tip) = self.tip else { return };
+        if self.stopped {
+            return;
+        }
+        match self.unsigned.as_deref().filter(|_| signs) {
+            Some(records) => error!(
+                records,
+                "the run before did not stop in order, and at the end of its audit trail are \
+                 records without a signature of this key: check it with `byokctl audit verify`"
+            ),
+            None => warn!(
+                seq = tip.seq,
+                hash = %tip.hash,
+                "the run before did not stop in order: the audit trail goes on after this record"
+            ),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -168,8 +214,8 @@ impl Audit {
     /// Opens the trail in a directory, and goes on with what is there.
     ///
     /// # Errors
-    /// The directory cannot be made or read, another daemon writes there, or the key for
-    /// checkpoints cannot be used.
+    /// The directory cannot be made or read, another daemon writes there, or the key that records
+    /// are signed with cannot be used.
     pub fn open(settings: AuditSettings) -> Result<Arc<Self>, AuditOpenError> {
         let directory = settings.directory.clone();
         let io = |doing, path: &Path| {
@@ -183,7 +229,11 @@ impl Audit {
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             .map_err(|_| AuditOpenError::InUse(directory.clone()))?;
         let signer = settings.signing_key.as_deref().map(Signer::read).transpose()?;
-        let found = files::find(&directory).map_err(io("read", &directory))?;
+        let signs = signer.is_some();
+        let key = signer.as_ref().and_then(|signer| chain::unhex(signer.public()));
+        let found = files::find(&directory, key.as_deref()).map_err(io("read", &directory))?;
+        let before = Before::of(&found, signs);
+        before.announce(signs);
         if let Some(line) = found.damaged {
             error!(
                 directory = %directory.display(),
@@ -201,7 +251,7 @@ impl Audit {
             .name("audit".to_owned())
             .spawn(move || writer.run(&thread))
             .map_err(io("start the thread that writes", &directory))?;
-        let audit = Arc::new(Self { settings, shared, alone: Some(lock) });
+        let audit = Arc::new(Self { settings, shared, before, alone: Some(lock) });
         audit.shared.trail().begin();
         audit.shared.news.notify_all();
         Ok(audit)
@@ -220,7 +270,20 @@ impl Audit {
         };
         let trail = Mutex::new(Trail::in_memory(&settings));
         let shared = Arc::new(Shared { trail, news: Condvar::new() });
-        Arc::new(Self { settings, shared, alone: None })
+        Arc::new(Self { settings, shared, before: Before::default(), alone: None })
+    }
+
+    /// Adds to the record of a start what was there before it, and whether anything vouches for
+    /// that: the daemon that starts cannot.
+    #[must_use]
+    pub fn after(&self, mut start: Event) -> Event {
+        let Before { tip: Some(tip), stopped, unsigned } = &self.before else { return start };
+        let ended = if *stopped { "in order" } else { "not in order" };
+        start = start.detail("after", &tip.to_string()).detail("run-before-stopped", ended);
+        match unsigned {
+            Some(records) => start.detail("unsigned", records),
+            None => start,
+        }
     }
 
     /// Whether it is written to files.
@@ -304,6 +367,7 @@ impl Audit {
             failing: trail.failing().cloned(),
             failures: trail.failures(),
             lost: trail.lost(),
+            changed: trail.changed().cloned(),
             on_failure: self.settings.on_failure,
             public_key: trail.public_key().map(str::to_owned),
         }
@@ -396,13 +460,13 @@ mod tests {
     use std::sync::OnceLock;
 
     use aws_lc_rs::rand::SystemRandom;
-    use aws_lc_rs::signature::Ed25519KeyPair;
+    use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
     use base64::Engine as _;
     use base64::prelude::BASE64_STANDARD;
     use proptest::prelude::*;
 
-    use super::chain::{Hash, check, seal};
-    use super::verify::{Expectations, Report, Verifier, Wrong, first_seq};
+    use super::chain::{Hash, check, hex, is_mark, seal};
+    use super::verify::{Expectations, Report, Running, Verifier, Wrong, first_seq};
     use super::*;
 
     fn settings(directory: &Path) -> AuditSettings {
@@ -432,6 +496,7 @@ mod tests {
         let mut order: Vec<_> = files.iter().collect();
         order.sort_by_key(|(_, bytes)| first_seq(bytes).unwrap_or(u64::MAX));
         let mut verifier = Verifier::new(expect);
+        order.iter().for_each(|(_, bytes)| verifier.look_for_foreign(bytes));
         for (index, (name, bytes)) in order.iter().enumerate() {
             verifier.file(name, bytes, index + 1 == order.len());
         }
@@ -497,10 +562,7 @@ mod tests {
         fn any_byte_that_is_removed_or_added_is_found(at: usize, new: u8, remove: bool) {
             let (mut files, _) = real().clone();
             let (file, at) = place(&files, at);
-            let last = file + 1 == files.len() && at + 1 == files[file].1.len();
             if remove {
-                // Without its newline the last record is still whole.
-                prop_assume!(!last);
                 files[file].1.remove(at);
             } else {
                 files[file].1.insert(at, new);
@@ -552,9 +614,9 @@ mod tests {
             if file < last {
                 prop_assert!(!verify(&files).is_intact());
             }
-            let tip = files[last].1.rsplit(|byte| *byte == b'\n').find_map(|line| check(line).ok());
-            let whole = file == last && tip.is_some_and(|tip| tip.seq == head.seq);
-            prop_assert_eq!(anchored(&files, head).is_intact(), whole);
+            let whole_lines = files[file].1.last().is_none_or(|last| *last == b'\n');
+            prop_assert!(whole_lines || !verify(&files).is_intact());
+            prop_assert!(!anchored(&files, head).is_intact());
         }
 
         #[test]
@@ -622,22 +684,11 @@ mod tests {
 
     /// What someone does who can compute hashes: changes a record and all after it.
     fn written_anew(files: &Files) -> Files {
-        let mut prev = Hash::default();
-        let anew = files.iter().map(|(name, bytes)| {
-            let mut out = String::new();
-            for line in lines(bytes) {
-                let mut record: Record = serde_json::from_slice(&line).unwrap();
-                if record.event.event == Kind::Denial {
-                    record.event.volume = Some("another".to_owned());
-                }
-                record.prev = prev;
-                out.push_str(&seal(&mut record));
-                out.push('\n');
-                prev = record.hash;
+        rechained(files, |record| {
+            if record.event.event == Kind::Denial {
+                record.event.volume = Some("another".to_owned());
             }
-            (name.clone(), out.into_bytes())
-        });
-        anew.collect()
+        })
     }
 
     #[test]
@@ -647,28 +698,346 @@ mod tests {
         assert!(verify(&anew).is_intact(), "nothing in it says so");
         assert_eq!(anchored(&anew, *head).findings[0].wrong, Wrong::Anchor);
 
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-        let pem = dir.path().join("key.pem");
-        let key = Ed25519KeyPair::generate_pkcs8v1(&SystemRandom::new()).unwrap();
-        let body = BASE64_STANDARD.encode(key.as_ref());
-        let text = format!("-----BEGIN PRIVATE KEY-----\n{body}\n-----END PRIVATE KEY-----\n");
-        std::fs::write(&pem, text).unwrap();
-        let trail = dir.path().join("audit");
-        let audit = Audit::open(AuditSettings { signing_key: Some(pem), ..settings(&trail) });
-        let audit = audit.unwrap();
+        let signing = Signing::new();
+        let audit = signing.open();
         (0..20).for_each(|n| assert!(audit.record(event(n)).is_some()));
         audit.stop("the test");
-        let key = public_key(&audit.status().public_key.unwrap()).unwrap();
-        let by_key = |files: &Files| {
-            let public_key = Some(key.clone());
-            verify_with(files, Expectations { public_key, ..Expectations::default() })
-        };
-        let files = read(&trail);
-        let report = by_key(&files);
+        let files = signing.files();
+        let report = signing.verify(&files);
         assert!(report.is_intact(), "{report:#?}");
-        assert_eq!(report.signed_up_to, Some(report.last.unwrap().seq - 1));
-        assert_eq!(by_key(&written_anew(&files)).findings[0].wrong, Wrong::Signature);
-        assert_eq!(by_key(real_files()).findings[0].wrong, Wrong::Signature, "none at all");
+        assert_eq!(report.signed_up_to, Some(report.last.unwrap().seq));
+        assert_eq!(signing.verify(&written_anew(&files)).findings[0].wrong, Wrong::Signature);
+        let report = signing.verify(real_files());
+        assert_eq!(report.findings[0].wrong, Wrong::Signature, "none at all: {report:#?}");
+    }
+
+    /// A trail whose records are signed.
+    struct Signing {
+        dir: tempfile::TempDir,
+        key: Ed25519KeyPair,
+    }
+
+    impl Signing {
+        fn new() -> Self {
+            let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+            let key = Ed25519KeyPair::generate_pkcs8v1(&SystemRandom::new()).unwrap();
+            let body = BASE64_STANDARD.encode(key.as_ref());
+            let text = format!("-----BEGIN PRIVATE KEY-----\n{body}\n-----END PRIVATE KEY-----\n");
+            std::fs::write(dir.path().join("key.pem"), text).unwrap();
+            Self { dir, key: Ed25519KeyPair::from_pkcs8(key.as_ref()).unwrap() }
+        }
+
+        fn open(&self) -> Arc<Audit> {
+            let signing_key = Some(self.dir.path().join("key.pem"));
+            let trail = self.dir.path().join("audit");
+            let audit = Audit::open(AuditSettings { signing_key, ..settings(&trail) }).unwrap();
+            audit.durable(audit.after(Event::new(Kind::DaemonStart))).unwrap();
+            audit
+        }
+
+        fn files(&self) -> Files {
+            read(&self.dir.path().join("audit"))
+        }
+
+        fn write(&self, files: &Files) {
+            for (name, bytes) in files {
+                std::fs::write(self.dir.path().join("audit").join(name), bytes).unwrap();
+            }
+        }
+
+        fn verify(&self, files: &Files) -> Report {
+            let public_key = Some(self.key.public_key().as_ref().to_vec());
+            verify_with(files, Expectations { public_key, ..Expectations::default() })
+        }
+    }
+
+    /// Every record of a trail, changed or not, with hashes and places that fit.
+    fn rechained(files: &Files, mut change: impl FnMut(&mut Record)) -> Files {
+        let mut prev = Hash::default();
+        let anew = files.iter().map(|(name, bytes)| {
+            let mut out = String::new();
+            for line in lines(bytes) {
+                let mut record: Record = serde_json::from_slice(&line).unwrap();
+                record.prev = prev;
+                change(&mut record);
+                out.push_str(&seal(&mut record));
+                out.push('\n');
+                prev = record.hash;
+            }
+            (name.clone(), out.into_bytes())
+        });
+        anew.collect()
+    }
+
+    /// A line that follows the last one, its hash right: what anybody can make who can write.
+    fn forged(files: &Files) -> Vec<u8> {
+        let last = lines(&files.last().unwrap().1).pop().unwrap();
+        let mut record: Record = serde_json::from_slice(&last).unwrap();
+        (record.seq, record.prev) = (record.seq + 1, record.hash);
+        record.event = Event::new(Kind::Restore).volume("forged");
+        (seal(&mut record) + "\n").into_bytes()
+    }
+
+    #[test]
+    fn what_is_added_after_a_crash_is_found_by_the_key_and_told_at_the_start() {
+        let signing = Signing::new();
+        let audit = signing.open();
+        (0..3).for_each(|n| audit.durable(event(n)).unwrap());
+        let crashed = audit.status().head.seq;
+        drop(audit);
+        let mut files = signing.files();
+        let added = forged(&files);
+        files.last_mut().unwrap().1.extend(added);
+        signing.write(&files);
+        until_free(&signing.dir.path().join("audit"));
+        let audit = signing.open();
+        // Enough for checkpoints that cover it.
+        (0..30).for_each(|n| audit.durable(event(n)).unwrap());
+        audit.stop("the test");
+        let files = signing.files();
+        let report = signing.verify(&files);
+        assert_eq!(report.findings.len(), 1, "{report:#?}");
+        let found = &report.findings[0];
+        assert_eq!(found.wrong, Wrong::Signature);
+        assert!(found.what.starts_with(&format!("record {}:", crashed + 1)), "{found:?}");
+        assert_eq!(report.after_crash, [crashed + 2]);
+        assert!(!verify(&files).is_intact(), "its own run signed all others");
+        let mut records = files.iter().flat_map(|(_, bytes)| lines(bytes));
+        let start = records.find_map(|line| {
+            let record: Record = serde_json::from_slice(&line).unwrap();
+            (record.seq == crashed + 2).then_some(record.event)
+        });
+        let detail = start.unwrap().detail;
+        assert_eq!(detail["run-before-stopped"], "not in order");
+        assert_eq!(detail["unsigned"], format!("{0} to {0}", crashed + 1));
+    }
+
+    #[test]
+    fn a_run_that_stops_in_order_ends_with_that_whatever_is_due() {
+        for records in 0..9 {
+            let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+            let audit = Audit::open(settings(dir.path())).unwrap();
+            (0..records).for_each(|n| audit.durable(event(n)).unwrap());
+            audit.stop("the test");
+            let last = lines(&read(dir.path()).pop().unwrap().1).pop().unwrap();
+            let last: Record = serde_json::from_slice(&last).unwrap();
+            assert_eq!(last.event.event, Kind::DaemonStop, "after {records}");
+        }
+    }
+
+    #[test]
+    fn a_start_says_what_no_signature_covers() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let audit = Audit::open(settings(dir.path())).unwrap();
+        audit.durable(event(0)).unwrap();
+        audit.stop("the test");
+        let head = audit.status().head;
+        drop(audit);
+        until_free(dir.path());
+        let audit = Audit::open(settings(dir.path())).unwrap();
+        let detail = audit.after(Event::new(Kind::DaemonStart)).detail;
+        assert_eq!(detail["run-before-stopped"], "in order");
+        assert_eq!(detail["after"], head.to_string());
+        assert_eq!(detail["unsigned"], format!("1 to {}", head.seq));
+    }
+
+    /// The writer of a trail that was dropped has ended, or does not write any more: all it had is
+    /// written, and the lock is free.
+    fn until_free(directory: &Path) {
+        drop(Flock::lock(File::open(directory.join(".lock")).unwrap(), FlockArg::LockExclusive));
+    }
+
+    #[test]
+    fn records_that_no_checkpoint_follows_are_found_by_the_key() {
+        let signing = Signing::new();
+        let audit = signing.open();
+        (0..30).for_each(|n| audit.durable(event(n)).unwrap());
+        audit.stop("the test");
+        // From the tenth on, all is changed, and nothing is a checkpoint any more.
+        let files = rechained(&signing.files(), |record| {
+            if record.seq >= 10 {
+                record.event.volume = Some("another".to_owned());
+                (record.event.signature, record.event.signer) = (None, None);
+                if matches!(record.event.event, Kind::Checkpoint | Kind::DaemonStop) {
+                    record.event.event = Kind::Detach;
+                }
+            }
+        });
+        let last =
+            serde_json::from_slice::<Record>(&lines(&files.last().unwrap().1).pop().unwrap());
+        let report = signing.verify(&files);
+        assert_eq!(report.findings.len(), 1, "{report:#?}");
+        let found = format!("records 10 to {}: not signed", last.unwrap().seq);
+        assert!(report.findings[0].what.starts_with(&found), "{report:#?}");
+        assert_eq!(report.signed_up_to, Some(9));
+        // Each one alone as well, with the signature that it had.
+        for at in [2, 5, 9] {
+            let files = rechained(&signing.files(), |record| {
+                if record.seq == at {
+                    record.event.volume = Some("another".to_owned());
+                }
+            });
+            assert_eq!(signing.verify(&files).findings[0].wrong, Wrong::Signature, "{at}");
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_cannot_be_made_a_stop_nor_the_other_way_round() {
+        let signing = Signing::new();
+        let audit = signing.open();
+        (0..10).for_each(|n| audit.durable(event(n)).unwrap());
+        audit.stop("the test");
+        for (from, to) in
+            [(Kind::Checkpoint, Kind::DaemonStop), (Kind::DaemonStop, Kind::Checkpoint)]
+        {
+            let files = rechained(&signing.files(), |record| {
+                if record.event.event == from {
+                    record.event.event = to;
+                }
+            });
+            assert_eq!(signing.verify(&files).findings[0].wrong, Wrong::Signature);
+        }
+    }
+
+    #[test]
+    fn a_trail_of_an_earlier_version_which_signed_checkpoints_alone_fits_and_goes_on() {
+        let signing = Signing::new();
+        let audit = signing.open();
+        (0..20).for_each(|n| audit.durable(event(n)).unwrap());
+        audit.stop("the test");
+        drop(audit);
+        until_free(&signing.dir.path().join("audit"));
+        let public = hex(signing.key.public_key().as_ref());
+        let earlier = rechained(&signing.files(), |record| {
+            (record.event.signature, record.event.signer) = (None, None);
+            if is_mark(&crate::units::word(record.event.event)) {
+                let text = format!("byokd audit checkpoint 1\n{}\n{}\n", record.seq, record.prev);
+                record.event.signature = Some(hex(signing.key.sign(text.as_bytes()).as_ref()));
+                record.event.signer = Some(public.clone());
+            }
+        });
+        let report = signing.verify(&earlier);
+        assert!(report.is_intact() && report.unsigned.is_empty(), "{report:#?}");
+        assert_eq!(report.signed_up_to, report.last.map(|last| last.seq - 1));
+        // What is behind its last checkpoint is told.
+        let mut cut = earlier.clone();
+        let end = lines(&cut.last().unwrap().1);
+        cut.last_mut().unwrap().1 = end[..end.len() - 1].concat();
+        let report = signing.verify(&cut);
+        let unsigned = report.unsigned.first().map(|range| range.to);
+        assert_eq!(unsigned, report.last.map(|last| last.seq), "{report:#?}");
+        assert!(
+            report.is_intact() && report.notes.iter().any(|note| note.contains("hashes alone"))
+        );
+        assert_eq!(signing.verify(&written_anew(&earlier)).findings[0].wrong, Wrong::Signature);
+        signing.write(&earlier);
+        let audit = signing.open();
+        audit.stop("the test");
+        let report = signing.verify(&signing.files());
+        assert!(report.is_intact(), "{report:#?}");
+        assert_eq!(report.signed_up_to, report.last.map(|last| last.seq));
+    }
+
+    /// The newest file of a trail, and what is in it.
+    fn newest(dir: &Path) -> (PathBuf, Vec<u8>) {
+        let path = files::list(dir).unwrap().pop().unwrap().1;
+        let bytes = std::fs::read(&path).unwrap();
+        (path, bytes)
+    }
+
+    fn wrongs(report: &Report) -> Vec<Wrong> {
+        report.findings.iter().map(|finding| finding.wrong).collect()
+    }
+
+    #[test]
+    fn what_something_else_adds_to_the_file_stays_and_is_told() {
+        for junk in [None, Some(&b"no line"[..]), Some(b"\0\0\0"), Some(b"one\ntwo\n\n")] {
+            let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+            let audit = Audit::open(settings(dir.path())).unwrap();
+            (0..2).for_each(|n| audit.durable(event(n)).unwrap());
+            let (path, mut bytes) = newest(dir.path());
+            let line = lines(&bytes).len() + 1;
+            let added = junk.map_or_else(|| forged(&read(dir.path())), <[u8]>::to_vec);
+            bytes.extend(&added);
+            std::fs::write(&path, &bytes).unwrap();
+            (2..20).for_each(|n| audit.durable(event(n)).unwrap());
+            audit.stop("the test");
+            let after = std::fs::read(&path).unwrap();
+            assert_eq!(after[..bytes.len()], bytes, "nothing is written over it");
+            let report = verify(&read(dir.path()));
+            assert_eq!(wrongs(&report), [Wrong::Added], "{report:#?}");
+            assert_eq!(report.findings[0].line, line, "{report:#?}");
+            assert_eq!(report.last, Some(audit.status().head), "all that is real is there");
+            assert_eq!(report.records, audit.status().head.seq);
+            let told = audit.recent(None, 0, 99);
+            let told: Vec<_> =
+                told.iter().filter(|r| r.event.event == Kind::ForeignChange).collect();
+            assert_eq!(told.len(), 1);
+            assert_eq!(told[0].event.foreign.as_ref().unwrap().sha256, Hash::of(&added));
+            assert!(audit.status().changed.unwrap().why.contains("added"));
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_cut_removed_or_replaced_while_it_is_written_to_is_told() {
+        let cut = |path: &Path, bytes: &[u8]| {
+            std::fs::write(path, &bytes[..bytes.len() - 10]).unwrap();
+        };
+        let removed = |path: &Path, _: &[u8]| std::fs::remove_file(path).unwrap();
+        let replaced = |path: &Path, bytes: &[u8]| {
+            let copy = path.with_extension("copy");
+            std::fs::write(&copy, bytes).unwrap();
+            std::fs::rename(&copy, path).unwrap();
+        };
+        type Harm<'a> = &'a dyn Fn(&Path, &[u8]);
+        let harms: [(Harm<'_>, bool); 3] = [(&cut, false), (&removed, false), (&replaced, true)];
+        for (harm, whole) in harms {
+            let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+            let audit = Audit::open(settings(dir.path())).unwrap();
+            (0..2).for_each(|n| audit.durable(event(n)).unwrap());
+            let (path, bytes) = newest(dir.path());
+            harm(&path, &bytes);
+            (2..20).for_each(|n| audit.durable(event(n)).unwrap());
+            audit.stop("the test");
+            let report = verify(&read(dir.path()));
+            assert_eq!(report.is_intact(), whole, "{report:#?}");
+            assert_eq!(report.last, Some(audit.status().head), "what comes later is there");
+            assert!(report.notes.iter().any(|note| note.contains("something else")), "{report:#?}");
+            let changed = audit.status().changed.unwrap().why;
+            assert!(["cut", "removed", "place"].iter().any(|word| changed.contains(word)));
+        }
+    }
+
+    #[test]
+    fn a_running_daemon_knows_where_its_trail_ends() {
+        let (files, head) = real();
+        let against = |files: &Files, written: Anchor, head: Anchor| {
+            let running = Some(Running { written, head });
+            verify_with(files, Expectations { running, ..Expectations::default() })
+        };
+        assert!(against(files, *head, *head).is_intact());
+        let mut more = files.clone();
+        more.last_mut().unwrap().1.extend(forged(files));
+        let report = against(&more, *head, *head);
+        assert_eq!(wrongs(&report), [Wrong::Added], "{report:#?}");
+        assert_eq!(report.last, Some(*head), "what was forged is no head");
+        for end in [&b"{\"seq\":"[..], b"\0\0", b"junk"] {
+            let mut more = files.clone();
+            more.last_mut().unwrap().1.extend(end);
+            assert!(!against(&more, *head, *head).is_intact());
+            assert!(!verify(&more).is_intact(), "nor without a daemon");
+        }
+        // What it writes just now is no fault.
+        let mut less = files.clone();
+        less.last_mut().unwrap().1.pop();
+        let tip = lines(&less.last().unwrap().1);
+        let before = check(tip[tip.len() - 2].strip_suffix(b"\n").unwrap()).unwrap();
+        let before = Anchor { seq: before.seq, hash: before.hash };
+        let report = against(&less, before, *head);
+        assert!(report.is_intact(), "{report:#?}");
+        assert_eq!(wrongs(&against(&less, *head, *head)), [Wrong::Torn]);
+        let other = Anchor { hash: Hash::of(b"another"), ..*head };
+        assert_eq!(wrongs(&against(files, before, other)), [Wrong::Anchor]);
     }
 
     fn real_files() -> &'static Files {

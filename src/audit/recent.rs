@@ -31,7 +31,7 @@ fn keep(queue: &mut VecDeque<Arc<Record>>, record: &Arc<Record>, most: usize) {
 impl Recent {
     pub(super) fn push(&mut self, record: Record) {
         // Routine: it would push out what people look for.
-        if record.event.event == Kind::KmsCalls {
+        if matches!(record.event.event, Kind::KmsCalls | Kind::Checkpoint) {
             return;
         }
         let record = Arc::new(record);

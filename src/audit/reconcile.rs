@@ -157,9 +157,36 @@ pub struct Difference {
     pub what: String,
 }
 
+/// A request that one side alone has, and for which there is an explanation that nobody checked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Excused {
+    /// When.
+    pub at: Timestamp,
+    /// What was asked for.
+    pub operation: String,
+    /// The id of the answer.
+    pub request_id: Option<String>,
+    /// The record that has it, if the trail has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seq: Option<u64>,
+}
+
+/// What is known of the daemon that writes the trail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writing {
+    /// It runs.
+    GoesOn,
+    /// Nobody can tell, as of a copy.
+    Unknown,
+}
+
 /// What a comparison found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Comparison {
+    /// Requests that the trail has.
+    pub calls: usize,
+    /// Events of KMS that the export has.
+    pub events: usize,
     /// Events that both have, by request id.
     pub matched: usize,
     /// Calls without an answer that CloudTrail has, by operation, key, context and time.
@@ -173,7 +200,7 @@ pub struct Comparison {
     /// What the trail has, and CloudTrail lacks.
     pub missing_in_cloudtrail: Vec<LocalCall>,
     /// Events of one side alone that are explained, by the explanation.
-    pub explained: BTreeMap<String, usize>,
+    pub explained: BTreeMap<String, Vec<Excused>>,
     /// Uses of the keys by others, by principal.
     pub others: BTreeMap<String, usize>,
     /// What was done to the keys: administration.
@@ -181,10 +208,17 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// Whether all of it agrees or is explained.
+    /// Whether anything was compared: a request that both have.
+    #[must_use]
+    pub fn compared(&self) -> bool {
+        self.matched + self.matched_by_context > 0
+    }
+
+    /// Whether all of it agrees or is explained. Where nothing was compared, nothing agrees.
     #[must_use]
     pub fn agrees(&self) -> bool {
-        self.differences.is_empty()
+        self.compared()
+            && self.differences.is_empty()
             && self.missing_in_trail.is_empty()
             && self.missing_in_cloudtrail.is_empty()
     }
@@ -193,10 +227,13 @@ impl Comparison {
 /// The operations that byokd asks for.
 const OURS: [&str; 4] = ["Decrypt", "GenerateDataKey", "DescribeKey", "ReEncrypt"];
 
+/// Our word where no answer came.
+const NO_ANSWER: &str = "NoAnswer";
+
 /// What is refused before KMS looks at it need not be in CloudTrail.
 const UNLOGGED: [&str; 5] = [
     "ThrottlingException",
-    "NoAnswer",
+    NO_ANSWER,
     "UnrecognizedClientException",
     "InvalidSignatureException",
     "ExpiredTokenException",
@@ -232,9 +269,15 @@ pub fn calls(records: &[Record]) -> Vec<LocalCall> {
 /// Holds a trail against an export. `principals` are byokd's own, besides those that joined events
 /// show.
 #[must_use]
-pub fn compare(records: &[Record], export: &[CloudEvent], principals: &[String]) -> Comparison {
+pub fn compare(
+    records: &[Record],
+    export: &[CloudEvent],
+    principals: &[String],
+    writing: Writing,
+) -> Comparison {
     let local = calls(records);
     let mut found = Comparison {
+        calls: local.len(),
         principals: principals.iter().map(|arn| role_of(arn)).collect(),
         ..Comparison::default()
     };
@@ -244,6 +287,7 @@ pub fn compare(records: &[Record], export: &[CloudEvent], principals: &[String])
         .iter()
         .filter(|event| seen.insert((&event.request_id, &event.operation, event.at, &event.keys)))
         .collect();
+    found.events = export.len();
     let by_id: HashMap<&str, &CloudEvent> =
         export.iter().map(|event| (event.request_id.as_str(), *event)).collect();
     let mut joined: HashSet<&str> = HashSet::new();
@@ -279,7 +323,7 @@ pub fn compare(records: &[Record], export: &[CloudEvent], principals: &[String])
     });
     explain_calls(&alone, &export, &mut found);
     let rest = export.iter().filter(|event| !joined.contains(event.request_id.as_str()));
-    explain_events(rest.copied(), records, &mut found);
+    explain_events(rest.copied(), records, writing, &mut found);
     found
 }
 
@@ -292,12 +336,16 @@ fn difference(call: &LocalCall, event: &CloudEvent) -> Option<Difference> {
         "the encryption context is another one".to_owned()
     } else if !event.keys.is_empty() && !event.keys.contains(&call.key) {
         format!("the key is {} here and {} there", call.key, event.keys.join(", "))
-    } else if event.error.is_some() && call.error.is_none() {
-        // The other way round an answer may have been damaged on its way.
-        let error = event.error.as_deref().unwrap_or_default();
-        format!("it succeeded here and failed there with {error}")
     } else {
-        return None;
+        match (call.error.as_deref(), event.error.as_deref()) {
+            (None, Some(error)) => format!("it succeeded here and failed there with {error}"),
+            // It came to KMS, and its answer did not come whole.
+            (Some(NO_ANSWER), None) | (None, None) | (Some(_), Some(_)) => return None,
+            (Some(error), None) => format!(
+                "it failed here with {error} and succeeded there: what KMS answered was changed on \
+                 its way, or one of the two"
+            ),
+        }
     };
     let request_id = event.request_id.clone();
     Some(Difference { seq: call.seq, request_id, what })
@@ -307,8 +355,34 @@ fn range(times: impl Iterator<Item = Timestamp> + Clone) -> Option<(Timestamp, T
     Some((times.clone().min()?, times.max()?))
 }
 
-fn explain(found: &mut Comparison, why: &str) {
-    *found.explained.entry(why.to_owned()).or_default() += 1;
+impl Excused {
+    fn call(call: &LocalCall) -> Self {
+        let LocalCall { seq, at, operation, request_id, .. } = call.clone();
+        Self { at, operation, request_id, seq: Some(seq) }
+    }
+
+    fn event(event: &CloudEvent) -> Self {
+        let CloudEvent { at, operation, request_id, .. } = event.clone();
+        Self { at, operation, request_id: Some(request_id), seq: None }
+    }
+}
+
+fn explain(found: &mut Comparison, why: &str, what: Excused) {
+    found.explained.entry(why.to_owned()).or_default().push(what);
+}
+
+/// What is written yet, or lost; nobody can tell that it is so. The ids of these are told.
+const UNWRITTEN: [&str; 3] = [
+    "in CloudTrail alone: the daemon crashed before it wrote it",
+    "in CloudTrail alone: the daemon has yet to write it, within minutes",
+    "in CloudTrail alone: the trail ends before it was written: the daemon has yet to write it, or \
+     it crashed before",
+];
+
+/// Whether that explanation is one that only looks likely.
+#[must_use]
+pub fn is_unproven(why: &str) -> bool {
+    UNWRITTEN.contains(&why)
 }
 
 /// Calls that CloudTrail does not have.
@@ -317,15 +391,20 @@ fn explain_calls(alone: &[&LocalCall], export: &[&CloudEvent], found: &mut Compa
     let keys: HashSet<&str> =
         export.iter().flat_map(|event| &event.keys).map(String::as_str).collect();
     for call in alone {
+        let excused = Excused::call(call);
         let inside = covered.is_some_and(|(from, to)| call.at >= from && call.at <= to);
         if !inside {
-            explain(found, "in the trail alone: before or after what the export covers");
+            explain(found, "in the trail alone: before or after what the export covers", excused);
         } else if call.request_id.is_none() {
-            explain(found, "in the trail alone: no answer of KMS came, so it has no request id");
+            explain(
+                found,
+                "in the trail alone: no answer of KMS came, so it has no request id",
+                excused,
+            );
         } else if call.error.as_deref().is_some_and(|error| UNLOGGED.contains(&error)) {
-            explain(found, "in the trail alone: refused before KMS looked at it");
+            explain(found, "in the trail alone: refused before KMS looked at it", excused);
         } else if !keys.contains(call.key.as_str()) {
-            explain(found, "in the trail alone: a key of which the export has no event");
+            explain(found, "in the trail alone: a key of which the export has no event", excused);
         } else {
             found.missing_in_cloudtrail.push((*call).clone());
         }
@@ -336,27 +415,34 @@ fn explain_calls(alone: &[&LocalCall], export: &[&CloudEvent], found: &mut Compa
 fn explain_events<'a>(
     rest: impl Iterator<Item = &'a CloudEvent>,
     records: &[Record],
+    writing: Writing,
     found: &mut Comparison,
 ) {
+    let [crashed, yet_to_write, unwritten_yet] = UNWRITTEN;
     let covered = range(records.iter().filter_map(|record| record.time.parse().ok()));
     let crashes = crashes(records);
     let stopped = records.last().is_some_and(|record| record.event.event == Kind::DaemonStop);
     let unwritten = covered.filter(|_| !stopped).map(|(_, to)| to - GATHERED);
     for event in rest {
+        let excused = Excused::event(event);
         let inside = covered.is_some_and(|(from, to)| event.at >= from - SECOND && event.at <= to);
         if !OURS.contains(&event.operation.as_str()) {
             found.administration.push(event.clone());
         } else if !found.principals.contains(&event.principal) {
             *found.others.entry(event.principal.clone()).or_default() += 1;
         } else if !inside {
-            explain(found, "in CloudTrail alone: before or after what the trail covers");
+            explain(found, "in CloudTrail alone: before or after what the trail covers", excused);
         } else if crashes
             .iter()
             .any(|crash| event.at <= *crash && crash.duration_since(event.at) <= GATHERED)
         {
-            explain(found, "in CloudTrail alone: the daemon crashed before it wrote it");
+            explain(found, crashed, excused);
         } else if unwritten.is_some_and(|since| event.at >= since) {
-            explain(found, "in CloudTrail alone: the daemon has yet to write it, within minutes");
+            let why = match writing {
+                Writing::GoesOn => yet_to_write,
+                Writing::Unknown => unwritten_yet,
+            };
+            explain(found, why, excused);
         } else {
             found.missing_in_trail.push(event.clone());
         }
@@ -402,6 +488,10 @@ mod tests {
             prev: Hash::default(),
             hash: Hash::default(),
         }
+    }
+
+    fn compare(records: &[Record], export: &[CloudEvent], principals: &[String]) -> Comparison {
+        super::compare(records, export, principals, Writing::Unknown)
     }
 
     fn call(at: &str, id: Option<&str>) -> CallNote {
@@ -488,7 +578,10 @@ mod tests {
         assert_eq!(found.missing_in_cloudtrail.len(), 1);
         assert_eq!(found.missing_in_cloudtrail[0].request_id.as_deref(), Some("b"));
         assert_eq!(found.others.values().sum::<usize>(), 1);
-        assert_eq!(found.explained.values().sum::<usize>(), 2, "early and z: {found:#?}");
+        let explained = found.explained.values().flatten();
+        let mut ids: Vec<_> = explained.filter_map(|one| one.request_id.as_deref()).collect();
+        ids.sort_unstable();
+        assert_eq!(ids, ["early", "z"], "{found:#?}");
         assert!(!found.agrees());
     }
 
@@ -500,7 +593,14 @@ mod tests {
         ]);
         let export = read_export(export.to_string().as_bytes()).unwrap();
         let mut records = trail();
-        assert!(compare(&records, &export, &[]).agrees());
+        for (writing, word) in [(Writing::GoesOn, "within minutes"), (Writing::Unknown, "crashed")]
+        {
+            let found = super::compare(&records, &export, &[], writing);
+            assert!(found.agrees(), "{found:#?}");
+            let (why, excused) = found.explained.iter().find(|(why, _)| is_unproven(why)).unwrap();
+            assert!(why.contains(word), "{why}");
+            assert_eq!(excused[0].request_id.as_deref(), Some("recent"));
+        }
         records.push(stop(4, "2026-03-01T13:00:01Z"));
         assert_eq!(compare(&records, &export, &[]).missing_in_trail.len(), 1);
     }
@@ -534,6 +634,33 @@ mod tests {
         let found = compare(&records, &export, &[]);
         assert!(found.agrees(), "{found:#?}");
         assert_eq!(found.matched, 1);
+    }
+
+    #[test]
+    fn what_failed_here_and_succeeded_there_is_a_difference_unless_no_answer_came() {
+        let there = cloud("2026-03-01T12:01:00Z", "a", "byokd");
+        let export = read_export(there.to_string().as_bytes()).unwrap();
+        let mut records = trail();
+        records[1].event.calls.truncate(1);
+        records[1].event.calls[0].error = Some("DisabledException".to_owned());
+        let found = compare(&records, &export, &[]);
+        assert!(found.differences[0].what.contains("DisabledException"), "{found:#?}");
+        assert!(!found.agrees());
+        records[1].event.calls[0].error = Some(NO_ANSWER.to_owned());
+        assert!(compare(&records, &export, &[]).agrees());
+    }
+
+    #[test]
+    fn nothing_agrees_where_nothing_was_compared() {
+        for text in ["", "[]", "{\"Records\":[]}", "{\"Events\":[]}"] {
+            let export = read_export(text.as_bytes()).unwrap();
+            let found = compare(&trail(), &export, &[]);
+            assert!(!found.compared() && !found.agrees(), "{text}: {found:#?}");
+            assert_eq!((found.calls, found.events), (4, 0));
+        }
+        let theirs = cloud("2026-03-01T12:06:00Z", "theirs", "somebody");
+        let export = read_export(theirs.to_string().as_bytes()).unwrap();
+        assert!(!compare(&trail(), &export, &[]).agrees(), "of somebody else alone");
     }
 
     #[test]

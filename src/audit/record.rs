@@ -14,7 +14,7 @@ use crate::exit::ExitCode;
 use crate::key::lease::{FenceReason, LeaseWord, Verdict};
 use crate::key::wrapped::{EncryptionContext, KeyArn, WrappedKey};
 use crate::kms::trouble::{Trouble, cause};
-use crate::kms::{Call, KmsError, Operation};
+use crate::kms::{Call, Evidence, KmsError, Operation};
 use crate::units::rfc3339;
 
 /// What kind of thing happened.
@@ -81,14 +81,8 @@ pub enum Kind {
     Torn,
     /// The file before does not hold what it should; the chain goes on from its last good record.
     Damaged,
-}
-
-impl Kind {
-    /// Whether a record of this kind carries a signature, if there is a key for it.
-    #[must_use]
-    pub fn is_signed(self) -> bool {
-        matches!(self, Self::Checkpoint | Self::DaemonStop)
-    }
+    /// While the daemon ran, something else wrote to its file, cut it, or put another in its place.
+    ForeignChange,
 }
 
 /// Who is at the other end of the control socket.
@@ -137,6 +131,19 @@ impl CallNote {
 /// What a crash left of a line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Torn {
+    /// Bytes.
+    pub bytes: u64,
+    /// Their SHA-256.
+    pub sha256: Hash,
+}
+
+/// What something else wrote into a file, while the daemon wrote to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Foreign {
+    /// The file's name.
+    pub file: String,
+    /// Where it begins.
+    pub at: u64,
     /// Bytes.
     pub bytes: u64,
     /// Their SHA-256.
@@ -217,6 +224,9 @@ pub struct Event {
     /// What a crash cut off before this record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub torn: Option<Torn>,
+    /// What something else wrote into a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreign: Option<Foreign>,
     /// The file before this one, of a file's first record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
@@ -226,7 +236,8 @@ pub struct Event {
     /// Events before this one that could not be recorded, for the trail could not be written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<u64>,
-    /// Ed25519 over the record's place in the chain (`chain::signed_text`), in hex.
+    /// Ed25519 over the record and its place in the chain (`chain::signed_text`), in hex. It and
+    /// the key stand last before `prev`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signature: Option<String>,
     /// The public key that verifies it, in hex.
@@ -270,6 +281,7 @@ impl Event {
             calls: Vec::new(),
             detail: BTreeMap::new(),
             torn: None,
+            foreign: None,
             after: None,
             kept_from: None,
             lost: None,
@@ -312,7 +324,16 @@ impl Event {
         self.request_id(error.request_id.as_deref())
     }
 
-    /// This is wrong. What shows it has records of its own.
+    /// It follows from this, which KMS said.
+    #[must_use]
+    pub fn evidence(mut self, said: &Evidence) -> Self {
+        self.verdict = Some(said.verdict);
+        self.code = Some(cut(&said.code));
+        self.message = Some(cut(&said.message));
+        self.request_id(said.request_id.as_deref())
+    }
+
+    /// This is wrong.
     #[must_use]
     pub fn trouble(mut self, trouble: Option<&Trouble>) -> Self {
         self.cause = trouble.map(|trouble| cut(&trouble.cause));

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use crate::audit::calls::Calls;
-use crate::audit::chain::{Hash, seal, signed_text};
+use crate::audit::chain::{Hash, seal};
 use crate::audit::files::{Found, name};
 use crate::audit::recent::Recent;
 use crate::audit::record::{Event, Kind, Record, Torn};
@@ -60,6 +60,8 @@ pub(super) struct Trail {
     /// Events that could not be recorded since the last one that could.
     unsaid: u64,
     lost: u64,
+    /// What else changed the files, the last time.
+    changed: Option<Failing>,
     calls: Calls,
     recent: Recent,
     closed: bool,
@@ -91,6 +93,7 @@ impl Trail {
             failures: 0,
             unsaid: 0,
             lost: 0,
+            changed: None,
             calls: Calls::default(),
             recent,
             closed: false,
@@ -156,9 +159,11 @@ impl Trail {
         if self.firsts.is_empty() || self.file_len >= self.settings.file_size {
             self.begin_file();
         }
+        let ends = event.event == Kind::DaemonStop;
         let seq = self.line(event, false, None);
         self.since_checkpoint += 1;
-        if self.since_checkpoint >= self.settings.checkpoint_every {
+        // It is the last record of a run: whether a run stopped in order is told by that.
+        if !ends && self.since_checkpoint >= self.settings.checkpoint_every {
             self.checkpoint();
         }
         Some(seq)
@@ -199,10 +204,6 @@ impl Trail {
         }
         let seq = self.head.seq + 1;
         let prev = self.head.hash;
-        if let Some(signer) = self.signer.as_ref().filter(|_| event.event.is_signed()) {
-            event.signature = Some(signer.sign(&signed_text(seq, &prev)));
-            event.signer = Some(signer.public().to_owned());
-        }
         let mut record = Record {
             seq,
             time: now(),
@@ -211,6 +212,9 @@ impl Trail {
             prev,
             hash: Hash::default(),
         };
+        if let Some(signer) = &self.signer {
+            signer.sign(&mut record);
+        }
         let mut text = seal(&mut record);
         text.push('\n');
         self.head = Anchor { seq, hash: record.hash };
@@ -262,6 +266,17 @@ impl Trail {
             alarm(Some(&failing), self.waiting);
         }
         self.failing = Some(failing);
+    }
+
+    /// Something else changed the files.
+    pub(super) fn foreign_change(&mut self, why: String, mut event: Event) {
+        event.why = Some(why.clone());
+        self.changed = Some(Failing { since: now(), why });
+        self.push(event);
+    }
+
+    pub(super) fn changed(&self) -> Option<&Failing> {
+        self.changed.as_ref()
     }
 
     /// Why a record could not be written, if that was tried.

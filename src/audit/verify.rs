@@ -3,12 +3,16 @@
 //! Found is every edit, deletion, insertion, duplication and reordering of lines and files, and
 //! every cut but one: what is missing at the very end leaves no trace in what is left. For that,
 //! and against someone who computes all hashes anew, an [`Anchor`] is held against the trail: a
-//! place in the chain that was noted elsewhere, or that the running daemon gives; or a public key
-//! that checkpoints must be signed with.
+//! place in the chain that was noted elsewhere, the running daemon's own, or a public key that
+//! records must be signed with.
 
 use serde::{Deserialize, Serialize};
 
-use crate::audit::chain::{Hash, LineError, Link, check, is_signed_by, may_be_cut_off, unhex};
+use crate::audit::chain::{
+    Hash, LineError, Link, Signed, check, is_mark, may_be_cut_off, signed_by, unhex,
+};
+use crate::audit::record::{Foreign, Kind};
+use crate::units::word;
 
 /// A place in the chain that is known from elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,10 +43,21 @@ impl std::fmt::Display for Anchor {
 pub struct Expectations {
     /// Places in the chain.
     pub anchors: Vec<Anchor>,
-    /// The public key that checkpoints must be signed with.
+    /// What the daemon that writes it says.
+    pub running: Option<Running>,
+    /// The public key that records must be signed with.
     pub public_key: Option<Vec<u8>>,
     /// Files before the first one are elsewhere.
     pub partial: bool,
+}
+
+/// How far a running daemon's trail goes: it ends with one of these, or with a record between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Running {
+    /// The last record on stable storage before the files were read.
+    pub written: Anchor,
+    /// The last record after they were.
+    pub head: Anchor,
 }
 
 /// What is wrong with a place in the trail.
@@ -63,6 +78,10 @@ pub enum Wrong {
     Anchor,
     /// The end is missing.
     Truncated,
+    /// It ends with bytes that are no whole record.
+    Torn,
+    /// It was added by something else than the daemon.
+    Added,
 }
 
 /// One thing that is wrong.
@@ -76,6 +95,15 @@ pub struct Finding {
     pub wrong: Wrong,
     /// What, for people.
     pub what: String,
+}
+
+/// Records that follow one another, the last one among them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unsigned {
+    /// The first.
+    pub from: u64,
+    /// The last.
+    pub to: u64,
 }
 
 /// What a check found.
@@ -93,6 +121,11 @@ pub struct Report {
     pub last_time: Option<String>,
     /// The last record that a signature of the given key covers.
     pub signed_up_to: Option<u64>,
+    /// Records with which the daemon started after a run that had not stopped in order: what that
+    /// run wrote last may be missing.
+    pub after_crash: Vec<u64>,
+    /// Records that no signature of their own run covers, where the trail has signatures.
+    pub unsigned: Vec<Unsigned>,
     /// What is wrong.
     pub findings: Vec<Finding>,
     /// What is no fault, and good to know.
@@ -126,7 +159,31 @@ pub struct Verifier {
     kept_from: Vec<u64>,
     /// Where the trail begins, if not at its beginning.
     begins: Option<(String, usize, u64)>,
-    signed: bool,
+    /// What records say that something else wrote, and their numbers.
+    foreign: Vec<(u64, Foreign)>,
+    signer: Signer,
+    /// The last finding about records that may go on with the next one.
+    span: Option<Span>,
+}
+
+/// What is known of signatures so far.
+#[derive(Debug, Default)]
+struct Signer {
+    /// The trail has signatures.
+    seen: bool,
+    /// The last run that signed its records, each of them.
+    run: Option<String>,
+    /// The first record since then that no signature covers.
+    unsigned: Option<u64>,
+}
+
+/// One finding about records that follow one another.
+#[derive(Debug)]
+struct Span {
+    finding: usize,
+    from: u64,
+    to: u64,
+    what: &'static str,
 }
 
 /// Lines that are no records, until it is known why.
@@ -141,7 +198,9 @@ struct Bad<'a> {
 impl Verifier {
     /// Nothing checked yet.
     #[must_use]
-    pub fn new(expect: Expectations) -> Self {
+    pub fn new(mut expect: Expectations) -> Self {
+        let written = expect.running.map(|running| running.written);
+        expect.anchors.extend(written.filter(|written| written.seq > 0));
         Self {
             expect,
             report: Report::default(),
@@ -149,8 +208,20 @@ impl Verifier {
             met: Vec::new(),
             kept_from: Vec::new(),
             begins: None,
-            signed: false,
+            foreign: Vec::new(),
+            signer: Signer::default(),
+            span: None,
         }
+    }
+
+    /// Looks through a file for what its records say that something else wrote. Each file, before
+    /// any is checked: what was written is told after it.
+    pub fn look_for_foreign(&mut self, bytes: &[u8]) {
+        let marker = format!("\"event\":\"{}\"", word(Kind::ForeignChange));
+        let marked = |line: &&[u8]| line.windows(marker.len()).any(|w| w == marker.as_bytes());
+        let links = bytes.split(|byte| *byte == b'\n').filter(marked);
+        let links = links.filter_map(|line| check(line).ok());
+        self.foreign.extend(links.filter_map(|link| Some((link.seq, link.foreign?))));
     }
 
     /// Checks the next file; `last` says that no other follows.
@@ -160,6 +231,14 @@ impl Verifier {
         let (mut at, mut number) = (0, 0);
         while at < bytes.len() {
             number += 1;
+            if let Some((len, lines)) = self.skip_foreign(name, number, at, bytes) {
+                if let Some(bad) = bad.take() {
+                    self.changed(name, &bad, None);
+                }
+                at += len;
+                number += lines - 1;
+                continue;
+            }
             let end = bytes[at..].iter().position(|byte| *byte == b'\n').map(|n| at + n);
             let line = &bytes[at..end.unwrap_or(bytes.len())];
             match check(line) {
@@ -170,7 +249,9 @@ impl Verifier {
                         bad
                     });
                     self.record(name, number, link, gap.as_ref());
-                    if end.is_none() && !last {
+                    if end.is_none() && last {
+                        self.torn(name, number, "the newline of the last line is missing");
+                    } else if end.is_none() {
                         self.wrong(name, number, Wrong::Changed, "its newline is missing");
                     }
                 }
@@ -188,14 +269,10 @@ impl Verifier {
             at = end.map_or(bytes.len(), |end| end + 1);
         }
         if let Some(bad) = bad {
-            let cut_off = last && is_cut_off(bad.bytes);
-            if cut_off {
-                self.report.notes.push(format!(
-                    "{name}:{}: {} bytes of a line that was cut off: a crash while it was written, \
-                     or a cut; the daemon marks it when it starts",
-                    bad.line,
-                    bad.bytes.len()
-                ));
+            if last && is_cut_off(bad.bytes) {
+                let len = bad.bytes.len();
+                let what = format!("it ends with {} that are no whole record", bytes_of(len));
+                self.torn(name, bad.line, &what);
             } else {
                 self.changed(name, &bad, None);
             }
@@ -203,6 +280,63 @@ impl Verifier {
         if number == 0 {
             self.report.notes.push(format!("{name}: empty"));
         }
+    }
+
+    /// Whether something else wrote what stands here, as a record says: its bytes and lines.
+    fn skip_foreign(
+        &mut self,
+        file: &str,
+        line: usize,
+        at: usize,
+        bytes: &[u8],
+    ) -> Option<(usize, usize)> {
+        let found = self.foreign.iter().find_map(|(seq, foreign)| {
+            if foreign.bytes == 0 || usize::try_from(foreign.at) != Ok(at) {
+                return None;
+            }
+            let end = at.checked_add(usize::try_from(foreign.bytes).ok()?)?;
+            let there = bytes.get(at..end)?;
+            (Hash::of(there) == foreign.sha256).then_some((*seq, there))
+        });
+        let (seq, there) = found?;
+        let (len, mut lines) = (there.len(), there.iter().filter(|b| **b == b'\n').count());
+        // The daemon ends a line that the other one did not.
+        let glue = !there.ends_with(b"\n") && bytes.get(at + len) == Some(&b'\n');
+        lines += usize::from(glue);
+        let what = format!(
+            "{} were added here by something else than the daemon, which says so in record {seq}",
+            bytes_of(len)
+        );
+        self.wrong(file, line, Wrong::Added, &what);
+        Some((len + usize::from(glue), lines.max(1)))
+    }
+
+    /// The trail ends within a line. Only a daemon that writes just now has such a trail.
+    fn torn(&mut self, file: &str, line: usize, what: &str) {
+        if self.expect.running.is_some_and(|running| running.head.seq > running.written.seq) {
+            self.report.notes.push(format!("{file}:{line}: {what}: it is being written"));
+            return;
+        }
+        let why = if self.expect.running.is_some() {
+            "the running daemon wrote whole lines"
+        } else {
+            "a crash while it was written, a cut, or an addition; if it was a crash, the daemon \
+             marks it when it starts, and then it is none of these"
+        };
+        self.wrong(file, line, Wrong::Torn, &format!("{what}: {why}"));
+    }
+
+    /// A finding about a record that may go on with the next one.
+    fn wrong_from(&mut self, file: &str, line: usize, seq: u64, wrong: Wrong, what: &'static str) {
+        let goes_on = self.span.take_if(|span| span.what == what && span.to + 1 >= seq);
+        let span = goes_on.map(|span| Span { to: seq, ..span }).unwrap_or_else(|| {
+            self.wrong(file, line, wrong, "");
+            Span { finding: self.report.findings.len() - 1, from: seq, to: seq, what }
+        });
+        if let Some(finding) = self.report.findings.get_mut(span.finding) {
+            finding.what = format!("{}: {what}", records(span.from, span.to));
+        }
+        self.span = Some(span);
     }
 
     fn wrong(&mut self, file: &str, line: usize, wrong: Wrong, what: &str) {
@@ -247,9 +381,15 @@ impl Verifier {
             let what = "it marks what a crash cut off before it, and that is gone";
             self.wrong(file, line, Wrong::Missing, what);
         }
+        if self.expect.running.is_some_and(|running| link.seq > running.head.seq) {
+            let what = "after the last record of the running daemon, so something else wrote it";
+            self.wrong_from(file, line, link.seq, Wrong::Added, what);
+            return;
+        }
         if !self.follows(file, line, &link, explained) {
             return;
         }
+        self.start(&link);
         self.report.records += 1;
         self.report.first.get_or_insert(link.seq);
         self.signature(file, line, &link);
@@ -260,8 +400,25 @@ impl Verifier {
                  recorded"
             ));
         }
+        if link.event == word(Kind::ForeignChange) {
+            self.report.notes.push(format!(
+                "{file}:{line}: the daemon says that its file was changed by something else while \
+                 it ran"
+            ));
+        }
         self.kept_from.extend(link.kept_from);
         self.tip = Some(link);
+    }
+
+    /// Notes a run that begins after one that had not ended in order.
+    fn start(&mut self, link: &Link) {
+        let Some(tip) = &self.tip else { return };
+        if link.instance != tip.instance && tip.event != word(Kind::DaemonStop) {
+            let last = tip.seq;
+            self.report.after_crash.push(link.seq);
+            // What signs from now on knows nothing of them.
+            self.end_unsigned(last);
+        }
     }
 
     /// Whether the record comes next, or at least later than the one before.
@@ -297,42 +454,69 @@ impl Verifier {
             );
             self.wrong(file, line, Wrong::Rewritten, &what);
         } else if missing != explained {
-            let what = if missing == 1 {
-                format!("record {next} is missing before this line")
-            } else {
-                format!("records {next} to {} are missing before this line", link.seq - 1)
-            };
+            let are = if missing == 1 { "is" } else { "are" };
+            let what = format!("{} {are} missing before this line", records(next, link.seq - 1));
             self.wrong(file, line, Wrong::Missing, &what);
         }
         true
     }
 
     fn signature(&mut self, file: &str, line: usize, link: &Link) {
-        let signed = matches!(link.event.as_str(), "checkpoint" | "daemon-stop");
-        match (&self.expect.public_key, &link.signer) {
-            (Some(key), _) if signed => {
-                if is_signed_by(link, key) {
-                    self.report.signed_up_to = Some(link.seq - 1);
-                } else {
-                    let what = "this checkpoint is not signed with the key that was given";
-                    self.wrong(file, line, Wrong::Signature, what);
+        let given = self.expect.public_key.clone();
+        self.signer.seen |= link.signature.is_some();
+        let named = || link.signer.as_deref().and_then(unhex);
+        let signed = match given.clone().or_else(named) {
+            Some(key) => signed_by(link, &key),
+            None if link.signature.is_some() => Signed::Wrongly,
+            None => Signed::Not,
+        };
+        // A run signs each of its records or none; earlier versions signed marks alone.
+        let run = self.signer.run.is_some() && (given.is_some() || self.is_same_run(link));
+        let fault = match signed {
+            Signed::Whole => {
+                self.end_unsigned(link.seq - 1);
+                self.signer.run = Some(link.instance.clone());
+                self.report.signed_up_to = given.is_some().then_some(link.seq);
+                return;
+            }
+            Signed::Before if self.signer.run.is_none() || given.is_none() && !run => {
+                self.signer.unsigned = None;
+                self.report.signed_up_to = given.is_some().then(|| link.seq - 1);
+                return;
+            }
+            Signed::Wrongly if given.is_none() => {
+                "the signature does not fit the key that it names"
+            }
+            Signed::Not if given.is_none() && run => "not signed, and the same run signed others",
+            Signed::Not if given.is_some() && (run || is_mark(&link.event)) => UNSIGNED,
+            Signed::Before | Signed::Wrongly => UNSIGNED,
+            Signed::Not => {
+                if given.is_some() || self.signer.run.is_some() {
+                    self.signer.unsigned.get_or_insert(link.seq);
                 }
+                return;
             }
-            (None, Some(signer)) => {
-                self.signed = true;
-                if !unhex(signer).is_some_and(|key| is_signed_by(link, &key)) {
-                    let what = "the signature does not fit the key that it names";
-                    self.wrong(file, line, Wrong::Signature, what);
-                }
-            }
-            (_, None) if link.signature.is_some() => {
-                self.wrong(file, line, Wrong::Signature, "a signature without its key");
-            }
-            _ => {}
+        };
+        self.wrong_from(file, line, link.seq, Wrong::Signature, fault);
+    }
+
+    /// Records up to this one are not covered by a signature of their run.
+    fn end_unsigned(&mut self, to: u64) {
+        if let Some(from) = self.signer.unsigned.take() {
+            self.report.unsigned.push(Unsigned { from, to });
         }
     }
 
+    fn is_same_run(&self, link: &Link) -> bool {
+        self.signer.run.as_deref() == Some(&link.instance)
+    }
+
     fn anchors(&mut self, file: &str, line: usize, link: &Link) {
+        let head = self.expect.running.map(|running| running.head);
+        if head.is_some_and(|head| head.seq == link.seq && head.hash != link.hash) {
+            let what = "the running daemon has another record of this number";
+            self.wrong_from(file, line, link.seq, Wrong::Anchor, what);
+        }
         for anchor in self.expect.anchors.clone() {
             if anchor.seq == link.seq {
                 self.met.push(anchor.seq);
@@ -358,9 +542,12 @@ impl Verifier {
                 self.report.notes.push(note);
             } else {
                 let what = format!(
-                    "records 1 to {} are missing before this line (with --partial they may lie \
-                     elsewhere)",
-                    first - 1
+                    "{} missing before this line (with --partial they may lie elsewhere)",
+                    if first == 2 {
+                        "record 1 is".to_owned()
+                    } else {
+                        format!("{} are", records(1, first - 1))
+                    }
                 );
                 self.wrong(&file, line, Wrong::Missing, &what);
             }
@@ -379,31 +566,65 @@ impl Verifier {
                 self.wrong(file, lines, Wrong::Anchor, &what);
             }
         }
-        self.last_words(last);
+        self.last_words(file, lines, last);
         self.report
     }
 
-    fn last_words(&mut self, last: u64) {
-        let notes = &mut self.report.notes;
+    fn last_words(&mut self, file: &str, lines: usize, last: u64) {
         if let Some(tip) = &self.tip {
             self.report.last = Some(Anchor { seq: tip.seq, hash: tip.hash });
             self.report.last_time = Some(tip.time.clone());
-            if tip.event != "daemon-stop" && self.expect.anchors.is_empty() {
-                notes.push(
+            let known = !self.expect.anchors.is_empty() || self.expect.running.is_some();
+            if tip.event != word(Kind::DaemonStop) && !known {
+                self.report.notes.push(
                     "it does not end with daemon-stop: the daemon runs, or it crashed, or the end \
                      was cut off; only what was noted elsewhere can tell (--expect)"
                         .to_owned(),
                 );
             }
         }
+        self.crashes();
+        self.signatures(file, lines, last);
+    }
+
+    fn crashes(&mut self) {
+        let crashes = &self.report.after_crash;
+        let Some(first) = crashes.first() else { return };
+        let more = match crashes.len() - 1 {
+            0 => String::new(),
+            1 => " and one other".to_owned(),
+            n => format!(" and {n} others"),
+        };
+        self.report.notes.push(format!(
+            "the run before record {first}{more} did not stop in order: a crash, and what it wrote \
+             last may have been cut off, and without signatures something may have been added, \
+             before the daemon started again; only what was noted elsewhere before that can tell \
+             (--expect)"
+        ));
+    }
+
+    fn signatures(&mut self, file: &str, lines: usize, last: u64) {
+        self.end_unsigned(last);
+        if let Some(first) = self.report.unsigned.first() {
+            let more = match self.report.unsigned.len() - 1 {
+                0 => String::new(),
+                n => format!(" and of {n} more ranges"),
+            };
+            self.report.notes.push(format!(
+                "no signature of their run covers {}{more}: it signed none or checkpoints alone; \
+                 they have hashes alone",
+                records(first.from, first.to)
+            ));
+        }
+        let notes = &mut self.report.notes;
         if self.expect.public_key.is_some() {
             let covered = self.report.signed_up_to.unwrap_or(0);
-            if covered < last.saturating_sub(1) {
-                notes.push(format!(
-                    "signatures cover the records up to {covered}; those after it have hashes alone"
-                ));
+            let found = self.report.findings.iter().any(|f| f.wrong == Wrong::Signature);
+            if covered == 0 && last > 0 && !found {
+                let what = "nothing in it is signed with the key that was given";
+                self.wrong(file, lines, Wrong::Signature, what);
             }
-        } else if self.signed {
+        } else if self.signer.seen {
             notes.push(
                 "its signatures fit the keys that the trail itself names; give --public-key to know \
                  whose they are"
@@ -417,6 +638,17 @@ impl Verifier {
             );
         }
     }
+}
+
+/// What stands without the signature that it should have.
+const UNSIGNED: &str = "not signed with the key that was given";
+
+fn records(from: u64, to: u64) -> String {
+    if from == to { format!("record {from}") } else { format!("records {from} to {to}") }
+}
+
+fn bytes_of(len: usize) -> String {
+    if len == 1 { "1 byte".to_owned() } else { format!("{len} bytes") }
 }
 
 /// Whether a crash may have left these bytes at the end: the beginning of one line, or nothing but

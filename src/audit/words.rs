@@ -25,7 +25,10 @@ impl Event {
             Kind::DaemonStop => "byokd stopped".to_owned(),
             Kind::ConfigLoad if self.volume.is_some() => "its definition was read".to_owned(),
             Kind::ConfigLoad => "the settings were read".to_owned(),
-            Kind::ConfigChange => format!("its definition was {}", detail("change")),
+            Kind::ConfigChange => match detail("change") {
+                "removed" => "its definition was removed".to_owned(),
+                change => format!("it was {change}"),
+            },
             Kind::Request => format!("{} asked for {}", self.who(), self.asked()),
             Kind::Answer if self.why.is_none() => format!("{}: done", self.asked()),
             Kind::Answer => format!("{}: refused: {why}", self.asked()),
@@ -61,6 +64,7 @@ impl Event {
             Kind::FilesDropped => "old files of the trail were deleted".to_owned(),
             Kind::Torn => "a crash cut off a record before this one".to_owned(),
             Kind::Damaged => "the trail before this record is damaged".to_owned(),
+            Kind::ForeignChange => format!("something else changed the trail: {why}"),
         }
     }
 

@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod audit;
+mod audit_words;
 pub mod demo;
 pub mod dev_keys;
 pub mod key_policy;

@@ -9,9 +9,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::audit::reconcile::{CloudEvent, Comparison, Difference};
 use crate::audit::record::Record;
-use crate::audit::verify::Report;
 use crate::cli::volumes;
 use crate::control::{Answer, ControlError, Reloaded};
 use crate::key::wrapped::KeyArn;
@@ -70,32 +68,6 @@ impl Output {
     /// A line for people and programs alike.
     pub fn verbatim(&self, text: &str) {
         say!("{text}");
-    }
-
-    /// What checking an audit trail found.
-    pub fn verified(&self, report: &Report) {
-        let mut value = serde_json::to_value(report).unwrap_or_default();
-        if let Some(members) = value.as_object_mut() {
-            members.insert("answer".to_owned(), "audit-verify".into());
-            members.insert("intact".to_owned(), report.is_intact().into());
-        }
-        self.value(&value);
-        if !self.json {
-            verified(report);
-        }
-    }
-
-    /// What holding a trail against CloudTrail found.
-    pub fn compared(&self, found: &Comparison) {
-        let mut value = serde_json::to_value(found).unwrap_or_default();
-        if let Some(members) = value.as_object_mut() {
-            members.insert("answer".to_owned(), "audit-reconcile".into());
-            members.insert("agrees".to_owned(), found.agrees().into());
-        }
-        self.value(&value);
-        if !self.json {
-            compared(found);
-        }
     }
 
     /// Records as they come, one a line.
@@ -213,7 +185,10 @@ fn record(record: &Record) -> String {
     let Ok(Value::Object(members)) = serde_json::to_value(&record.event) else { return line };
     for (name, value) in &members {
         // Told already, or the same in every record of a volume.
-        if matches!(name.as_str(), "event" | "volume" | "uuid" | "context" | "calls" | "key") {
+        if matches!(
+            name.as_str(),
+            "event" | "volume" | "uuid" | "context" | "calls" | "key" | "signature" | "signer"
+        ) {
             continue;
         }
         if let Value::Object(inner) = value {
@@ -229,72 +204,4 @@ fn record(record: &Record) -> String {
 
 fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
-}
-
-/// What holding a trail against CloudTrail found.
-fn compared(found: &Comparison) {
-    for Difference { seq, request_id, what } in &found.differences {
-        say!("DIFFERS  record {seq}, request {request_id}: {what}");
-    }
-    for event in &found.missing_in_trail {
-        say!("IN CLOUDTRAIL ALONE  {}", cloud_event(event));
-    }
-    for call in &found.missing_in_cloudtrail {
-        let id = call.request_id.as_deref().unwrap_or("none");
-        say!(
-            "IN THE TRAIL ALONE  {}  record {}, {}, request {id}",
-            call.at,
-            call.seq,
-            call.operation
-        );
-    }
-    for event in &found.administration {
-        say!("administration  {}", cloud_event(event));
-    }
-    for (principal, count) in &found.others {
-        say!("used by others  {principal}: {count} times");
-    }
-    for (why, count) in &found.explained {
-        say!("{count} {why}");
-    }
-    let principals: Vec<_> = found.principals.iter().map(String::as_str).collect();
-    say!(
-        "byokd is {}",
-        if principals.is_empty() { "nobody there".into() } else { principals.join(", ") }
-    );
-    let (matched, by_context) = (found.matched, found.matched_by_context);
-    let verdict = if found.agrees() { "agrees" } else { "DOES NOT AGREE" };
-    say!(
-        "{verdict}: {matched} requests by their ids, {by_context} without an answer by their context"
-    );
-}
-
-fn cloud_event(event: &CloudEvent) -> String {
-    let CloudEvent { at, operation, request_id, principal, .. } = event;
-    let error = event.error.as_deref().map(|error| format!(", {error}")).unwrap_or_default();
-    format!("{at}  {operation} by {principal}, request {request_id}{error}")
-}
-
-/// What checking an audit trail found.
-fn verified(report: &Report) {
-    for finding in &report.findings {
-        say!("{}:{}: {}: {}", finding.file, finding.line, word(finding.wrong), finding.what);
-    }
-    for note in &report.notes {
-        say!("note: {note}");
-    }
-    let range = match (report.first, &report.last) {
-        (Some(first), Some(last)) => format!(", {first} to {}", last.seq),
-        _ => String::new(),
-    };
-    let (files, records) = (report.files, report.records);
-    if report.is_intact() {
-        say!("intact: {records} records{range}, in {files} files");
-        if let Some(last) = &report.last {
-            say!("head {last}");
-        }
-    } else {
-        let count = report.findings.len();
-        say!("NOT INTACT: {count} findings; {records} records{range} fit, in {files} files");
-    }
 }

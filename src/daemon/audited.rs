@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tracing::{error, info};
+
 use crate::audit::record::{Event, Kind, Peer};
 use crate::audit::{Audit, OnFailure};
 use crate::config::VolumeConfig;
@@ -10,6 +12,8 @@ use crate::daemon::refusals::{Answered, by_panic, refused};
 use crate::daemon::{Daemon, Setup};
 use crate::exit::ExitCode;
 use crate::keeper::threads::apart;
+use crate::kms::CheckStep;
+use crate::kms::aws::AwsKms;
 
 /// A request that was recorded.
 pub(super) struct Asked {
@@ -18,19 +22,52 @@ pub(super) struct Asked {
     volume: Option<String>,
 }
 
-/// The daemon starts, with these settings.
-pub(super) fn start(audit: &Audit, setup: &Setup, volumes: &[(String, VolumeConfig)]) {
+/// The daemon starts, with these settings, and asks this KMS.
+pub(super) fn start(
+    audit: &Audit,
+    setup: &Setup,
+    kms: &AwsKms,
+    volumes: &[(String, VolumeConfig)],
+) {
     let pid = std::process::id().to_string();
-    let start = Event::new(Kind::DaemonStart)
+    let whose = match kms.endpoint() {
+        _ if setup.dev_state.is_some() => "development",
+        Some(_) => "another endpoint",
+        None => "AWS",
+    };
+    info!(kms = whose, region = kms.region(), endpoint = kms.endpoint(), "KMS is asked there");
+    if kms.is_cleartext() {
+        error!(
+            endpoint = kms.endpoint(),
+            "KMS is asked without TLS over a network: whoever is on the way can read the keys of \
+             volumes and answer for the customer"
+        );
+    }
+    let mut start = Event::new(Kind::DaemonStart)
         .detail("version", env!("CARGO_PKG_VERSION"))
         .detail("pid", &pid)
-        .detail("kms", if setup.dev_state.is_some() { "development" } else { "AWS" });
-    audit.record(start);
+        .detail("kms", whose)
+        .detail("region", kms.region());
+    if let Some(endpoint) = kms.endpoint() {
+        start = start.detail("endpoint", endpoint);
+    }
+    audit.record(audit.after(start));
     let mut load = Event::new(Kind::ConfigLoad).detail("volumes", &volumes.len().to_string());
     if let Some((file, hash)) = &setup.file {
         load = load.detail("file", &file.display().to_string()).detail("sha256", &hash.to_string());
     }
     audit.record(load);
+}
+
+/// How trying a key ended, as the command line says it too.
+fn checked(event: Event, steps: &[CheckStep]) -> Event {
+    let failed = steps.iter().find_map(|step| Some((step, step.verdict?)));
+    match failed {
+        Some((step, verdict)) => {
+            event.failed(ExitCode::from(verdict), &format!("{}: {}", step.step, step.detail))
+        }
+        None => Event { exit: Some(ExitCode::Ok), ..event },
+    }
 }
 
 impl Daemon {
@@ -64,24 +101,43 @@ impl Daemon {
         event.request = Some(asked.request);
         event.volume = asked.volume;
         event = match answered {
+            Ok(Answer::KeyCheck { steps }) => checked(event, steps),
             Ok(_) => Event { exit: Some(ExitCode::Ok), ..event },
             Err(error) => event.failed(error.exit, &error.why),
         };
         self.audit.record(event);
     }
 
-    /// What is wrong with the trail, if anything is.
-    pub(super) fn audit_problem(&self) -> Option<Problem> {
+    /// What is wrong with the trail.
+    pub(super) fn audit_problems(&self) -> Vec<Problem> {
         let status = self.audit.status();
-        let failing = status.failing?;
         let effect = match status.on_failure {
             OnFailure::RefuseAttach => "no volume is attached or made until it can be",
             OnFailure::Continue => "everything goes on, as configured",
         };
-        Some(Problem {
+        let failing = status.failing.map(|failing| Problem {
             at: failing.since,
             why: format!("the audit trail cannot be written ({}): {effect}", failing.why),
             remedy: format!("Make room in {} or mend its disk.", status.directory.display()),
+        });
+        let changed = status.changed.map(|changed| Problem {
+            at: changed.since,
+            why: format!("something else changed the audit trail: {}", changed.why),
+            remedy: "Run `byokctl audit verify`, and find out who can write there.".to_owned(),
+        });
+        failing.into_iter().chain(changed).collect()
+    }
+
+    /// What is wrong with the way to KMS.
+    pub(super) fn kms_problem(&self) -> Option<Problem> {
+        let endpoint = self.kms.endpoint().filter(|_| self.kms.is_cleartext())?;
+        Some(Problem {
+            at: self.started.clone(),
+            why: format!(
+                "KMS is asked without TLS over a network, at {endpoint}: whoever is on the way can \
+                 read the keys of volumes and answer for the customer"
+            ),
+            remedy: "Give an https:// address as endpoint under [kms].".to_owned(),
         })
     }
 

@@ -139,7 +139,10 @@ impl Daemon {
     /// What is wrong with the daemon as a whole.
     #[must_use]
     pub fn problems(&self) -> Vec<Problem> {
-        self.audit_problem().into_iter().chain(self.settings_problem()).collect()
+        let mut problems = self.audit_problems();
+        problems.extend(self.settings_problem());
+        problems.extend(self.kms_problem());
+        problems
     }
 }
 

@@ -31,6 +31,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -66,6 +67,7 @@ use crate::listener::{Listener, Peers};
 use crate::metrics::counters::VolumeCounters;
 use crate::progress::Progress;
 use crate::systemd::{Systemd, Watchdog};
+use crate::units::rfc3339;
 
 /// How soon the control socket is heard of first.
 const STARTING: Duration = Duration::from_secs(10);
@@ -237,6 +239,8 @@ pub struct Daemon {
     tries: Mutex<JoinSet<()>>,
     /// No volume goes into service any more.
     stopping: AtomicBool,
+    /// When it started, RFC 3339.
+    started: String,
     /// Settings that were changed since the start.
     at_restart: Mutex<Option<Problem>>,
 }
@@ -406,7 +410,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     let calls = Arc::clone(&audit);
     setup.kms.observer = Some(Arc::new(move |call| calls.called(&call)));
     let kms = Arc::new(AwsKms::connect(setup.kms.clone()).await?);
-    audited::start(&audit, &setup, &volumes);
+    audited::start(&audit, &setup, &kms, &volumes);
     let known = volumes.into_iter().map(|(name, config)| (name, Arc::new(Volume::new(config))));
     let (gone, devices_gone) = mpsc::unbounded_channel();
     let daemon = Arc::new(Daemon {
@@ -422,6 +426,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         reloading: tokio::sync::Mutex::default(),
         tries: Mutex::default(),
         stopping: AtomicBool::new(false),
+        started: rfc3339(Timestamp::now()),
         at_restart: Mutex::default(),
         setup,
     });

@@ -630,7 +630,14 @@ impl<K: KeyService> Keeping<K> {
         };
         let trouble = trouble.as_ref();
         // It takes a place in the trail and waits for no disk.
-        self.audit.record(self.event(Kind::Fence).reason(reason).trouble(trouble));
+        let mut event = self.event(Kind::Fence).reason(reason).trouble(trouble);
+        // An operator's suspension follows from no answer.
+        let said = self.report.evidence.as_ref();
+        let said = said.filter(|_| trouble.is_some() && reason != FenceReason::Suspended);
+        if let Some(said) = said {
+            event = event.evidence(said);
+        }
+        self.audit.record(event);
         let destroyed = self.export.close(reason);
         let from = self.lease.first_denial().unwrap_or(started);
         let took = now().since(from);

@@ -99,8 +99,28 @@ fn a_denial_is_told_in_the_same_words_everywhere() {
     let said = &api["lease"]["evidence"];
     let evidence = control["trouble"]["evidence"].as_str().unwrap();
     for part in ["code", "message", "request_id"] {
-        assert!(evidence.contains(said[part].as_str().unwrap()), "{evidence} has the {part}");
+        let said = said[part].as_str().unwrap();
+        assert!(evidence.contains(said), "{evidence} has the {part}");
     }
+    // The record of the fence names the answer that fenced, and the log has the same.
+    let of_denial = |part: &str| {
+        let said = recorded[part].as_str().unwrap_or_else(|| panic!("{part} in {recorded}"));
+        let log = daemon.log();
+        let fenced = log.lines().find(|line| line.contains("fenced: the key is destroyed"));
+        assert!(fenced.unwrap().contains(said), "{fenced:?} has the {part}");
+        said.to_owned()
+    };
+    assert_eq!(of_denial("code"), said["code"]);
+    assert_eq!(of_denial("message"), said["message"]);
+    let id = of_denial("request_id");
+    assert_eq!(recorded["verdict"], "denied");
+    let called = |record: &Value| {
+        let calls = record["calls"].as_array().into_iter().flatten();
+        calls.into_iter().any(|call| call["request_id"] == id.as_str())
+    };
+    until("that request to KMS is in the trail", || {
+        crate::audit::records(&daemon).iter().any(called)
+    });
 }
 
 #[test]

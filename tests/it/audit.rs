@@ -2,6 +2,8 @@
 
 use std::process::Command;
 
+use byokd::audit::chain::seal;
+use byokd::audit::record::{Event, Kind, Record};
 use serde_json::Value;
 
 use crate::mounts::{Mount, can_mount};
@@ -165,6 +167,96 @@ fn what_is_done_to_a_trail_is_found_against_the_running_daemon() {
     daemon.ok(&["audit", "verify"]);
 }
 
+/// A line that follows the last one, its hash right: what anybody can make who can write there.
+fn forged(text: &str) -> String {
+    let mut record: Record = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    (record.seq, record.prev) = (record.seq + 1, record.hash);
+    record.event = Event::new(Kind::Restore).volume("forged");
+    seal(&mut record) + "\n"
+}
+
+#[test]
+fn what_is_added_to_a_live_trail_is_found_told_and_not_written_over() {
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.create("v", "1M", &key);
+    daemon.ok(&["audit", "verify"]);
+    let head = daemon.ok(&["audit", "head"])["written"].clone();
+    let file = daemon.dir.path().join("audit/audit-000000000001.jsonl");
+    let good = std::fs::read_to_string(&file).unwrap();
+    let wrong = || {
+        let (code, report) = daemon.ctl(&["audit", "verify"]);
+        assert_eq!(code, DISCREPANCY, "{report:#}");
+        report
+    };
+    for (end, word) in [("{\"seq\":", "torn"), ("\0\0\0", "torn"), ("junk", "changed")] {
+        std::fs::write(&file, format!("{good}{end}")).unwrap();
+        assert_eq!(wrong()["findings"][0]["wrong"], word, "{end:?}");
+    }
+    let with_forged = good.clone() + &forged(&good);
+    std::fs::write(&file, &with_forged).unwrap();
+    let report = wrong();
+    assert_eq!(report["findings"][0]["wrong"], "added", "{report:#}");
+    assert_eq!(report["last"], head, "what was forged is no head");
+    // The next record comes after it, and says so.
+    daemon.ok(&["reload"]);
+    until("it is told", || daemon.ok(&["status"])["problems"][0]["why"].is_string());
+    daemon.says("something else changed the audit trail");
+    let report = wrong();
+    let findings = report["findings"].as_array().unwrap();
+    assert_eq!(findings.len(), 1, "{report:#}");
+    assert_eq!(findings[0]["wrong"], "added");
+    assert_eq!(findings[0]["line"], good.lines().count() + 1);
+    assert_eq!(report["last"], daemon.ok(&["audit", "head"])["written"]);
+    assert!(std::fs::read_to_string(&file).unwrap().starts_with(&with_forged));
+    let told = records(&daemon).into_iter().find(|record| record["event"] == "foreign-change");
+    assert_eq!(told.unwrap()["foreign"]["bytes"], forged(&good).len());
+}
+
+#[test]
+fn a_start_says_which_kms_is_asked_and_what_goes_in_the_clear() {
+    for (endpoint, in_the_clear) in
+        [("http://127.0.0.1:9", false), ("https://192.0.2.1", false), ("http://192.0.2.1:9", true)]
+    {
+        let daemon = Daemon::configured(&format!(
+            "[kms]\nregion = \"eu-central-1\"\nendpoint = \"{endpoint}\"\n"
+        ));
+        let problems = daemon.ok(&["status"])["problems"].take();
+        let told = problems[0]["why"].as_str().is_some_and(|why| why.contains("without TLS"));
+        assert_eq!(told, in_the_clear, "{endpoint}: {problems}");
+        daemon.says("KMS is asked there");
+        daemon.says(endpoint);
+        assert_eq!(daemon.log().contains("without TLS"), in_the_clear);
+        let tail = daemon.ok(&["audit", "head"])["directory"].clone();
+        let text = run(Command::new(env!("CARGO_BIN_EXE_byokctl"))
+            .args(["audit", "export", "--dir"])
+            .arg(tail.as_str().unwrap()));
+        let start: Value = serde_json::from_str(text.lines().nth(1).unwrap()).unwrap();
+        assert_eq!(start["event"], "daemon-start", "{text}");
+        assert_eq!(start["detail"]["endpoint"], endpoint);
+        assert_eq!(start["detail"]["region"], "eu-central-1");
+        assert_eq!(start["detail"]["kms"], "another endpoint");
+    }
+}
+
+#[test]
+fn a_key_check_that_fails_is_recorded_as_the_command_line_ends() {
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.ok(&["key", "check", &key]);
+    daemon.ok(&["dev", "key", "disable", &key]);
+    assert_eq!(daemon.ctl(&["key", "check", &key]).0, 3);
+    let ended = || {
+        let all = records(&daemon);
+        let answers = all.iter().filter(|record| record["request"] == "key-check");
+        answers.filter(|record| record["event"] == "answer").cloned().collect::<Vec<_>>()
+    };
+    until("both are recorded", || ended().len() == 2);
+    let ended = ended();
+    assert_eq!((&ended[0]["exit"], &ended[1]["exit"]), (&"ok".into(), &"key_denied".into()));
+    assert!(ended[1]["why"].as_str().unwrap().contains("enabled"), "{}", ended[1]);
+}
+
 #[test]
 fn a_crash_leaves_a_trail_that_goes_on() {
     let mut daemon = Daemon::start();
@@ -178,6 +270,14 @@ fn a_crash_leaves_a_trail_that_goes_on() {
     let starts = all.iter().filter(|record| record["event"] == "daemon-start").count();
     let stops = all.iter().filter(|record| record["event"] == "daemon-stop").count();
     assert_eq!((starts, stops), (2, 0));
+    let start = all.iter().rfind(|record| record["event"] == "daemon-start").unwrap();
+    assert_eq!(start["detail"]["run-before-stopped"], "not in order");
+    let before = &all[all.iter().position(|record| record == start).unwrap() - 1];
+    let after = format!("{}:{}", before["seq"], before["hash"].as_str().unwrap());
+    assert_eq!(start["detail"]["after"], after);
+    assert_eq!(start["detail"]["unsigned"], format!("1 to {}", before["seq"]));
+    assert_eq!(report["after_crash"], serde_json::json!([start["seq"]]));
+    daemon.says("the run before did not stop in order");
     // What was before is still there for whoever looks at the running daemon.
     let answer = daemon.ok(&["audit", "tail", "--volume", "v", "-n", "1000"]);
     assert_eq!(answer, Value::Null, "one object a line");
@@ -226,6 +326,22 @@ fn the_trail_agrees_with_cloudtrail_and_what_one_lacks_is_told() {
     assert_eq!(code, 0, "{found:#}");
     let matched = found["matched"].as_u64().unwrap();
     assert!(matched > 10, "{found:#}");
+    // Nothing says nothing.
+    for empty in ["{\"Records\":[]}", "[]"] {
+        let (code, found) = reconcile(&serde_json::from_str(empty).unwrap());
+        assert_eq!((code, &found["agrees"]), (DISCREPANCY, &Value::Bool(false)), "{found:#}");
+    }
+    std::fs::write(&file, "").unwrap();
+    let told = output(
+        Command::new(env!("CARGO_BIN_EXE_byokctl"))
+            .args(["audit", "reconcile"])
+            .arg(&file)
+            .arg("--dir")
+            .arg(&trail),
+    );
+    assert_eq!(told.status.code(), Some(DISCREPANCY));
+    let told = String::from_utf8(told.stdout).unwrap();
+    assert!(told.contains("NOTHING WAS COMPARED"), "{told}");
     let done: Vec<_> = found["administration"].as_array().unwrap().iter().collect();
     assert!(done.iter().any(|event| event["operation"] == "DisableKey"), "{found:#}");
 

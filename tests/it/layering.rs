@@ -73,7 +73,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &["audit::chain", "exit", "key::lease", "key::wrapped", "kms", "kms::trouble", "units"],
     ),
     ("audit::words", &["audit::record", "key::lease", "units"]),
-    ("audit::verify", &["audit::chain"]),
+    ("audit::verify", &["audit::chain", "audit::record", "units"]),
     ("audit::reconcile", &["audit::record", "units"]),
     (
         "keeper",
@@ -180,7 +180,18 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "volume",
         ],
     ),
-    ("cli::audit", &["audit::*", "cli::args", "cli::output", "control", "control::client", "exit"]),
+    (
+        "cli::audit",
+        &[
+            "audit::*",
+            "cli::args",
+            "cli::audit_words",
+            "cli::output",
+            "control",
+            "control::client",
+            "exit",
+        ],
+    ),
     (
         "cli",
         &[

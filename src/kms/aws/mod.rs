@@ -32,6 +32,7 @@ mod witness;
 mod words;
 
 use std::error::Error;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -76,6 +77,7 @@ pub struct AwsKms {
     /// One attempt, a fresh connection.
     confirming: Client,
     region: String,
+    endpoint: Option<String>,
     store: DisconnectedStore,
     witness: Option<Arc<Witness>>,
     calls: Arc<KmsCalls>,
@@ -141,6 +143,7 @@ impl AwsKms {
             probing: client(Reuse::Pooled, RetryConfig::disabled(), attempt),
             confirming: client(Reuse::Never, RetryConfig::disabled(), attempt),
             region,
+            endpoint: settings.endpoint.clone().or_else(|| elsewhere(shared)),
             store: settings.disconnected_store,
             witness: settings.witness.clone().map(Witness::new).map(Arc::new),
             calls: Arc::clone(&settings.calls),
@@ -154,6 +157,18 @@ impl AwsKms {
     #[must_use]
     pub fn region(&self) -> &str {
         &self.region
+    }
+
+    /// Where KMS is asked, if the settings or the environment name another place than AWS's own.
+    #[must_use]
+    pub fn endpoint(&self) -> Option<&str> {
+        self.endpoint.as_deref()
+    }
+
+    /// Whether what KMS answers, volume keys among it, crosses a network in the clear.
+    #[must_use]
+    pub fn is_cleartext(&self) -> bool {
+        self.endpoint.as_deref().is_some_and(is_cleartext)
     }
 
     /// A call, counted with its outcome and time. Callers box it: it is large, and would be part of
@@ -608,6 +623,26 @@ fn pairs(context: &EncryptionContext) -> std::collections::HashMap<String, Strin
     context.pairs().iter().map(|(k, v)| (k.clone(), v.clone())).collect()
 }
 
+/// Where the environment says that KMS is asked, in the order of the SDK.
+fn elsewhere(shared: &SdkConfig) -> Option<String> {
+    let own = std::env::var("AWS_ENDPOINT_URL_KMS").ok().filter(|url| !url.is_empty());
+    own.or_else(|| shared.endpoint_url().map(str::to_owned))
+}
+
+/// Whether that is reached without TLS by more than the machine's own loopback.
+fn is_cleartext(endpoint: &str) -> bool {
+    let Some(rest) = endpoint.strip_prefix("http://") else { return false };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let host = authority.rsplit('@').next().unwrap_or_default();
+    let host = match host.strip_prefix('[') {
+        Some(v6) => v6.split(']').next(),
+        None => host.split(':').next(),
+    };
+    let host = host.unwrap_or_default();
+    let loopback = host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+    !loopback && !host.eq_ignore_ascii_case("localhost")
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
@@ -703,6 +738,18 @@ mod tests {
         assert_eq!(error.code, "NotFoundException", "{error}");
         let keys: Vec<_> = server.requests().into_iter().filter_map(|r| r.access_key).collect();
         assert_eq!(keys, ["AKID0", "AKID1"], "the second call asked for credentials again");
+    }
+
+    #[test]
+    fn cleartext_is_what_leaves_the_machine_without_tls() {
+        for here in ["http://127.0.0.1:1", "http://[::1]:1/x", "http://LocalHost", "https://kms.a"]
+        {
+            assert!(!is_cleartext(here), "{here}");
+        }
+        for out in ["http://10.0.2.2:1", "http://127.0.0.1@kms.a/", "http://[fd00::1]", "http://a"]
+        {
+            assert!(is_cleartext(out), "{out}");
+        }
     }
 
     #[tokio::test]
