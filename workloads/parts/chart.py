@@ -6,7 +6,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 400, 70, 20, 40, 110
 COLOURS = ["#1f6fb4", "#c4512d", "#3a8f47", "#7a4fa3"]
 
 
-def chart(title, series, events, unit="records/s"):
+def chart(title, series, events, unit):
     """`series`: name to a list of acknowledgements (parts/acks.py); `events`: list of (time, text)."""
     times = [r[0] for rows in series.values() for r in rows] + [t for t, _ in events]
     begin, end = (min(times), max(times)) if times else (0, 1)

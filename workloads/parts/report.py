@@ -12,7 +12,7 @@ class Report:
         self.directory, self.title = directory, f"{story}, {program}, seed {seed}"
         directory.mkdir(parents=True, exist_ok=True)
         self.begun = time.monotonic()
-        self.text, self.events, self.failed, self.numbers = [], [], [], {}
+        self.text, self.events, self.failed, self.numbers, self.unit = [], [], [], {}, "records/s"
         self.say(f"# {self.title}")
 
     def say(self, line):
@@ -47,7 +47,7 @@ class Report:
             self.say(f"              | {line[:180]}")
 
     def finish(self, series):
-        (self.directory / "chart.svg").write_text(chart(self.title, series, self.events))
+        (self.directory / "chart.svg").write_text(chart(self.title, series, self.events, self.unit))
         (self.directory / "numbers.json").write_text(json.dumps(self.numbers, indent=1))
         verdict = "PASSED" if not self.failed else f"FAILED: {'; '.join(self.failed)}"
         self.say(f"VERDICT {self.title}: {verdict}")

@@ -4,54 +4,25 @@ filter, and by byokd; and on the disk's own file by a loop device. In turn, roun
 Compared are ratios of one round, of records acknowledged a second and of p99. There is no bound to pass: a machine that
 others use proves nothing in one minute. What passes or fails is that each program loses nothing anywhere."""
 
-import contextlib
-import statistics
-
 from parts import acks
-from parts.disk import FileSystem, LoopDisk, NbdDisk
-from parts.peers import nbdkit
-from parts.service import Byokd
+from parts.disk import FileSystem
 
 from .setting import go_on_for, scratch_directory
-
-DISKS = ["plain", "nbdkit", "nbdkit-luks", "byokd"]
+from .turns import compare, in_turn
 
 
 def story(stack, report, make_program, seed, quick):
     rounds, seconds = (1, 3) if quick else (3, 10)
-    scratch = scratch_directory(stack)
-    byokd = Byokd(stack, scratch / "byokd", report.directory / "byokd.log")
-    key = byokd.key()
-    found, series = {name: [] for name in DISKS}, {}
-    for turn in range(rounds):
-        for at in range(len(DISKS)):
-            name = DISKS[(turn + at) % len(DISKS)]
-            report.event(f"{name}, round {turn + 1}")
-            with contextlib.ExitStack() as inner:
-                disk = open_disk(inner, name, report, scratch, byokd, key, make_program)
-                rows = measure(inner, report, scratch, disk, name, make_program, seed, seconds)
-            if name == "byokd":
-                byokd.ctl("detach", "v")
-                byokd.ctl("volume", "forget", "v")
-            for image in scratch.glob("*.img"):
-                image.unlink()
-            found[name].append(acks.summary(rows))
-            series.setdefault(name, []).extend(rows)
-    compare(report, found)
+    scratch, series = scratch_directory(stack), {}
+
+    def load(inner, disk, name):
+        rows = measure(inner, report, scratch, disk, name, make_program, seed, seconds)
+        series.setdefault(name, []).extend(rows)
+        return acks.summary(rows)
+
+    found = in_turn(stack, report, scratch, make_program, rounds, load)
+    compare(report, found, {"throughput": "rate", "p99": "p99"})
     return series
-
-
-def open_disk(stack, name, report, scratch, byokd, key, program):
-    size = program.volume_mib << 20
-    if name == "plain":
-        return LoopDisk(stack, scratch / "plain.img", size)
-    if name == "byokd":
-        byokd.create("v", scratch / "byokd.img", f"{program.volume_mib}M", key, program.purpose)
-        byokd.ctl("attach", "v")
-        uri = byokd.uri("v")
-    else:
-        uri = nbdkit(stack, name, scratch, size, report.directory / f"{name}.log")
-    return NbdDisk(stack, uri, scratch / "nbd")
 
 
 def measure(stack, report, scratch, disk, name, make_program, seed, seconds):
@@ -70,12 +41,3 @@ def measure(stack, report, scratch, disk, name, make_program, seed, seconds):
     files.unmount()
     disk.close()
     return rows
-
-
-def compare(report, found):
-    for name in DISKS[:-1]:
-        rate = sorted(ours["rate"] / theirs["rate"] for ours, theirs in zip(found["byokd"], found[name]))
-        tail = sorted(ours["p99"] / theirs["p99"] for ours, theirs in zip(found["byokd"], found[name]))
-        report.numbers[f"byokd to {name}"] = dict(rate=rate, p99=tail)
-        report.say(f"            byokd to {name}: throughput {statistics.median(rate):.2f} ({rate[0]:.2f} to {rate[-1]:.2f}), "
-                   f"p99 {statistics.median(tail):.2f} ({tail[0]:.2f} to {tail[-1]:.2f})")
