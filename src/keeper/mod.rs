@@ -78,9 +78,14 @@ pub struct KeyReport {
     pub interval: Duration,
     /// Within what time a denial is first heard.
     pub hears_within: HearsWithin,
-    /// Time left of the outage allowance, while it runs.
-    pub allowance_left: Option<Duration>,
-    /// From the first denied answer to the key's destruction, of the last fence.
+    /// When the outage allowance is over, while it runs.
+    pub allowance_until: Option<Moment>,
+    /// What the last answer meant, to a probe of this volume or of one under the same key.
+    pub verdict: Verdict,
+    /// Why it was fenced last.
+    pub fenced_for: Option<FenceReason>,
+    /// From the first denied answer to the key's destruction, of the last fence, if a denial led to
+    /// it.
     pub fenced_after: Option<Duration>,
     /// What KMS said last that was not a success.
     pub evidence: Option<Evidence>,
@@ -95,6 +100,12 @@ impl KeyReport {
             Some(until) => Some(until.since(now)),
             None => (!self.serves).then_some(Duration::ZERO),
         }
+    }
+
+    /// What is left of the outage allowance, while it runs.
+    #[must_use]
+    pub fn allowance_left(&self, now: Moment) -> Option<Duration> {
+        self.allowance_until.map(|until| until.since(now))
     }
 }
 
@@ -163,7 +174,9 @@ impl Keeper {
             heard: now(),
             interval: policy.interval,
             hears_within: seat.hears_within(),
-            allowance_left: None,
+            allowance_until: None,
+            verdict: Verdict::Allowed,
+            fenced_for: None,
             fenced_after: None,
             evidence: None,
         };
@@ -418,7 +431,7 @@ impl<K: KeyService> Keeping<K> {
     /// What volumes under the same key have heard, as far as it is true of this one too.
     async fn told(&mut self, heard: Heard) {
         if let Some((verdict, asked)) = heard.verdict {
-            self.report.heard = now();
+            (self.report.heard, self.report.verdict) = (now(), verdict);
             let step = self.lease.observe_sibling(now(), verdict, asked);
             self.act(step).await;
         }
@@ -480,7 +493,7 @@ impl<K: KeyService> Keeping<K> {
                 verdict
             }
         };
-        self.report.heard = now();
+        (self.report.heard, self.report.verdict) = (now(), verdict);
         self.counters.probes.add(&word(verdict));
         let before = self.lease.state();
         self.seat.tell(verdict, sent, before.serves());
@@ -634,7 +647,8 @@ impl<K: KeyService> Keeping<K> {
         let destroyed = self.export.close(reason);
         let from = self.lease.first_denial().unwrap_or(started);
         let took = now().since(from);
-        self.report.fenced_after = Some(took);
+        self.report.fenced_for = Some(reason);
+        self.report.fenced_after = self.lease.first_denial().map(|_| took);
         // Fenced for another reason already, it had none.
         if destroyed.is_first() {
             let event = self.event(Kind::KeyDestroyed).reason(reason);
@@ -799,7 +813,7 @@ impl<K: KeyService> Keeping<K> {
         self.report.verified = self.lease.last_success();
         self.report.serves_until = self.lease.serves_until();
         self.report.hears_within = self.seat.hears_within();
-        self.report.allowance_left = self.lease.allowance_left(now());
+        self.report.allowance_until = self.lease.allowance_until();
         self.tell.send_replace(self.report.clone());
     }
 }

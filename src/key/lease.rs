@@ -52,6 +52,10 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    /// Every verdict.
+    pub const ALL: [Self; 5] =
+        [Self::Allowed, Self::Denied, Self::Unavailable, Self::Credentials, Self::Mismatch];
+
     /// The alert of `monitoring/alerts.yml` that such answers lead to; a success leads to none.
     #[must_use]
     pub fn alert(self) -> Option<&'static str> {
@@ -374,12 +378,12 @@ impl KeyLease {
         self.first_denial
     }
 
-    /// Time left of the allowance; `None` when it never ends, or does not run.
+    /// When the allowance is over; `None` when it never is, or does not run.
     #[must_use]
-    pub fn allowance_left(&self, now: Moment) -> Option<Duration> {
+    pub fn allowance_until(&self) -> Option<Moment> {
         match (self.policy.allowance, self.state) {
             (Allowance::For(allowance), LeaseState::Unverified | LeaseState::Suspect) => {
-                Some(allowance.saturating_sub(now.since(self.last_success)))
+                Some(Moment(self.last_success.0.saturating_add(allowance)))
             }
             _ => None,
         }

@@ -96,8 +96,11 @@ fn effect(lease: LeaseWord) -> &'static str {
 
 impl fmt::Display for Evidence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let id = self.request_id.as_deref().unwrap_or("none");
-        write!(f, "{}: {} (request id {id}, {})", self.code, self.message, self.at)
+        let Self { at, code, message, .. } = self;
+        match &self.request_id {
+            Some(id) => write!(f, "{code}: {message} (request id {id}, {at})"),
+            None => write!(f, "{code}: {message} (no request id, {at})"),
+        }
     }
 }
 
@@ -123,6 +126,12 @@ mod tests {
             "DisabledException: it is disabled. (request id 7d5e, 2026-03-01T12:00:00.000Z)";
         assert_eq!((told.evidence.as_str(), told.remedy.as_str()), (words, "ask the customer"));
         assert!(told.cause.contains("denied") && told.effect.contains("fenced"), "{told:?}");
+    }
+
+    #[test]
+    fn what_came_without_a_request_id_says_so_in_plain_words() {
+        let silent = Evidence { request_id: None, ..said(Verdict::Unavailable) };
+        assert!(silent.to_string().ends_with("(no request id, 2026-03-01T12:00:00.000Z)"));
     }
 
     #[test]
