@@ -501,7 +501,8 @@ impl<K: KeyService> Keeping<K> {
         let after = self.lease.state();
         if before.word() != after.word() && step == Step::None {
             let volume = self.export.name();
-            info!(volume, from = ?before.word(), to = ?after.word(), ?verdict, "key lease changed");
+            let (from, to) = (word(before.word()), word(after.word()));
+            info!(volume, from, to, verdict = word(verdict), "key lease changed");
         }
         self.act(step).await;
         (self.next, self.forced) = (self.due(), self.lease.state().is_in_doubt());
@@ -604,11 +605,12 @@ impl<K: KeyService> Keeping<K> {
                 code = error.code,
                 kms_message = error.message,
                 request_id = error.request_id,
-                verdict = ?error.verdict,
-                alert = error.verdict.alert(),
+                verdict = word(error.verdict),
+                // A fence names its own: one answer that denies or does not fit is only suspected.
+                alert = error.verdict.alert().filter(|_| !error.verdict.is_made_certain()),
                 cause = cause(error.verdict),
                 remedy = error.remedy,
-                "KMS did not allow a probe"
+                "a probe did not succeed"
             );
         }
         self.report.evidence = Some(Evidence {
@@ -661,8 +663,9 @@ impl<K: KeyService> Keeping<K> {
         }
         warn!(
             volume = self.export.name(),
-            ?reason,
-            millis = took.as_millis(),
+            reason = word(reason),
+            millis = self.report.fenced_after.map(millis),
+            alert = reason.alert(),
             cause = trouble.map(|t| t.cause.as_str()),
             evidence = trouble.map(|t| t.evidence.as_str()),
             effect = trouble.map(|t| t.effect.as_str()),
@@ -739,7 +742,8 @@ impl<K: KeyService> Keeping<K> {
                 self.counters.restores.add("ok");
                 self.plan.abort_all();
                 self.audit.record(self.event(Kind::Restore));
-                info!(volume = self.export.name(), "KMS allows the key again: serving");
+                let (volume, request_id) = (self.export.name(), proof.request_id);
+                info!(volume, request_id, "KMS allows the key again: serving");
             }
             Ok(Err(error)) => self.not_served(&error),
             Err(error) => self.not_served(&error),

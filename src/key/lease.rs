@@ -56,6 +56,15 @@ impl Verdict {
     pub const ALL: [Self; 5] =
         [Self::Allowed, Self::Denied, Self::Unavailable, Self::Credentials, Self::Mismatch];
 
+    /// Whether one such answer alone leads to nothing: it has to come again.
+    #[must_use]
+    pub fn is_made_certain(self) -> bool {
+        match self {
+            Self::Denied | Self::Mismatch => true,
+            Self::Allowed | Self::Unavailable | Self::Credentials => false,
+        }
+    }
+
     /// The alert of `monitoring/alerts.yml` that such answers lead to; a success leads to none.
     #[must_use]
     pub fn alert(self) -> Option<&'static str> {
@@ -131,6 +140,16 @@ impl FenceReason {
         Self::Detached,
         Self::Stopping,
     ];
+
+    /// The alert of `monitoring/alerts.yml` that a volume fenced for it leads to first.
+    #[must_use]
+    pub fn alert(self) -> Option<&'static str> {
+        match self {
+            Self::Denied => Some("KeyDenied"),
+            Self::Expired | Self::Mismatch | Self::Suspended => Some("VolumeFenced"),
+            Self::Detached | Self::Stopping => None,
+        }
+    }
 
     /// One sentence for people.
     #[must_use]

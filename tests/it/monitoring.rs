@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use byokd::key::lease::Verdict;
+use byokd::key::lease::{FenceReason, Verdict};
 use byokd::kms::dev::{Fault, FaultKind};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -64,6 +64,10 @@ fn every_alert_that_the_log_names_is_one_of_the_rules() {
     {
         let alert = verdict.alert().unwrap();
         assert!(alerts.contains(&alert), "{verdict:?}: no rule {alert}");
+    }
+    for reason in FenceReason::ALL {
+        let alert = reason.alert();
+        assert!(alert.is_none_or(|alert| alerts.contains(&alert)), "{reason:?}: no rule");
     }
 }
 
