@@ -81,7 +81,10 @@ pub(super) fn known(name: &str, now: &Now) -> VolumeStatus {
         }
         Service::Attaching(None) | Service::Detached => {}
     }
-    if let (VolumeState::Detached, Some(problem)) = (status.state, &status.problem) {
+    // While it is tried again it is still not served, and for the same reason.
+    if let (VolumeState::Detached | VolumeState::Attaching, Some(problem)) =
+        (status.state, &status.problem)
+    {
         status.trouble = Some(not_attached(problem));
     }
     status.headline = headline(&status);

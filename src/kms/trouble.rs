@@ -71,6 +71,17 @@ pub fn cause(verdict: Verdict) -> &'static str {
     }
 }
 
+/// Why nothing is known of a key whose volume is served all the same, by what was heard last.
+#[must_use]
+pub fn unverified(heard: Verdict) -> &'static str {
+    match heard {
+        Verdict::Credentials => "byokd's own credentials fail",
+        Verdict::Allowed | Verdict::Denied | Verdict::Unavailable | Verdict::Mismatch => {
+            "KMS gives no verdict"
+        }
+    }
+}
+
 fn effect(lease: LeaseWord) -> &'static str {
     match lease {
         LeaseWord::Held => "the volume is served",
