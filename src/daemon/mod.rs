@@ -444,7 +444,8 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         std::fs::write(&path, format!("http://{address}\n"))
             .map_err(StartError::io("write", &path))?;
     }
-    info!(control = %control.display(), version = env!("CARGO_PKG_VERSION"), "ready");
+    // Whether it is ready, volumes that are to be attached decide.
+    info!(control = %control.display(), version = env!("CARGO_PKG_VERSION"), "started");
     passed.close_rest(&notifier);
     let watchdog = match watchdog {
         Some(interval) => Some(

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
+use tracing::info;
 
 use crate::control::VolumeState;
 use crate::daemon::status::state;
@@ -21,13 +22,16 @@ impl Daemon {
     /// Tells systemd that the service is up, once each volume that should be attached was tried
     /// (`each_was_tried` ends), and from then on how it is. Never ends.
     pub(super) async fn tell(&self, notifier: &Notifier, mut each_was_tried: mpsc::Receiver<()>) {
-        if !notifier.is_active() {
-            return std::future::pending().await;
+        if notifier.is_active() {
+            notifier.status(&format!("starting: {}", self.summary()));
         }
-        notifier.status(&format!("starting: {}", self.summary()));
         // Nothing is ever sent: it ends.
         let _ended = each_was_tried.recv().await;
         let mut told = self.summary();
+        info!("ready: {told}");
+        if !notifier.is_active() {
+            return std::future::pending().await;
+        }
         notifier.ready(&told);
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
