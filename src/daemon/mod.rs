@@ -36,7 +36,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::attachment::Attachment;
 use crate::audit::chain::Hash;
@@ -545,10 +545,15 @@ impl Daemon {
             Request::VolumeForget { name } => self.forget(&name).await.map(|()| Answer::Done),
             Request::Attach { name, read_only, device, connections } => {
                 let what = format!("attach volume {name}");
-                match AttachHow::of(&what, read_only, device.as_deref(), connections) {
+                let attached = match AttachHow::of(&what, read_only, device.as_deref(), connections)
+                {
                     Ok(how) => self.attach(&name, how).await.map(Answer::Volume),
                     Err(refused) => Err(refused),
+                };
+                if let Err(e) = &attached {
+                    warn!(volume = name, why = e.why, remedy = e.remedy, "not attached");
                 }
+                attached
             }
             Request::Detach { name, force } => self.detach(&name, force).await.map(Answer::Volume),
             Request::KeySuspend { name } => self.suspend(&name).await.map(Answer::Volume),
