@@ -12,7 +12,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     // Shared words.
     ("units", &[]),
     ("exit", &[]),
-    ("log", &["log::*"]),
+    ("visible", &[]),
+    ("log", &["log::*", "visible"]),
     ("log::export", &[]),
     ("log::limit", &[]),
     ("log::queue", &[]),
