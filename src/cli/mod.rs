@@ -5,6 +5,7 @@ pub mod audit;
 pub mod demo;
 pub mod dev_keys;
 pub mod key_policy;
+mod lines;
 pub mod nbd_client;
 pub mod output;
 pub mod volumes;

@@ -193,7 +193,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "control::client",
             "exit",
             "key::wrapped",
+            "kms::trouble",
             "units",
+            "visible",
         ],
     ),
     // Runs a daemon of its own.
