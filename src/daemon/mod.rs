@@ -188,12 +188,13 @@ impl Setup {
         Self { config, kms, policy, plan, dev_state: None, file, audit }
     }
 
-    /// For trials: everything under `dir`, with the development KMS.
+    /// For trials: everything under `dir`, with the development KMS; HTTP on that port of this
+    /// machine, any free one if it is 0.
     #[must_use]
-    pub fn dev(dir: &Path, probe_interval: Duration) -> Self {
+    pub fn dev(dir: &Path, probe_interval: Duration, http_port: u16) -> Self {
         let audit = AuditConfig { directory: dir.join("audit"), ..AuditConfig::default() };
-        // Any free port: `http-endpoint` in `dir` says which.
-        let listen = Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
+        // `http-endpoint` in `dir` says which port.
+        let listen = Some(SocketAddr::from((Ipv4Addr::LOCALHOST, http_port)));
         let config = Config {
             http: HttpConfig { listen, ..HttpConfig::default() },
             volumes_dir: dir.join("volumes.d"),

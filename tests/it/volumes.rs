@@ -1,6 +1,7 @@
 //! Volumes: made, attached, refused, and opened by others.
 
-use std::process::Command;
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 
 use byokd::kms::dev::{Fault, FaultKind};
 use serde_json::Value;
@@ -312,4 +313,17 @@ fn what_is_left_of_the_allowance_is_as_it_is_when_it_is_asked_for() {
         assert!(allowance.abs_diff(remaining) <= 1, "{allowance} of the allowance, {remaining}");
         remaining + 3 <= first
     });
+}
+
+#[test]
+fn a_trial_serves_http_where_it_is_told_to() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut byokd = Command::new(env!("CARGO_BIN_EXE_byokd"));
+    let port = free.port().to_string();
+    let byokd = byokd.args(["--dev", "--http-port", &port, "--state-dir"]).arg(dir.path());
+    let _trial = Running(byokd.stderr(Stdio::null()).spawn().unwrap());
+    let endpoint = dir.path().join("http-endpoint");
+    until("it says where", || endpoint.exists() && TcpStream::connect(free).is_ok());
+    assert_eq!(std::fs::read_to_string(endpoint).unwrap().trim(), format!("http://{free}"));
 }
