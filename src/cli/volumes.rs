@@ -552,6 +552,18 @@ mod tests {
     }
 
     #[test]
+    fn a_volume_that_is_tried_again_is_no_other_way_until_it_is_served() {
+        let mut tried = volume("y", "attaching", true);
+        assert_eq!(state(&tried), "attaching");
+        let (at, why, remedy) = ("t".to_owned(), "w".to_owned(), "r".to_owned());
+        tried.problem = Some(Problem { at, why, remedy });
+        let failed = VolumeStatus { state: VolumeState::Detached, ..tried.clone() };
+        assert_eq!(state(&tried), "NOT SERVED");
+        assert_eq!(row(&tried, 6, usize::MAX), row(&failed, 6, usize::MAX));
+        assert_eq!((urgency(&tried), gist(&tried)), (urgency(&failed), gist(&failed)));
+    }
+
+    #[test]
     fn what_is_wrong_with_a_volume_stands_at_the_top() {
         let shown = detail(&volume("y", "fenced", true));
         let lines = shown.each();

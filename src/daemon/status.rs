@@ -241,3 +241,31 @@ fn lease(report: KeyReport, held_for: Option<Duration>) -> LeaseStatus {
         evidence: report.evidence,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::VolumeConfig;
+
+    #[test]
+    fn a_volume_that_is_tried_again_goes_on_saying_why_it_is_not_served() {
+        let volume = Volume::new(VolumeConfig::new("/nowhere".into()));
+        let told = || volume.with(|now| known("v", now));
+        volume.with(|now| now.service = Service::Attaching(None));
+        assert_eq!(told().trouble, None, "nothing is wrong at the first try");
+        let problem = |at: &str| {
+            let (at, why, remedy) = (at.to_owned(), "KMS said no".to_owned(), "ask".to_owned());
+            Some(Problem { at, why, remedy })
+        };
+        volume.with(|now| now.problem = problem("t"));
+        for service in [Service::Attaching(None), Service::Detached] {
+            volume.with(|now| now.service = service);
+            let trouble = told().trouble.unwrap();
+            assert_eq!(
+                (trouble.evidence.as_str(), trouble.remedy.as_str()),
+                ("KMS said no (t)", "ask")
+            );
+            assert_eq!(told().headline, trouble.cause);
+        }
+    }
+}
