@@ -848,8 +848,24 @@ fn parse_file<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<(T, Hash), Co
         let line = error.span().map(|span| {
             text.get(..span.start).unwrap_or_default().bytes().filter(|b| *b == b'\n').count() + 1
         });
-        fail(line, explain(error.message()))
+        fail(line, format!("{}{}", setting(&text, line, error.message()), explain(error.message())))
     })
+}
+
+/// The setting on that line, for words that do not name it: `http.listen: `.
+fn setting(text: &str, line: Option<usize>, message: &str) -> String {
+    let Some(line) = line.filter(|_| !message.contains('`')) else { return String::new() };
+    let before: Vec<_> = text.lines().take(line).collect();
+    let Some((key, _)) = before.last().and_then(|line| line.split_once('=')) else {
+        return String::new();
+    };
+    let table =
+        before.iter().rev().find_map(|line| line.trim().strip_prefix('[')?.split(']').next());
+    let key = key.trim();
+    match table {
+        Some(table) => format!("{table}.{key}: "),
+        None => format!("{key}: "),
+    }
 }
 
 /// Serde's words for an unknown key list all known ones; what helps is the nearest.
@@ -881,6 +897,17 @@ mod tests {
         let error = load(&path).unwrap_err().to_string();
         assert!(error.contains("byokd.toml:4"), "{error}");
         assert!(error.contains("did you mean `probe_interval`?"), "{error}");
+    }
+
+    #[test]
+    fn a_value_that_cannot_be_read_is_told_with_its_setting() {
+        let (_dir, path) =
+            file("max_connections = 5\n\n[http]\n# x\nlisten = \"localhost:9441\"\n");
+        let error = load(&path).unwrap_err().to_string();
+        assert!(error.contains("byokd.toml:5: http.listen: invalid socket address"), "{error}");
+        let (_dir, path) = file("tcp_listen = \"x\"\n");
+        let error = load(&path).unwrap_err().to_string();
+        assert!(error.contains("byokd.toml:1: tcp_listen: invalid socket address"), "{error}");
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`units`] | offsets, sectors, geometry: every range and overflow check |
+//! | [`visible`] | text from elsewhere, as it may be shown to people |
 //! | [`exit`] | the exit codes of both programs |
 //! | [`log`] | what the programs say of themselves, to the journal or as text, and to a collector |
 //! | [`harden`] | a process that gives its memory to nobody |
@@ -71,4 +72,5 @@ pub mod registers;
 pub mod store;
 pub mod systemd;
 pub mod units;
+pub mod visible;
 pub mod volume;

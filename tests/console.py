@@ -1,6 +1,6 @@
 """Looks at the console with Chromium, as a person would: tests/it/console.rs runs it.
 
-    console.py denial URL KEY_ARN
+    console.py denial URL KEY_ARN NBD_URI
     console.py token URL TOKEN
 
 With BYOKD_SCREENSHOTS=DIR it leaves pictures there.
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 
 import axe_playwright_python
 from selenium import webdriver
@@ -142,7 +143,7 @@ def denial(page, key):
     page.until("the volume is shown", lambda: card.is_there() and card.state() == "serving")
     assert card.says("key") == key
     assert "in 59 min" in card.says("left"), card.says("left")
-    assert page.text("#summary") == "2 volumes serving, 1 detached"
+    assert page.text("#summary") == "3 volumes serving, 1 detached"
     assert not page.shown("dl.trouble")
     page.until("reads are shown", lambda: "Reads 0 B/s" in card.part("figcaption").text)
     page.looks_good_everywhere("serving")
@@ -159,6 +160,9 @@ def denial(page, key):
     keys.send_keys(Keys.ENTER).perform()
     page.until("the history is there", lambda: "attached" in card.part("details .events").text)
 
+    # A client that goes on asking, whatever it is told.
+    asking = ask(sys.argv[4])
+    page.until("its reads are shown", lambda: "Reads 0 B" not in card.part("figcaption").text)
     started = time.monotonic()
     byokctl("dev", "key", "disable", key)
     page.until("the fence is seen", lambda: card.state() == "fenced")
@@ -171,9 +175,11 @@ def denial(page, key):
     page.until("the last request id is shown", lambda: same_id(card))
     evidence = card.says("evidence")
     assert "DisabledException" in evidence and said["lease"]["evidence"]["message"] in evidence
-    assert page.text("#summary") == "1 volume serving, 1 fenced, 1 detached"
-    assert page.driver.title == "1 with trouble – byokd", page.driver.title
-    assert page.run("return document.getElementById('announce').textContent").startswith("zeebe-0: fenced.")
+    page.until("both are fenced", lambda: page.text("#summary") == "1 volume serving, 2 fenced, 1 detached")
+    assert page.driver.title == "2 with trouble – byokd", page.driver.title
+    # Each that is fenced is read out, also where both are in one answer.
+    for said in ["zeebe-0", "zeebe-3", "fenced. the customer's KMS key may not be used"]:
+        assert said in announced(page), announced(page)
     # It comes first, and the other one is none the worse.
     assert page.text("#volumes > li:first-child h3") == "zeebe-0"
     assert calm.state() == "serving"
@@ -181,9 +187,16 @@ def denial(page, key):
     page.until("the history goes on", lambda: "KMS denied the key: DisabledException" in card.part("details .events").text)
     page.looks_good_everywhere("fenced")
 
+    # It reads nothing any more, and that is what is shown.
+    nothing = lambda: card.part("figcaption").text.startswith("Reads 0 B/s, writes 0 B/s; ")
+    page.until("nothing is read, and errors are shown", lambda: nothing() and "requests a second fail" in card.part("figcaption").text)
+    page.picture("failing-reads")
+    asking.kill()
+    asking.wait()
+
     # Only those with trouble; and one that is looked for.
     page.one("#troubled").click()
-    assert [e.text for e in page.driver.find_elements(By.CSS_SELECTOR, "#volumes h3") if e.text] == ["zeebe-0"]
+    assert [e.text for e in page.driver.find_elements(By.CSS_SELECTOR, "#volumes h3") if e.text] == ["zeebe-0", "zeebe-3"]
     page.one("#troubled").click()
     page.one("#filter").send_keys("zeebe-1")
     assert [e.text for e in page.driver.find_elements(By.CSS_SELECTOR, "#volumes h3") if e.text] == ["zeebe-1"]
@@ -197,6 +210,16 @@ def denial(page, key):
         page.until("it says that its data are old", lambda: page.shown("#stale"))
         assert "does not answer" in page.text("#stale")
         assert card.state() == "was fenced" and calm.says("left").lower() == "not known"
+        assert page.text("#summary") == "Last known: 1 volume serving, 2 fenced, 1 detached"
+        assert calm.part(".headline").text == "Last known: served; KMS allows its key"
+        assert card.says("cause").startswith("Last known: the customer's KMS key")
+        assert calm.part("figcaption").text.startswith("Last known: reads")
+        said = [calm.says("since"), calm.says("success"), card.says("clients")]
+        assert said[0].lower().startswith("was held, since ") and said[2].lower().startswith("were "), said
+        assert said[1].lower().endswith("as far as is known"), said
+        heard = page.text("#heard")
+        page.until("time goes on", lambda: page.text("#heard") != heard)
+        assert [calm.says("since"), calm.says("success"), card.says("clients")] == said, "and no clock of theirs does"
         page.looks_good_everywhere("stale")
     finally:
         os.kill(daemon, signal.SIGCONT)
@@ -207,7 +230,36 @@ def denial(page, key):
     assert not page.shown("dl.trouble")
     page.until("the history has it", lambda: "served again: KMS allows the key" in card.part("details .events").text)
     page.until("nothing is left of it", lambda: page.driver.title == "byokd")
-    assert page.text("#summary") == "2 volumes serving, 1 detached"
+    assert page.text("#summary") == "3 volumes serving, 1 detached"
+
+    # What KMS says turns nothing around, and no key of another is read into it.
+    bidi = "no\u202e (request id 0000)\u2066\n\u001b[2Jx"
+    fault = {"fault": "http", "status": 400, "code": "AccessDeniedException", "message": bidi, "operations": ["Decrypt"]}
+    kms = pathlib.Path(os.environ["BYOKD_STATE_DIR"], "kms-endpoint").read_text().strip()
+    post = urllib.request.Request(f"{kms}/_dev/faults", json.dumps(fault).encode(), method="POST")
+    urllib.request.urlopen(post).read()
+    page.until("it is denied", lambda: card.state() == "fenced")
+    page.until("the last request id is shown", lambda: same_id(card))
+    shown = card.says("evidence")
+    assert "no\\u{202e} (request id 0000)\\u{2066}\\n\\u{1b}[2Jx (request id " in shown, shown
+    page.until("the history has it", lambda: "no\\u{202e}" in card.part("details .events").text)
+    everything = page.run("return document.body.textContent")
+    assert not any(c in everything for c in "\u202e\u2066\u001b")
+    page.picture("bidi")
+    urllib.request.urlopen(urllib.request.Request(f"{kms}/_dev/faults", method="DELETE")).read()
+
+
+def announced(page):
+    return page.run("return document.getElementById('announce').textContent")
+
+
+def ask(uri):
+    """A client that reads again and again, whatever it is told."""
+    script = (
+        "import time\nwhile True:\n    try:\n        h.pread(4096, 0)\n"
+        "    except nbd.Error as e:\n        if e.errno != 'EPERM': raise\n    time.sleep(0.05)"
+    )
+    return subprocess.Popen(["/usr/bin/python3", "-m", "nbd", "-u", uri, "-c", script])
 
 
 def same_id(card):
@@ -233,7 +285,7 @@ def token(page, right):
 
 
 def main():
-    part, url, argument = sys.argv[1:]
+    part, url, argument = sys.argv[1:4]
     options = webdriver.ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

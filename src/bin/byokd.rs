@@ -34,7 +34,7 @@ fn main() -> Code {
     }
     let setup = match (args.dev, args.state_dir) {
         (true, Some(dir)) => match std::path::absolute(&dir) {
-            Ok(dir) => Setup::dev(&dir, args.probe_interval.0),
+            Ok(dir) => Setup::dev(&dir, args.probe_interval.0, args.http_port),
             Err(error) => return fail(ExitCode::Usage, &error, "Name a --state-dir."),
         },
         _ => match config::load_with_hash(&args.config) {

@@ -140,7 +140,7 @@ pub fn serve(state_dir: &Path, probe_interval: Duration) -> Result<ExitCode, Con
         .build()
         .map_err(|e| failed(what, e))?;
     runtime
-        .block_on(run_daemon(Setup::dev(&dir, probe_interval), Systemd::default()))
+        .block_on(run_daemon(Setup::dev(&dir, probe_interval, 0), Systemd::default()))
         .map_err(|e| failed(what, e))?;
     Ok(ExitCode::Ok)
 }

@@ -6,6 +6,7 @@ mod audit_words;
 pub mod demo;
 pub mod dev_keys;
 pub mod key_policy;
+mod lines;
 pub mod nbd_client;
 pub mod output;
 pub mod volumes;

@@ -10,16 +10,25 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::audit::record::Record;
-use crate::cli::volumes;
+use crate::cli::lines::{Lines, line};
+use crate::cli::volumes::{self, Room};
 use crate::control::{Answer, ControlError, Reloaded};
+use crate::exit::ExitCode;
 use crate::key::wrapped::KeyArn;
 use crate::units::word;
 
-/// Prints a line. Whoever reads may have had enough (`byokctl status | head -1`): that is no error.
+/// Prints a line for people.
 macro_rules! say {
-    ($($text:tt)*) => {{
-        let _taken = writeln!(std::io::stdout(), $($text)*);
-    }};
+    ($($text:tt)*) => {
+        print(&format!("{}\n", line(format_args!($($text)*))))
+    };
+}
+
+/// Prints a line for people on standard error.
+macro_rules! say_aside {
+    ($($text:tt)*) => {
+        eprintln!("{}", line(format_args!($($text)*)))
+    };
 }
 
 /// Where and how to print.
@@ -65,16 +74,31 @@ impl Output {
         })
     }
 
-    /// A line for people and programs alike.
+    /// A line for people and programs alike, as it stands.
     pub fn verbatim(&self, text: &str) {
-        say!("{text}");
+        print(&format!("{text}\n"));
+    }
+
+    /// Lines, for people only.
+    pub(super) fn lines(&self, lines: &Lines) {
+        if !self.json {
+            print(&lines.text());
+        }
+    }
+
+    /// Lines in place of all that the terminal shows, for people only.
+    pub(super) fn screen(&self, lines: &Lines) {
+        if !self.json {
+            // Home, and what was there before is cleared: nothing flickers.
+            print(&format!("\x1b[H\x1b[J{}", lines.text()));
+        }
     }
 
     /// Records as they come, one a line.
     pub fn records(&self, records: &[Record]) {
         for one in records {
             match serde_json::to_string(one) {
-                Ok(text) if self.json => say!("{text}"),
+                Ok(text) if self.json => print(&format!("{text}\n")),
                 _ => say!("{}", record(one)),
             }
         }
@@ -82,7 +106,7 @@ impl Output {
 
     /// Words beside what is printed.
     pub fn aside(&self, text: &str) {
-        eprintln!("{text}");
+        say_aside!("{text}");
     }
 
     /// A value, for programs only.
@@ -90,7 +114,7 @@ impl Output {
         if self.json
             && let Ok(text) = serde_json::to_string(value)
         {
-            say!("{text}");
+            print(&format!("{text}\n"));
         }
     }
 
@@ -98,20 +122,27 @@ impl Output {
     pub fn error(&self, error: &ControlError) {
         self.value(&Answer::Error(error.clone()));
         if !self.json {
-            eprintln!("error: cannot {}", error.what);
-            eprintln!("  why: {}", error.why);
-            eprintln!("  do:  {}", error.remedy);
+            say_aside!("error: cannot {}", error.what);
+            let mut why = vec![error.why.as_str()];
+            // Files of settings may be wrong in many places. No words of KMS come this way.
+            if error.exit == ExitCode::Usage {
+                why = error.why.lines().collect();
+            }
+            for (place, why) in why.into_iter().enumerate() {
+                say_aside!("{} {why}", if place == 0 { "  why:" } else { "      " });
+            }
+            say_aside!("  do:  {}", error.remedy);
         }
     }
 
     /// A key policy; where it goes is said beside it.
     pub fn key_policy(&self, arn: &KeyArn, policy: &Value) {
         if let Ok(text) = serde_json::to_string_pretty(policy) {
-            say!("{text}");
+            print(&format!("{text}\n"));
         }
         if !self.json {
-            eprintln!("Add these statements to the key policy of {arn}.");
-            eprintln!("Removing them, or disabling the key, takes every volume under it away.");
+            say_aside!("Add these statements to the key policy of {arn}.");
+            say_aside!("Removing them, or disabling the key, takes every volume under it away.");
         }
     }
 
@@ -124,8 +155,11 @@ impl Output {
         match answer {
             Answer::Version { version, api } => say!("byokd {version}, API {api}"),
             Answer::Done => say!("done"),
-            Answer::Volume(volume) => print(&volumes::detail(volume)),
-            Answer::Volumes { volumes, problems } => print(&volumes::status(volumes, problems)),
+            Answer::Volume(volume) => self.lines(&volumes::detail(volume)),
+            Answer::Volumes { volumes, problems } => {
+                let room = Room { height: usize::MAX, ..room() };
+                self.lines(&volumes::status(volumes, problems, room));
+            }
             Answer::Reloaded(reloaded) => self::reloaded(reloaded),
             Answer::AuditRecords { records } => self.records(records),
             Answer::AuditHead(status) => {
@@ -165,9 +199,19 @@ fn reloaded(reloaded: &Reloaded) {
     }
 }
 
-/// Prints lines.
+/// The terminal's room, or as much as is wanted.
+pub(super) fn room() -> Room {
+    let terminal =
+        if std::io::stdout().is_terminal() { terminal_size::terminal_size() } else { None };
+    terminal.map_or(Room::ENDLESS, |(width, height)| Room {
+        width: width.0.into(),
+        height: height.0.into(),
+    })
+}
+
+/// Prints what is visible already, or is for programs.
 fn print(text: &str) {
-    // Whoever reads may have had enough.
+    // Whoever reads may have had enough (`byokctl status | head -1`): that is no error.
     let _taken = std::io::stdout().write_all(text.as_bytes());
 }
 

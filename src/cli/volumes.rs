@@ -1,47 +1,159 @@
 //! How volumes are shown to people: what is wrong first, then a line for each, or all of one.
 
-use std::fmt::Write as _;
-use std::io::{IsTerminal, stdout};
+use std::collections::BTreeMap;
 
+use crate::cli::lines::{Lines, line};
 use crate::control::{DeviceRequests, DeviceStatus, Problem, VolumeState, VolumeStatus};
+use crate::kms::trouble::unverified;
 
 /// The least width for notes, however narrow the terminal is.
 const NARROWEST_NOTE: usize = 20;
 
-/// Adds a line. Writing to a text cannot fail.
-macro_rules! line {
-    ($text:expr, $($words:tt)*) => {{
-        let _written = writeln!($text, $($words)*);
-    }};
+/// How wide lines may be, and how many of them there may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Room {
+    /// In characters.
+    pub(super) width: usize,
+    /// In lines as the terminal shows them, where what is longer takes several.
+    pub(super) height: usize,
+}
+
+impl Room {
+    /// Of what is no terminal.
+    pub(super) const ENDLESS: Self = Self { width: usize::MAX, height: usize::MAX };
+
+    fn takes(self, line: &str) -> usize {
+        line.chars().count().div_ceil(self.width.max(1)).max(1)
+    }
+
+    /// How many of these, from the first on, have room.
+    fn holds(self, lines: &[String]) -> usize {
+        let mut taken = 0usize;
+        let fits = |line: &&String| {
+            taken = taken.saturating_add(self.takes(line));
+            taken <= self.height
+        };
+        lines.iter().take_while(fits).count()
+    }
+
+    /// What is left beside these.
+    fn beside(self, lines: &Lines) -> Self {
+        let taken = lines.each().iter().map(|line| self.takes(line)).sum();
+        Self { height: self.height.saturating_sub(taken), ..self }
+    }
 }
 
 /// All that was asked for, as lines.
-pub(super) fn status(volumes: &[VolumeStatus], problems: &[Problem]) -> String {
-    let mut text = String::new();
+pub(super) fn status(volumes: &[VolumeStatus], problems: &[Problem], room: Room) -> Lines {
+    let mut lines = Lines::default();
     for problem in problems {
-        line!(text, "PROBLEM since {}: {}", problem.at, problem.why);
-        line!(text, "  do: {}", problem.remedy);
+        lines.push(format_args!("PROBLEM since {}: {}", problem.at, problem.why));
+        lines.push(format_args!("  do: {}", problem.remedy));
     }
     match volumes {
-        [] => line!(text, "There are no volumes. Make one with `byokctl volume create`."),
-        [one] => text += &detail(one),
+        [] => lines.push("There are no volumes. Make one with `byokctl volume create`."),
+        [one] => {
+            let mut all = detail(one);
+            let (room, count) = (room.beside(&lines), all.each().len());
+            if room.holds(all.each()) < count {
+                let shown = Room { height: room.height.saturating_sub(1), ..room };
+                let shown = shown.holds(all.each());
+                all.truncate(shown);
+                all.push(format_args!(
+                    "… and {} more lines, for which there is no room",
+                    count - shown
+                ));
+            }
+            lines.append(all);
+        }
         several => {
-            line!(text, "{}", summary(several));
-            text += &table(several, line_width());
+            lines.push(summary(several));
+            lines.append(table(several, room.beside(&lines)));
         }
     }
-    text
+    lines
 }
 
-/// How wide lines may be: a terminal's width, or as they are.
-fn line_width() -> usize {
-    let terminal = if stdout().is_terminal() { terminal_size::terminal_size() } else { None };
-    terminal.map_or(usize::MAX, |(width, _)| width.0.into())
+/// What whoever reads line after line has been shown.
+#[derive(Default)]
+pub(super) struct Shown {
+    volumes: Option<BTreeMap<String, String>>,
+    problems: Vec<String>,
+    silent: Option<String>,
+}
+
+impl Shown {
+    /// What has changed since: of each volume that is another way, all of it. First all there is,
+    /// and also after a silence.
+    pub(super) fn news(&mut self, volumes: &[VolumeStatus], problems: &[Problem]) -> Lines {
+        let now = volumes.iter().map(|volume| (volume.name.clone(), gist(volume))).collect();
+        let problems_now = problems.iter().map(|problem| problem.why.clone()).collect();
+        let known = match (self.silent.take(), self.volumes.replace(now)) {
+            (None, Some(known)) => known,
+            (_, _) => {
+                self.problems = problems_now;
+                return status(volumes, problems, Room::ENDLESS);
+            }
+        };
+        let mut news = Lines::default();
+        if self.problems != problems_now {
+            for problem in problems {
+                news.push(format_args!("PROBLEM since {}: {}", problem.at, problem.why));
+                news.push(format_args!("  do: {}", problem.remedy));
+            }
+            if problems.is_empty() {
+                news.push("Nothing is wrong with the daemon any more.");
+            }
+            self.problems = problems_now;
+        }
+        let changed = |volume: &&VolumeStatus| known.get(&volume.name) != Some(&gist(volume));
+        let changed: Vec<_> = volumes.iter().filter(changed).collect();
+        match (volumes, &changed[..]) {
+            ([_], [one]) => news.append(detail(one)),
+            (_, changed) => {
+                let width = name_width(volumes);
+                for volume in changed {
+                    news.push(row(volume, width, usize::MAX));
+                }
+            }
+        }
+        for name in known.keys().filter(|name| volumes.iter().all(|v| v.name != **name)) {
+            news.push(format_args!("{name}  is not known any more"));
+        }
+        if !news.each().is_empty() && volumes.len() > 1 {
+            news.push(summary(volumes));
+        }
+        news
+    }
+
+    /// Whether it is news that there is no answer, for this reason.
+    pub(super) fn falls_silent(&mut self, why: &str) -> bool {
+        let news = self.silent.as_deref() != Some(why);
+        self.silent = Some(why.to_owned());
+        news
+    }
+}
+
+/// How a volume is, without what is another with each probe: times, and the ids of requests.
+fn gist(volume: &VolumeStatus) -> String {
+    let said = volume.lease.as_ref().and_then(|lease| lease.evidence.as_ref());
+    let said = said.filter(|_| volume.trouble.is_some()).map(|said| (&said.code, &said.message));
+    let trouble = volume.trouble.as_ref().map(|t| (&t.cause, &t.effect, &t.remedy));
+    let lease = volume.lease.as_ref().map(|lease| &lease.state);
+    let device = volume.device.as_ref().map(|device| (&device.requests, &device.recover));
+    format!(
+        "{:?}",
+        (
+            (state(volume), lease, said, trouble, &volume.header_note),
+            (volume.size, &volume.key, volume.connections, device, &volume.at_next_attach),
+        )
+    )
 }
 
 fn state(volume: &VolumeStatus) -> &'static str {
     match volume.state {
-        VolumeState::Detached if volume.problem.is_some() => "NOT SERVED",
+        // It is being tried again: that is no news until it is served.
+        VolumeState::Detached | VolumeState::Attaching if volume.problem.is_some() => "NOT SERVED",
         VolumeState::Detached => "detached",
         VolumeState::Attaching => "attaching",
         VolumeState::Detaching => "detaching",
@@ -55,7 +167,7 @@ fn state(volume: &VolumeStatus) -> &'static str {
 fn urgency(volume: &VolumeStatus) -> u8 {
     match volume.state {
         VolumeState::Fenced => 0,
-        VolumeState::Detached if volume.trouble.is_some() => 1,
+        VolumeState::Detached | VolumeState::Attaching if volume.trouble.is_some() => 1,
         VolumeState::Unverified => 2,
         VolumeState::Serving if volume.trouble.is_some() => 3,
         VolumeState::Attaching | VolumeState::Detaching => 4,
@@ -66,9 +178,16 @@ fn urgency(volume: &VolumeStatus) -> u8 {
 
 /// How many are how, in the order of the table.
 fn summary(volumes: &[VolumeStatus]) -> String {
-    let mut counts: Vec<(u8, &str, usize)> = Vec::new();
+    format!("{} volumes: {}", volumes.len(), counts(volumes.iter()))
+}
+
+fn counts<'a>(volumes: impl Iterator<Item = &'a VolumeStatus>) -> String {
+    let mut counts: Vec<(u8, String, usize)> = Vec::new();
     for volume in volumes {
-        let (urgency, state) = (urgency(volume), state(volume));
+        let (urgency, mut state) = (urgency(volume), state(volume).to_owned());
+        if let (VolumeState::Unverified, Some(lease)) = (volume.state, &volume.lease) {
+            state += &format!(" ({})", unverified(lease.verdict));
+        }
         match counts.iter_mut().find(|(_, of, _)| *of == state) {
             Some((first, _, count)) => {
                 *count += 1;
@@ -79,42 +198,72 @@ fn summary(volumes: &[VolumeStatus]) -> String {
     }
     counts.sort_unstable();
     let counts: Vec<_> = counts.iter().map(|(_, state, n)| format!("{n} {state}")).collect();
-    format!("{} volumes: {}", volumes.len(), counts.join(", "))
+    counts.join(", ")
 }
 
-fn table(volumes: &[VolumeStatus], line_width: usize) -> String {
-    let mut text = String::new();
-    let width = volumes.iter().map(|v| v.name.len()).max().unwrap_or(0).max(6);
-    line!(
-        text,
-        "{:width$}  {:10}  {:13}  {:>9}  {:>5}  NOTE",
-        "VOLUME",
-        "STATE",
-        "PURPOSE",
-        "SIZE",
-        "CONNS"
-    );
+/// A line for each volume there is room for: what is wrong comes first, and stays.
+fn table(volumes: &[VolumeStatus], room: Room) -> Lines {
+    let width = name_width(volumes);
     let mut volumes: Vec<_> = volumes.iter().collect();
     // They come by name, and stay so among equals.
     volumes.sort_by_key(|volume| urgency(volume));
-    for volume in volumes {
-        let purpose = volume.purpose.map(|p| p.as_str()).unwrap_or("-");
-        let note = match &volume.trouble {
-            Some(trouble) => trouble.evidence.as_str(),
-            None => volume.header_note.as_deref().unwrap_or_default(),
-        };
-        let before = format!(
-            "{:width$}  {:10}  {purpose:13}  {:>9}  {:>5}  ",
-            volume.name,
-            state(volume),
-            volume.size.map(size).unwrap_or_else(|| "-".to_owned()),
-            volume.connections,
-        );
-        let room = line_width.saturating_sub(before.len()).max(NARROWEST_NOTE);
-        let note: String = note.chars().take(room).collect();
-        line!(text, "{}", format!("{before}{note}").trim_end());
+    let mut lines = Lines::default();
+    lines.push(format_args!(
+        "{:width$}  {:10}  {:13}  {:>9}  {:>5}  NOTE",
+        "VOLUME", "STATE", "PURPOSE", "SIZE", "CONNS"
+    ));
+    for volume in &volumes {
+        lines.push(row(volume, width, room.width));
     }
-    text
+    if room.holds(lines.each()) < lines.each().len() {
+        let shown = Room { height: room.height.saturating_sub(1), ..room }.holds(lines.each());
+        lines.truncate(shown);
+        let rest = volumes.get(shown.saturating_sub(1)..).unwrap_or_default();
+        let more = counts(rest.iter().copied());
+        lines.push(format_args!("… and {} more, for which there is no room: {more}", rest.len()));
+    }
+    lines
+}
+
+fn name_width(volumes: &[VolumeStatus]) -> usize {
+    volumes.iter().map(|v| v.name.chars().count()).max().unwrap_or(0).max(6)
+}
+
+/// A volume on a line, which is no longer than this if that can be.
+fn row(volume: &VolumeStatus, name_width: usize, line_width: usize) -> String {
+    let purpose = volume.purpose.map(|p| p.as_str()).unwrap_or("-");
+    let before = format!(
+        "{:name_width$}  {:10}  {purpose:13}  {:>9}  {:>5}  ",
+        volume.name,
+        state(volume),
+        volume.size.map(size).unwrap_or_else(|| "-".to_owned()),
+        volume.connections,
+    );
+    let room = line_width.saturating_sub(before.chars().count()).max(NARROWEST_NOTE);
+    // As it is shown: escapes are longer than what they stand for.
+    let note: String = line(note(volume)).chars().take(room).collect();
+    format!("{before}{note}").trim_end().to_owned()
+}
+
+/// What there is to say: how long it is served yet, if that may end, and what shows why.
+fn note(volume: &VolumeStatus) -> String {
+    let Some(trouble) = &volume.trouble else {
+        return volume.header_note.clone().unwrap_or_default();
+    };
+    let served = matches!(volume.state, VolumeState::Serving | VolumeState::Unverified);
+    match volume.lease.as_ref().and_then(|lease| lease.remaining).filter(|_| served) {
+        Some(left) => format!("fenced in {}: {}", span(left), trouble.evidence),
+        None => trouble.evidence.clone(),
+    }
+}
+
+/// Seconds, for people.
+fn span(seconds: u64) -> String {
+    match (seconds / 3600, seconds / 60) {
+        (0, 0) => format!("{seconds} s"),
+        (0, minutes) => format!("{minutes} min {} s", seconds % 60),
+        (hours, minutes) => format!("{hours} h {} min", minutes % 60),
+    }
 }
 
 fn size(bytes: u64) -> String {
@@ -134,10 +283,10 @@ fn size(bytes: u64) -> String {
 }
 
 /// All that is known of a volume, as lines.
-pub(super) fn detail(volume: &VolumeStatus) -> String {
-    let mut text = String::new();
-    line!(text, "{}: {}: {}", volume.name, state(volume), volume.headline);
-    let mut line = |name: &str, value: &str| line!(text, "  {name:<12} {value}");
+pub(super) fn detail(volume: &VolumeStatus) -> Lines {
+    let mut lines = Lines::default();
+    lines.push(format_args!("{}: {}: {}", volume.name, state(volume), volume.headline));
+    let mut line = |name: &str, value: &str| lines.push(format_args!("  {name:<12} {value}"));
     if let Some(trouble) = &volume.trouble {
         line("cause", &trouble.cause);
         line("evidence", &trouble.evidence);
@@ -178,7 +327,7 @@ pub(super) fn detail(volume: &VolumeStatus) -> String {
         device_lines(device, &mut line);
     }
     lease(volume, &mut line);
-    text
+    lines
 }
 
 /// Those that had errors.
@@ -187,10 +336,9 @@ fn clients(volume: &VolumeStatus, line: &mut impl FnMut(&str, &str)) {
         let program = client.program.as_deref().unwrap_or("a client of another machine");
         let pid = client.pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
         let errors = client.failed_requests;
-        line(
-            "had errors",
-            &format!("{program}{pid}, {errors}: a file system on it has to be mounted anew"),
-        );
+        let requests = if errors == 1 { "request" } else { "requests" };
+        let what = "failed; a file system on it has to be mounted anew";
+        line("had errors", &format!("{program}{pid}: {errors} {requests} {what}"));
     }
 }
 
@@ -227,8 +375,13 @@ fn lease(volume: &VolumeStatus, line: &mut impl FnMut(&str, &str)) {
     if let Some(left) = lease.held_for {
         line("held", &format!("requests wait for the key, {left} s more, then they fail"));
     }
-    if let Some(millis) = lease.fence_ms {
-        line("last fence", &format!("{millis} ms from the first denial to the key's destruction"));
+    match (lease.fence_ms, lease.fence_reason) {
+        (Some(millis), _) => {
+            let what = "from the first denial to the key's destruction";
+            line("last fence", &format!("{millis} ms {what}"));
+        }
+        (None, Some(reason)) => line("last fence", reason.explain()),
+        (None, None) => {}
     }
 }
 
@@ -258,8 +411,8 @@ mod tests {
         volumes.push(volume("x", "unverified", true));
         volumes.push(volume("y", "fenced", true));
         volumes.push(volume("z", "detached", false));
-        let text = status(&volumes, &[]);
-        let mut lines = text.lines();
+        let shown = status(&volumes, &[], Room::ENDLESS);
+        let mut lines = shown.each().iter().map(String::as_str);
         let summary = "100 volumes: 1 FENCED, 1 unverified, 97 serving, 1 detached";
         assert_eq!(lines.next(), Some(summary));
         assert!(lines.next().unwrap().starts_with("VOLUME"));
@@ -271,16 +424,149 @@ mod tests {
     #[test]
     fn a_line_is_no_wider_than_the_terminal() {
         let volumes = [volume("y", "fenced", true), volume("z", "serving", false)];
-        for line in table(&volumes, 80).lines() {
-            assert!(line.len() <= 80, "{line}");
+        for line in table(&volumes, Room { width: 80, height: usize::MAX }).each() {
+            assert!(line.chars().count() <= 80, "{line}");
         }
-        assert!(table(&volumes, usize::MAX).contains("DisabledException: it is disabled."));
+        let all = table(&volumes, Room::ENDLESS).text();
+        assert!(all.contains("DisabledException: it is disabled."));
+    }
+
+    #[test]
+    fn nothing_that_anybody_says_is_acted_upon_or_forges_a_line() {
+        let mut volume = volume("y", "fenced", true);
+        let said = "no\u{1b}[2J\u{1b}[H3 volumes: 3 serving\nzeebe-0  serving\u{202e}\u{2028}x";
+        let trouble = volume.trouble.as_mut().unwrap();
+        trouble.evidence = said.to_owned();
+        trouble.remedy = said.to_owned();
+        volume.headline = said.to_owned();
+        volume.header_note = Some(said.to_owned());
+        volume.backing = said.into();
+        volume.context = serde_json::from_value(serde_json::json!({"tenant": said})).unwrap();
+        let harmless = |lines: Lines, count: usize| {
+            let text = lines.text();
+            assert_eq!(text.lines().count(), count, "{text}");
+            for hidden in ['\u{1b}', '\u{202e}', '\u{2028}'] {
+                assert!(!text.contains(hidden), "{text}");
+            }
+            assert!(text.contains(r"no\u{1b}[2J\u{1b}[H3 volumes: 3 serving\nzeebe-0  serving"));
+        };
+        let count = detail(&volume).each().len();
+        harmless(detail(&volume), count);
+        let two = [volume.clone(), volume];
+        harmless(status(&two, &[], Room::ENDLESS), 4);
+        let problem =
+            Problem { at: "now".to_owned(), why: said.to_owned(), remedy: said.to_owned() };
+        harmless(status(&two, &[problem], Room::ENDLESS), 6);
+        for line in table(&two, Room { width: 80, height: usize::MAX }).each() {
+            assert!(line.chars().count() <= 80, "{line}");
+        }
+    }
+
+    #[test]
+    fn where_there_is_no_room_what_is_wrong_stays_and_the_rest_is_counted() {
+        let mut volumes: Vec<_> =
+            (0..60).map(|n| volume(&format!("a{n:02}"), "serving", false)).collect();
+        volumes.extend([volume("x", "unverified", true), volume("y", "fenced", true)]);
+        let room = Room { width: 80, height: 24 };
+        let problem =
+            Problem { at: "now".to_owned(), why: "w".repeat(200), remedy: "r".to_owned() };
+        for problems in [&[][..], &[problem]] {
+            let shown = status(&volumes, problems, room);
+            assert_eq!(room.holds(shown.each()), shown.each().len(), "{}", shown.text());
+            let text = shown.text();
+            assert!(text.contains("\ny  ") && text.contains("\nx  "), "{text}");
+            assert!(text.contains("62 volumes: 1 FENCED"), "{text}");
+            let rows = text.lines().filter(|line| line.contains("serving  ")).count();
+            let last = format!("… and {} more, for which there is no room: {0} serving", 60 - rows);
+            assert_eq!(text.lines().last(), Some(last.as_str()));
+        }
+        let many: Vec<_> = (0..30).map(|n| volume(&format!("f{n}"), "fenced", true)).collect();
+        let text = status(&many, &[], Room { width: 80, height: 10 }).text();
+        assert!(text.ends_with("… and 23 more, for which there is no room: 23 FENCED\n"), "{text}");
+        let one = [volume("y", "fenced", true)];
+        let text = status(&one, &[], Room { width: 80, height: 4 }).text();
+        assert!(text.starts_with("y: FENCED: a cause\n") && text.lines().count() == 4, "{text}");
+        assert!(text.ends_with("more lines, for which there is no room\n"), "{text}");
+        assert_eq!(status(&volumes, &[], Room { width: 80, height: 64 }).each().len(), 64);
+    }
+
+    fn leased(state: &str, lease: &serde_json::Value) -> VolumeStatus {
+        let mut all = serde_json::json!({
+            "state": "unverified", "since": "s", "last_success": "l", "allowance_left": 1183,
+            "verdict": "unavailable", "remaining": 1183,
+            "evidence": {"at": "now", "code": "Timeout", "message": "m", "request_id": "r1",
+                         "verdict": "unavailable", "remedy": "wait"},
+        });
+        all.as_object_mut().unwrap().extend(lease.as_object().unwrap().clone());
+        let mut volume = volume("v", state, true);
+        volume.lease = Some(serde_json::from_value(all).unwrap());
+        volume
+    }
+
+    #[test]
+    fn whoever_is_served_without_a_verdict_is_told_why_and_for_how_long() {
+        let silent = leased("unverified", &serde_json::json!({}));
+        let ours = leased("unverified", &serde_json::json!({"verdict": "credentials"}));
+        let text = status(&[silent, ours], &[], Room::ENDLESS).text();
+        let counts = "2 volumes: 1 unverified (KMS gives no verdict), \
+                      1 unverified (byokd's own credentials fail)";
+        assert!(text.starts_with(counts), "{text}");
+        assert_eq!(text.matches("fenced in 19 min 43 s: Disabled").count(), 2, "{text}");
+    }
+
+    #[test]
+    fn the_last_fence_is_told_with_what_led_to_it() {
+        let last = |lease: serde_json::Value| {
+            let lines = detail(&leased("fenced", &lease));
+            lines.each().iter().find(|line| line.contains("last fence")).cloned()
+        };
+        let denied = last(serde_json::json!({"fence_ms": 512, "fence_reason": "denied"})).unwrap();
+        assert!(denied.ends_with("512 ms from the first denial to the key's destruction"));
+        let expired = last(serde_json::json!({"fence_reason": "expired"})).unwrap();
+        assert!(expired.ends_with("longer than the outage allowance"), "{expired}");
+        assert_eq!(last(serde_json::json!({})), None);
+    }
+
+    #[test]
+    fn who_reads_line_after_line_is_told_what_has_changed_and_nothing_twice() {
+        let mut shown = Shown::default();
+        let serving = volume("w", "serving", false);
+        let first = [leased("unverified", &serde_json::json!({})), serving.clone()];
+        assert_eq!(shown.news(&first, &[]).each().len(), 4, "all there is");
+        let mut probed = first[0].clone();
+        let lease = probed.lease.as_mut().unwrap();
+        (lease.remaining, lease.allowance_left) = (Some(1173), Some(1173));
+        let said = lease.evidence.as_mut().unwrap();
+        (said.request_id, said.at) = (Some("r2".to_owned()), "later".to_owned());
+        probed.trouble.as_mut().unwrap().evidence = "another id".to_owned();
+        assert_eq!(shown.news(&[probed.clone(), serving.clone()], &[]), Lines::default());
+        let fenced = leased("fenced", &serde_json::json!({"state": "expired"}));
+        let news = shown.news(&[fenced.clone(), serving.clone()], &[]).text();
+        assert_eq!(news.lines().count(), 2, "{news}");
+        assert!(news.starts_with("v       FENCED") && news.contains("1 FENCED, 1 serving"));
+        assert!(shown.falls_silent("gone") && !shown.falls_silent("gone"));
+        let all = shown.news(&[fenced, serving.clone()], &[]);
+        assert_eq!(all.each().len(), 4, "all there is, after a silence");
+        let news = shown.news(&[serving], &[]).text();
+        assert!(news.starts_with("v  is not known any more"), "{news}");
+    }
+
+    #[test]
+    fn a_volume_that_is_tried_again_is_no_other_way_until_it_is_served() {
+        let mut tried = volume("y", "attaching", true);
+        assert_eq!(state(&tried), "attaching");
+        let (at, why, remedy) = ("t".to_owned(), "w".to_owned(), "r".to_owned());
+        tried.problem = Some(Problem { at, why, remedy });
+        let failed = VolumeStatus { state: VolumeState::Detached, ..tried.clone() };
+        assert_eq!(state(&tried), "NOT SERVED");
+        assert_eq!(row(&tried, 6, usize::MAX), row(&failed, 6, usize::MAX));
+        assert_eq!((urgency(&tried), gist(&tried)), (urgency(&failed), gist(&failed)));
     }
 
     #[test]
     fn what_is_wrong_with_a_volume_stands_at_the_top() {
-        let text = detail(&volume("y", "fenced", true));
-        let lines: Vec<_> = text.lines().collect();
+        let shown = detail(&volume("y", "fenced", true));
+        let lines = shown.each();
         assert_eq!(lines[0], "y: FENCED: a cause");
         assert_eq!(lines[2], "  evidence     DisabledException: it is disabled.");
         assert_eq!(lines[4], "  do           a remedy");

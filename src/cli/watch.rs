@@ -1,4 +1,5 @@
-//! `byokctl status --watch`: the same, again and again, in place on a terminal.
+//! `byokctl status --watch`: the same, again and again, in place on a terminal; elsewhere what has
+//! changed.
 
 use std::io::{IsTerminal, stdout};
 use std::path::Path;
@@ -6,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use crate::cli::output::Output;
-use crate::cli::volumes;
+use crate::cli::lines::Lines;
+use crate::cli::output::{Output, room};
+use crate::cli::volumes::{Room, Shown, status};
 use crate::control::client::Client;
 use crate::control::{Answer, ControlError, Request};
 use crate::exit::ExitCode;
@@ -32,37 +34,51 @@ pub(super) fn watch(
         return Err(error);
     }
     let in_place = stdout().is_terminal();
-    let (mut shown, mut heard) = (String::new(), Instant::now());
+    let (mut shown, mut heard) = (Shown::default(), Instant::now());
     loop {
-        let text = match &answer {
-            Ok(Answer::Volumes { volumes, problems }) => {
-                heard = Instant::now();
-                volumes::status(volumes, problems)
-            }
-            Ok(_) => String::new(),
-            Err(error) => {
-                let silent = heard.elapsed().as_secs();
-                let (what, why, remedy) = (&error.what, &error.why, &error.remedy);
-                format!(
-                    "NO ANSWER for {silent} s: cannot {what}: {why}\n  do: {remedy}\n\
-                     How volumes are is not known.\n"
-                )
-            }
-        };
         if let Ok(answer) = &answer {
+            heard = Instant::now();
             out.value(answer);
         }
-        let now = rfc3339(Timestamp::now());
+        let mut lines = Lines::default();
+        lines.push(rfc3339(Timestamp::now()));
         if in_place {
-            // Home, and what was there before is cleared: nothing flickers.
-            out.line(&format!("\x1b[H\x1b[J{now}\n{}", text.trim_end()));
-        } else if text != shown {
-            out.line(&format!("{now}\n{text}"));
+            // The cursor stands below.
+            let all = room();
+            let left = Room { height: all.height.saturating_sub(2), ..all };
+            match &answer {
+                Ok(Answer::Volumes { volumes, problems }) => {
+                    lines.append(status(volumes, problems, left));
+                }
+                Ok(_) => {}
+                Err(error) => lines.append(silence(error, heard.elapsed())),
+            }
+            out.screen(&lines);
+        } else {
+            let news = match &answer {
+                Ok(Answer::Volumes { volumes, problems }) => shown.news(volumes, problems),
+                Ok(_) => Lines::default(),
+                Err(error) if shown.falls_silent(&error.why) => silence(error, heard.elapsed()),
+                Err(_) => Lines::default(),
+            };
+            if !news.each().is_empty() {
+                lines.append(news);
+                lines.push("");
+                out.lines(&lines);
+            }
         }
-        shown = text;
         std::thread::park_timeout(every.max(LEAST));
         answer = ask(socket, request);
     }
+}
+
+fn silence(error: &ControlError, silent: Duration) -> Lines {
+    let mut lines = Lines::default();
+    let (what, why, silent) = (&error.what, &error.why, silent.as_secs());
+    lines.push(format_args!("NO ANSWER for {silent} s: cannot {what}: {why}"));
+    lines.push(format_args!("  do: {}", error.remedy));
+    lines.push("How volumes are is not known.");
+    lines
 }
 
 fn ask(socket: &Path, request: &Request) -> Result<Answer, ControlError> {

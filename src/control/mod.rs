@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::audit::AuditStatus;
 use crate::audit::record::Record;
 use crate::exit::ExitCode;
-use crate::key::lease::Verdict;
+use crate::key::lease::{FenceReason, Verdict};
 use crate::key::wrapped::{EncryptionContext, KeyArn, Purpose, Role};
 use crate::kms::trouble::Trouble;
 use crate::kms::{CheckStep, Evidence};
@@ -366,6 +366,10 @@ pub struct IoStatus {
     pub requests: u64,
     /// Bytes that they were about.
     pub bytes: u64,
+    /// Those that failed by a fence or by the backing store.
+    pub failed: u64,
+    /// Bytes that those were about.
+    pub failed_bytes: u64,
 }
 
 /// A volume's device in the kernel.
@@ -448,7 +452,13 @@ pub struct LeaseStatus {
     pub allowance_left: Option<u64>,
     /// Seconds for which requests still wait instead of failing; absent if they do not wait.
     pub held_for: Option<u64>,
-    /// From the first denied answer to the key's destruction, in milliseconds, of the last fence.
+    /// What the last answer of KMS meant, or that there was none, to a probe of this volume or of one
+    /// under the same key.
+    pub verdict: Verdict,
+    /// Why the volume was fenced last.
+    pub fence_reason: Option<FenceReason>,
+    /// From the first denied answer to the key's destruction, in milliseconds, of the last fence;
+    /// absent if no denial led to it.
     pub fence_ms: Option<u64>,
     /// Seconds until the volume is fenced if nothing more is heard of KMS; absent if that never
     /// happens, 0 while it is fenced.

@@ -23,6 +23,10 @@ pub struct Args {
     /// With --dev: time between probes.
     #[arg(long, requires = "dev", default_value = "10s")]
     pub probe_interval: Seconds,
+    /// With --dev: the port of 127.0.0.1 for metrics, JSON API and console; any free one without,
+    /// and the file http-endpoint under --state-dir says which.
+    #[arg(long, requires = "dev", default_value_t = 0)]
+    pub http_port: u16,
     /// What to log: error, warn, info, debug, trace, or a filter per module; trace of libraries,
     /// which shows secrets, is never written.
     #[arg(long, env = "BYOKD_LOG", default_value = "info,aws=warn")]

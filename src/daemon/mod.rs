@@ -37,7 +37,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::attachment::Attachment;
 use crate::audit::chain::Hash;
@@ -190,12 +190,13 @@ impl Setup {
         Self { config, kms, policy, plan, dev_state: None, file, audit }
     }
 
-    /// For trials: everything under `dir`, with the development KMS.
+    /// For trials: everything under `dir`, with the development KMS; HTTP on that port of this
+    /// machine, any free one if it is 0.
     #[must_use]
-    pub fn dev(dir: &Path, probe_interval: Duration) -> Self {
+    pub fn dev(dir: &Path, probe_interval: Duration, http_port: u16) -> Self {
         let audit = AuditConfig { directory: dir.join("audit"), ..AuditConfig::default() };
-        // Any free port: `http-endpoint` in `dir` says which.
-        let listen = Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
+        // `http-endpoint` in `dir` says which port.
+        let listen = Some(SocketAddr::from((Ipv4Addr::LOCALHOST, http_port)));
         let config = Config {
             http: HttpConfig { listen, ..HttpConfig::default() },
             volumes_dir: dir.join("volumes.d"),
@@ -449,7 +450,8 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         std::fs::write(&path, format!("http://{address}\n"))
             .map_err(StartError::io("write", &path))?;
     }
-    info!(control = %control.display(), version = env!("CARGO_PKG_VERSION"), "ready");
+    // Whether it is ready, volumes that are to be attached decide.
+    info!(control = %control.display(), version = env!("CARGO_PKG_VERSION"), "started");
     passed.close_rest(&notifier);
     let watchdog = match watchdog {
         Some(interval) => Some(
@@ -549,10 +551,15 @@ impl Daemon {
             Request::VolumeForget { name } => self.forget(&name).await.map(|()| Answer::Done),
             Request::Attach { name, read_only, device, connections } => {
                 let what = format!("attach volume {name}");
-                match AttachHow::of(&what, read_only, device.as_deref(), connections) {
+                let attached = match AttachHow::of(&what, read_only, device.as_deref(), connections)
+                {
                     Ok(how) => self.attach(&name, how).await.map(Answer::Volume),
                     Err(refused) => Err(refused),
+                };
+                if let Err(e) = &attached {
+                    warn!(volume = name, why = e.why, remedy = e.remedy, "not attached");
                 }
+                attached
             }
             Request::Detach { name, force } => self.detach(&name, force).await.map(Answer::Volume),
             Request::KeySuspend { name } => self.suspend(&name).await.map(Answer::Volume),

@@ -19,6 +19,7 @@ use crate::keeper::KeyReport;
 use crate::key::lease::LeaseWord;
 use crate::kms::trouble::{Trouble, trouble};
 use crate::luks2::Header;
+use crate::metrics::io::OperationTotals;
 use crate::units::{SectorSize, millis, rfc3339, word};
 
 /// How long headers are waited for: a disk that is busy gives one in that time.
@@ -80,7 +81,10 @@ pub(super) fn known(name: &str, now: &Now) -> VolumeStatus {
         }
         Service::Attaching(None) | Service::Detached => {}
     }
-    if let (VolumeState::Detached, Some(problem)) = (status.state, &status.problem) {
+    // While it is tried again it is still not served, and for the same reason.
+    if let (VolumeState::Detached | VolumeState::Attaching, Some(problem)) =
+        (status.state, &status.problem)
+    {
         status.trouble = Some(not_attached(problem));
     }
     status.headline = headline(&status);
@@ -139,17 +143,21 @@ fn in_service(status: &mut VolumeStatus, attached: &Attached) {
     status.clients = attached.export.connected().into_iter().map(client).collect();
     status.connections = status.clients.len();
     status.failed_requests = attached.export.failed();
-    status.io = attached
-        .export
-        .io()
-        .each()
-        .map(|(name, of)| (name.to_owned(), IoStatus { requests: of.requests, bytes: of.bytes }))
-        .collect();
+    status.io = attached.export.io().each().map(|(name, of)| (name.to_owned(), io(of))).collect();
     let (name, socket) = (&status.name, attached.socket.display());
     status.uri = Some(format!("nbd+unix:///{name}?socket={socket}"));
     status.state = state_by(&report);
     status.trouble = trouble(&status.name, report.state, report.evidence.as_ref());
     status.lease = Some(lease(report, attached.export.held_for()));
+}
+
+fn io(of: &OperationTotals) -> IoStatus {
+    IoStatus {
+        requests: of.requests,
+        bytes: of.bytes,
+        failed: of.failed,
+        failed_bytes: of.failed_bytes,
+    }
 }
 
 fn device(name: &str, attachment: &Attachment) -> DeviceStatus {
@@ -224,10 +232,40 @@ fn lease(report: KeyReport, held_for: Option<Duration>) -> LeaseStatus {
         state: word(report.state),
         since: rfc3339(report.since),
         last_success: Some(rfc3339(report.last_success)),
-        allowance_left: report.allowance_left.map(|left| left.as_secs()),
+        allowance_left: report.allowance_left(now()).map(|left| left.as_secs()),
         held_for: held_for.map(|left| left.as_secs()),
+        verdict: report.verdict,
+        fence_reason: report.fenced_for,
         fence_ms: report.fenced_after.map(millis),
         remaining: report.remaining(now()).map(|left| left.as_secs()),
         evidence: report.evidence,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::VolumeConfig;
+
+    #[test]
+    fn a_volume_that_is_tried_again_goes_on_saying_why_it_is_not_served() {
+        let volume = Volume::new(VolumeConfig::new("/nowhere".into()));
+        let told = || volume.with(|now| known("v", now));
+        volume.with(|now| now.service = Service::Attaching(None));
+        assert_eq!(told().trouble, None, "nothing is wrong at the first try");
+        let problem = |at: &str| {
+            let (at, why, remedy) = (at.to_owned(), "KMS said no".to_owned(), "ask".to_owned());
+            Some(Problem { at, why, remedy })
+        };
+        volume.with(|now| now.problem = problem("t"));
+        for service in [Service::Attaching(None), Service::Detached] {
+            volume.with(|now| now.service = service);
+            let trouble = told().trouble.unwrap();
+            assert_eq!(
+                (trouble.evidence.as_str(), trouble.remedy.as_str()),
+                ("KMS said no (t)", "ask")
+            );
+            assert_eq!(told().headline, trouble.cause);
+        }
     }
 }

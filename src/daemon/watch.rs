@@ -12,13 +12,14 @@ use crate::config::AttachWhen;
 use crate::control::VolumeState;
 use crate::daemon::status::state;
 use crate::daemon::{Attached, Daemon, Now, Service};
-use crate::key::lease::LeaseWord;
+use crate::key::lease::{LeaseWord, Verdict};
 use crate::metrics::Page;
 use crate::metrics::counters::VolumeCounters;
 use crate::metrics::table;
 use crate::units::word;
 
 static VOLUME_STATES: LazyLock<[String; 6]> = LazyLock::new(|| VolumeState::ALL.map(word));
+static VERDICTS: LazyLock<[String; 5]> = LazyLock::new(|| Verdict::ALL.map(word));
 static LEASE_STATES: LazyLock<[String; 7]> = LazyLock::new(|| LeaseWord::ALL.map(word));
 
 impl Daemon {
@@ -127,6 +128,7 @@ fn in_service(page: &mut Page, name: &str, attached: &Attached) {
         page.count(&table::IO_OPERATIONS, &labels, totals.requests);
         page.count(&table::IO_BYTES, &labels, totals.bytes);
         page.count(&table::IO_FAILED, &labels, totals.failed);
+        page.count(&table::IO_FAILED_BYTES, &labels, totals.failed_bytes);
         page.durations(&table::IO_DURATION, &labels, &totals.took());
     }
     page.count(&table::IO_IN_FLIGHT, &[name], export.in_flight());
@@ -139,6 +141,7 @@ fn in_service(page: &mut Page, name: &str, attached: &Attached) {
 fn lease(page: &mut Page, name: &str, attached: &Attached) {
     let (report, now) = (attached.keeper.report(), now());
     page.states(&table::KEY_LEASE_STATE, &[name], &*LEASE_STATES, &word(report.state));
+    page.states(&table::KEY_LAST_PROBE, &[name], &*VERDICTS, &word(report.verdict));
     if let Some(left) = report.remaining(now) {
         page.put(&table::KEY_LEASE_REMAINING, &[name], left.as_secs_f64());
     }

@@ -71,7 +71,11 @@ impl Admission {
             }
             Self::Token(wanted) => {
                 let given = headers.get(AUTHORIZATION).and_then(|given| given.to_str().ok());
-                let given = given.and_then(|given| given.strip_prefix("Bearer "));
+                // The scheme's case says nothing (RFC 9110, section 11.1).
+                let given = given
+                    .and_then(|given| given.split_once(' '))
+                    .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+                    .map(|(_, token)| token);
                 // By hashes, so that neither time nor length says anything.
                 let right = given.is_some_and(|given| {
                     verify_slices_are_equal(&sha256(given.trim()), wanted).is_ok()
@@ -125,7 +129,11 @@ mod tests {
             let refused = admission.refuses(&with(AUTHORIZATION, given));
             assert_eq!(refused, Some(Refusal::Token), "{given}");
         }
-        assert_eq!(admission.refuses(&with(AUTHORIZATION, "Bearer 0123456789abcdef")), None);
+        for given in
+            ["Bearer 0123456789abcdef", "bearer 0123456789abcdef", "BEARER  0123456789abcdef"]
+        {
+            assert_eq!(admission.refuses(&with(AUTHORIZATION, given)), None, "{given}");
+        }
         assert_eq!(admission.refuses(&with(HOST, "127.0.0.1")), Some(Refusal::Token));
     }
 }

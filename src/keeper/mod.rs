@@ -78,9 +78,14 @@ pub struct KeyReport {
     pub interval: Duration,
     /// Within what time a denial is first heard.
     pub hears_within: HearsWithin,
-    /// Time left of the outage allowance, while it runs.
-    pub allowance_left: Option<Duration>,
-    /// From the first denied answer to the key's destruction, of the last fence.
+    /// When the outage allowance is over, while it runs.
+    pub allowance_until: Option<Moment>,
+    /// What the last answer meant, to a probe of this volume or of one under the same key.
+    pub verdict: Verdict,
+    /// Why it was fenced last.
+    pub fenced_for: Option<FenceReason>,
+    /// From the first denied answer to the key's destruction, of the last fence, if a denial led to
+    /// it.
     pub fenced_after: Option<Duration>,
     /// What KMS said last that was not a success.
     pub evidence: Option<Evidence>,
@@ -95,6 +100,12 @@ impl KeyReport {
             Some(until) => Some(until.since(now)),
             None => (!self.serves).then_some(Duration::ZERO),
         }
+    }
+
+    /// What is left of the outage allowance, while it runs.
+    #[must_use]
+    pub fn allowance_left(&self, now: Moment) -> Option<Duration> {
+        self.allowance_until.map(|until| until.since(now))
     }
 }
 
@@ -163,7 +174,9 @@ impl Keeper {
             heard: now(),
             interval: policy.interval,
             hears_within: seat.hears_within(),
-            allowance_left: None,
+            allowance_until: None,
+            verdict: Verdict::Allowed,
+            fenced_for: None,
             fenced_after: None,
             evidence: None,
         };
@@ -418,7 +431,7 @@ impl<K: KeyService> Keeping<K> {
     /// What volumes under the same key have heard, as far as it is true of this one too.
     async fn told(&mut self, heard: Heard) {
         if let Some((verdict, asked)) = heard.verdict {
-            self.report.heard = now();
+            (self.report.heard, self.report.verdict) = (now(), verdict);
             let step = self.lease.observe_sibling(now(), verdict, asked);
             self.act(step).await;
         }
@@ -480,7 +493,7 @@ impl<K: KeyService> Keeping<K> {
                 verdict
             }
         };
-        self.report.heard = now();
+        (self.report.heard, self.report.verdict) = (now(), verdict);
         self.counters.probes.add(&word(verdict));
         let before = self.lease.state();
         self.seat.tell(verdict, sent, before.serves());
@@ -488,7 +501,8 @@ impl<K: KeyService> Keeping<K> {
         let after = self.lease.state();
         if before.word() != after.word() && step == Step::None {
             let volume = self.export.name();
-            info!(volume, from = ?before.word(), to = ?after.word(), ?verdict, "key lease changed");
+            let (from, to) = (word(before.word()), word(after.word()));
+            info!(volume, from, to, verdict = word(verdict), "key lease changed");
         }
         self.act(step).await;
         (self.next, self.forced) = (self.due(), self.lease.state().is_in_doubt());
@@ -591,11 +605,12 @@ impl<K: KeyService> Keeping<K> {
                 code = error.code,
                 kms_message = error.message,
                 request_id = error.request_id,
-                verdict = ?error.verdict,
-                alert = error.verdict.alert(),
+                verdict = word(error.verdict),
+                // A fence names its own: one answer that denies or does not fit is only suspected.
+                alert = error.verdict.alert().filter(|_| !error.verdict.is_made_certain()),
                 cause = cause(error.verdict),
                 remedy = error.remedy,
-                "KMS did not allow a probe"
+                "a probe did not succeed"
             );
         }
         self.report.evidence = Some(Evidence {
@@ -641,7 +656,8 @@ impl<K: KeyService> Keeping<K> {
         let destroyed = self.export.close(reason);
         let from = self.lease.first_denial().unwrap_or(started);
         let took = now().since(from);
-        self.report.fenced_after = Some(took);
+        self.report.fenced_for = Some(reason);
+        self.report.fenced_after = self.lease.first_denial().map(|_| took);
         // Fenced for another reason already, it had none.
         if destroyed.is_first() {
             let event = self.event(Kind::KeyDestroyed).reason(reason);
@@ -654,8 +670,9 @@ impl<K: KeyService> Keeping<K> {
         }
         warn!(
             volume = self.export.name(),
-            ?reason,
-            millis = took.as_millis(),
+            reason = word(reason),
+            millis = self.report.fenced_after.map(millis),
+            alert = reason.alert(),
             cause = trouble.map(|t| t.cause.as_str()),
             evidence = trouble.map(|t| t.evidence.as_str()),
             effect = trouble.map(|t| t.effect.as_str()),
@@ -732,7 +749,8 @@ impl<K: KeyService> Keeping<K> {
                 self.counters.restores.add("ok");
                 self.plan.abort_all();
                 self.audit.record(self.event(Kind::Restore));
-                info!(volume = self.export.name(), "KMS allows the key again: serving");
+                let (volume, request_id) = (self.export.name(), proof.request_id);
+                info!(volume, request_id, "KMS allows the key again: serving");
             }
             Ok(Err(error)) => self.not_served(&error),
             Err(error) => self.not_served(&error),
@@ -806,7 +824,7 @@ impl<K: KeyService> Keeping<K> {
         self.report.verified = self.lease.last_success();
         self.report.serves_until = self.lease.serves_until();
         self.report.hears_within = self.seat.hears_within();
-        self.report.allowance_left = self.lease.allowance_left(now());
+        self.report.allowance_until = self.lease.allowance_until();
         self.tell.send_replace(self.report.clone());
     }
 }

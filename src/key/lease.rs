@@ -52,6 +52,19 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    /// Every verdict.
+    pub const ALL: [Self; 5] =
+        [Self::Allowed, Self::Denied, Self::Unavailable, Self::Credentials, Self::Mismatch];
+
+    /// Whether one such answer alone leads to nothing: it has to come again.
+    #[must_use]
+    pub fn is_made_certain(self) -> bool {
+        match self {
+            Self::Denied | Self::Mismatch => true,
+            Self::Allowed | Self::Unavailable | Self::Credentials => false,
+        }
+    }
+
     /// The alert of `monitoring/alerts.yml` that such answers lead to; a success leads to none.
     #[must_use]
     pub fn alert(self) -> Option<&'static str> {
@@ -127,6 +140,16 @@ impl FenceReason {
         Self::Detached,
         Self::Stopping,
     ];
+
+    /// The alert of `monitoring/alerts.yml` that a volume fenced for it leads to first.
+    #[must_use]
+    pub fn alert(self) -> Option<&'static str> {
+        match self {
+            Self::Denied => Some("KeyDenied"),
+            Self::Expired | Self::Mismatch | Self::Suspended => Some("VolumeFenced"),
+            Self::Detached | Self::Stopping => None,
+        }
+    }
 
     /// One sentence for people.
     #[must_use]
@@ -374,12 +397,12 @@ impl KeyLease {
         self.first_denial
     }
 
-    /// Time left of the allowance; `None` when it never ends, or does not run.
+    /// When the allowance is over; `None` when it never is, or does not run.
     #[must_use]
-    pub fn allowance_left(&self, now: Moment) -> Option<Duration> {
+    pub fn allowance_until(&self) -> Option<Moment> {
         match (self.policy.allowance, self.state) {
             (Allowance::For(allowance), LeaseState::Unverified | LeaseState::Suspect) => {
-                Some(allowance.saturating_sub(now.since(self.last_success)))
+                Some(Moment(self.last_success.0.saturating_add(allowance)))
             }
             _ => None,
         }

@@ -71,6 +71,17 @@ pub fn cause(verdict: Verdict) -> &'static str {
     }
 }
 
+/// Why nothing is known of a key whose volume is served all the same, by what was heard last.
+#[must_use]
+pub fn unverified(heard: Verdict) -> &'static str {
+    match heard {
+        Verdict::Credentials => "byokd's own credentials fail",
+        Verdict::Allowed | Verdict::Denied | Verdict::Unavailable | Verdict::Mismatch => {
+            "KMS gives no verdict"
+        }
+    }
+}
+
 fn effect(lease: LeaseWord) -> &'static str {
     match lease {
         LeaseWord::Held => "the volume is served",
@@ -96,8 +107,11 @@ fn effect(lease: LeaseWord) -> &'static str {
 
 impl fmt::Display for Evidence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let id = self.request_id.as_deref().unwrap_or("none");
-        write!(f, "{}: {} (request id {id}, {})", self.code, self.message, self.at)
+        let Self { at, code, message, .. } = self;
+        match &self.request_id {
+            Some(id) => write!(f, "{code}: {message} (request id {id}, {at})"),
+            None => write!(f, "{code}: {message} (no request id, {at})"),
+        }
     }
 }
 
@@ -123,6 +137,12 @@ mod tests {
             "DisabledException: it is disabled. (request id 7d5e, 2026-03-01T12:00:00.000Z)";
         assert_eq!((told.evidence.as_str(), told.remedy.as_str()), (words, "ask the customer"));
         assert!(told.cause.contains("denied") && told.effect.contains("fenced"), "{told:?}");
+    }
+
+    #[test]
+    fn what_came_without_a_request_id_says_so_in_plain_words() {
+        let silent = Evidence { request_id: None, ..said(Verdict::Unavailable) };
+        assert!(silent.to_string().ends_with("(no request id, 2026-03-01T12:00:00.000Z)"));
     }
 
     #[test]

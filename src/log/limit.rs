@@ -180,7 +180,7 @@ mod tests {
         }
         let all = tracing_subscriber::registry().with(Limited(Limit::default()));
         tracing::subscriber::with_default(all, || {
-            tracing::warn!(message = "it is disabled.", "KMS did not allow a probe");
+            tracing::warn!(message = "it is disabled.", "a probe did not succeed");
         });
     }
 

@@ -97,10 +97,11 @@ pub fn start(filter: EnvFilter, program: &'static str) -> io::Result<Log> {
     let queue = StandardError::start()?;
     let (writer, last) = (queue.clone(), queue.clone());
     on_panic(move |panic| last.last(&words(panic), LAST));
+    let ansi = io::stderr().is_terminal();
     let lines = fmt::layer()
         .with_writer(move || writer.clone())
-        .with_ansi(io::stderr().is_terminal())
-        .event_format(Limited::default());
+        .with_ansi(ansi)
+        .event_format(Limited::new(ansi));
     let all = lines.and_then(records.clone());
     tracing_subscriber::registry().with(all.with_filter(filter)).init();
     Ok(Log { flush: Box::new(move || queue.flush(LAST)), records })

@@ -6,7 +6,7 @@ use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use tracing::{Event, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::{Format, Full, Writer};
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
@@ -14,6 +14,7 @@ use tracing_subscriber::registry::LookupSpan;
 
 use crate::log::limit::Limit;
 use crate::log::queue::{Queue, Sink, lost};
+use crate::visible::visible;
 
 /// The longest line: what many fields of many errors come to. Whoever sends more fills no memory.
 const LONGEST: usize = 64 << 10;
@@ -91,11 +92,14 @@ fn cut(mut line: Vec<u8>) -> Vec<u8> {
 pub(super) struct Limited {
     line: Format<Full>,
     limit: Limit,
+    colours: bool,
 }
 
-impl Default for Limited {
-    fn default() -> Self {
-        Self { line: Format::default().with_target(false), limit: Limit::default() }
+impl Limited {
+    /// With the colours of a terminal, or without.
+    pub(super) fn new(colours: bool) -> Self {
+        let line = Format::default().with_target(false).with_ansi(false);
+        Self { line, limit: Limit::default(), colours }
     }
 }
 
@@ -115,7 +119,31 @@ where
             SystemTime.format_time(&mut writer)?;
             writeln!(writer, " {:>5} {left_out}", left_out.level)?;
         }
-        if passage.written { self.line.format_event(context, writer, event) } else { Ok(()) }
+        if !passage.written {
+            return Ok(());
+        }
+        let mut line = String::new();
+        self.line.format_event(context, Writer::new(&mut line), event)?;
+        let shown = visible(line.trim_end_matches('\n'));
+        let level = event.metadata().level();
+        // The first such word is ours.
+        match shown.split_once(level.as_str()) {
+            Some((time, rest)) if self.colours => {
+                let colour = colour(*level);
+                writeln!(writer, "{time}\u{1b}[{colour}m{level}\u{1b}[0m{rest}")
+            }
+            _ => writeln!(writer, "{shown}"),
+        }
+    }
+}
+
+/// As terminals number them: red, yellow, green, blue.
+fn colour(level: Level) -> u8 {
+    match level {
+        Level::ERROR => 31,
+        Level::WARN => 33,
+        Level::INFO => 32,
+        Level::DEBUG | Level::TRACE => 34,
     }
 }
 
@@ -151,8 +179,27 @@ mod tests {
     }
 
     #[test]
+    fn what_anybody_says_is_one_line_that_no_terminal_acts_upon() {
+        for ansi in [false, true] {
+            let (written, lines) = (Lines::default(), Limited::new(ansi));
+            let into = written.clone();
+            let layer = fmt::layer().with_ansi(ansi).with_writer(move || into.clone());
+            let all = tracing_subscriber::registry().with(layer.event_format(lines));
+            let said = "no\u{1b}[2J\n2026-03-01T12:00:00Z  INFO all is well\r\u{202e}";
+            tracing::subscriber::with_default(all, || warn!(error = %said, said, "{said}"));
+            let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
+            assert_eq!(text.lines().count(), 1, "{text}");
+            let colours = text.matches('\u{1b}').count();
+            assert_eq!(colours, if ansi { 2 } else { 0 }, "its own alone: {text:?}");
+            assert!(!text.contains("\u{1b}[2J") && !text.contains(['\r', '\u{202e}']), "{text:?}");
+            assert_eq!(text.matches(r"\n2026-03-01").count(), 3, "{text:?}");
+            assert_eq!(text.contains("\u{1b}[33mWARN\u{1b}[0m"), ansi, "{text:?}");
+        }
+    }
+
+    #[test]
     fn a_storm_of_one_volume_takes_no_line_from_another() {
-        let (written, lines) = (Lines::default(), Limited::default());
+        let (written, lines) = (Lines::default(), Limited::new(false));
         let into = written.clone();
         let layer = fmt::layer().with_ansi(false).with_writer(move || into.clone());
         let all = tracing_subscriber::registry().with(layer.event_format(lines));

@@ -75,6 +75,7 @@ struct Operation {
     requests: AtomicU64,
     bytes: AtomicU64,
     failed: AtomicU64,
+    failed_bytes: AtomicU64,
     took: [AtomicU64; BOUNDS.len() + 1],
     nanos: AtomicU64,
 }
@@ -105,9 +106,11 @@ impl IoCounters {
         bump(&counters.nanos, nanos);
     }
 
-    /// A request was answered with an error by a fence or the backing store.
-    pub fn failed(&self, operation: IoOperation) {
-        bump(&self.operations[operation as usize].failed, 1);
+    /// A request about so many bytes was answered with an error by a fence or the backing store.
+    pub fn failed(&self, operation: IoOperation, bytes: u64) {
+        let counters = &self.operations[operation as usize];
+        bump(&counters.failed, 1);
+        bump(&counters.failed_bytes, bytes);
     }
 
     /// The cipher is called: the time, if this call is one of those that are timed.
@@ -144,6 +147,8 @@ pub struct OperationTotals {
     pub bytes: u64,
     /// Those that a fence or the backing store has failed.
     pub failed: u64,
+    /// Bytes that those were about.
+    pub failed_bytes: u64,
     took: [u64; BOUNDS.len() + 1],
     nanos: u64,
 }
@@ -177,6 +182,7 @@ impl IoTotals {
             }
             total.nanos += read(&counted.nanos);
             total.failed += read(&counted.failed);
+            total.failed_bytes += read(&counted.failed_bytes);
             total.bytes += read(&counted.bytes);
             total.requests += read(&counted.requests);
         }
@@ -233,7 +239,7 @@ mod tests {
             connection.asked(IoOperation::Read, 4096);
             connection.asked(IoOperation::Write, 512);
             connection.answered(IoOperation::Read, Duration::from_micros(60));
-            connection.failed(IoOperation::Write);
+            connection.failed(IoOperation::Write, 512);
         }
         connections[0].answered(IoOperation::Write, Duration::from_secs(6));
         let mut totals = IoTotals::default();
@@ -244,7 +250,8 @@ mod tests {
         assert_eq!(reads.took().counts[..3], [0, 2, 0]);
         assert_eq!(reads.took().sum, Duration::from_micros(120));
         let (_, writes) = totals.each().nth(1).unwrap();
-        assert_eq!((writes.failed, writes.took().counts[BOUNDS.len()]), (2, 1));
+        assert_eq!((writes.failed, writes.failed_bytes), (2, 1024));
+        assert_eq!(writes.took().counts[BOUNDS.len()], 1);
     }
 
     #[test]

@@ -96,6 +96,8 @@ metrics! {
         "Time during which KMS gave no verdict on the key."
     KEY_PROBES = Counter "byokd_key_probes_total" ["volume", "outcome"]
         "Probes of the volume's key, by what the answer meant."
+    KEY_LAST_PROBE = Gauge "byokd_key_last_probe_outcome" ["volume", "outcome"]
+        "What the last answer meant, to a probe of the volume's key or to one of a volume under the same key: 1 for that, 0 for the others."
     KEY_PROBE_AGE = Gauge "byokd_key_probe_age_seconds" ["volume"]
         "Time since the last probe of the volume began, or what a volume under the same key heard."
     KEY_PROBE_INTERVAL = Gauge "byokd_key_probe_interval_seconds" ["volume"]
@@ -120,6 +122,8 @@ metrics! {
         "Bytes that clients asked to read, write, trim or zero since the volume was attached."
     IO_FAILED = Counter "byokd_io_failed_requests_total" ["volume", "operation"]
         "Requests that failed by a fence or by the backing store since the volume was attached."
+    IO_FAILED_BYTES = Counter "byokd_io_failed_bytes_total" ["volume", "operation"]
+        "Bytes that those were about; what was served is the difference to byokd_io_bytes_total."
     IO_DURATION = Histogram "byokd_io_request_duration_seconds" ["volume", "operation"]
         "Time from a request's arrival to its reply being sent, since the volume was attached."
     IO_IN_FLIGHT = Gauge "byokd_io_in_flight" ["volume"]

@@ -47,8 +47,9 @@ fn a_denial_is_seen_in_the_console_and_so_is_its_end() {
     daemon.volume("zeebe-0", "8M", &key);
     daemon.volume("zeebe-1", "8M", &other);
     daemon.create("zeebe-2", "8M", &other);
+    daemon.volume("zeebe-3", "8M", &key);
     nbdsh(&daemon.uri("zeebe-0"), "h.pwrite(bytes(8192), 0)\nh.pread(4096, 0)");
-    look("denial", &url, &daemon, &[&key]);
+    look("denial", &url, &daemon, &[&key, &daemon.uri("zeebe-0")]);
 }
 
 #[test]

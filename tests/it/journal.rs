@@ -68,7 +68,7 @@ fn a_denial_is_in_the_journal_with_its_volume_key_and_request() {
     daemon.ok(&["dev", "key", "disable", &key]);
     until("the volume is fenced", || daemon.state("v") == "fenced");
 
-    let denied = |entry: &&Entry| text(entry, "MESSAGE").starts_with("KMS did not allow a probe");
+    let denied = |entry: &&Entry| text(entry, "MESSAGE").starts_with("a probe did not succeed");
     let mut heard = Vec::new();
     until("the denial is told", || {
         heard.extend(entries.try_iter());

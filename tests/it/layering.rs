@@ -12,7 +12,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     // Shared words.
     ("units", &[]),
     ("exit", &[]),
-    ("log", &["log::*"]),
+    ("visible", &[]),
+    ("log", &["log::*", "visible"]),
     ("log::export", &[]),
     ("log::limit", &[]),
     ("log::queue", &[]),
@@ -203,7 +204,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "control::client",
             "exit",
             "key::wrapped",
+            "kms::trouble",
             "units",
+            "visible",
         ],
     ),
     // Runs a daemon of its own.

@@ -44,6 +44,7 @@ mod rewrap;
 mod seeds;
 mod stuck;
 mod systemd;
+mod terminal;
 mod tls;
 mod units;
 mod volumes;

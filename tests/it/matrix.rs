@@ -356,10 +356,9 @@ fn fenced(name: &str, lease: &Value, page: &str) -> &'static str {
 /// The alert that the log names for a volume.
 fn alert(name: &str, log: &str) -> String {
     let of_volume = format!("volume=\"{name}\" ");
-    let told = log
-        .lines()
-        .find(|line| line.contains("KMS did not allow a probe") && line.contains(&of_volume));
-    let alert = told.and_then(|line| line.split_once("alert=\"")?.1.split('"').next());
+    let of_it = log.lines().filter(|line| line.contains(&of_volume));
+    let mut told = of_it.filter_map(|line| line.split_once("alert=\"")?.1.split('"').next());
+    let alert = told.next();
     alert.map(|alert| format!("`{alert}`")).unwrap_or_default()
 }
 

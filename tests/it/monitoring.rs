@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use byokd::key::lease::Verdict;
+use byokd::key::lease::{FenceReason, Verdict};
 use byokd::kms::dev::{Fault, FaultKind};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -64,6 +64,10 @@ fn every_alert_that_the_log_names_is_one_of_the_rules() {
     {
         let alert = verdict.alert().unwrap();
         assert!(alerts.contains(&alert), "{verdict:?}: no rule {alert}");
+    }
+    for reason in FenceReason::ALL {
+        let alert = reason.alert();
+        assert!(alert.is_none_or(|alert| alerts.contains(&alert)), "{reason:?}: no rule");
     }
 }
 
@@ -267,6 +271,7 @@ fn each_alert_fires_on_what_a_daemon_said_and_no_other_does() {
 
     // KMS out of reach, then byokd's own credentials.
     let mut before = healthy.clone();
+    let mut told = Vec::new();
     for (fault, outcome, alert) in [
         (Fault::new(FaultKind::Throttle), "unavailable", "KmsUnreachable"),
         (Fault::error(400, "ExpiredTokenException", "x"), "credentials", "OwnCredentialsFailing"),
@@ -289,8 +294,30 @@ fn each_alert_fires_on_what_a_daemon_said_and_no_other_does() {
         let so = ["byokd:false_fences:increase30d > bool 0"];
         tests.add(alert, story, firing, &so);
         kms.clear_faults();
-        before = scene.page_when("all are served again", &SERVING);
+        let after = scene.page_when("all are served again", &SERVING);
+        told.push((std::mem::replace(&mut before, after), first, then));
     }
+    // One after the other, soon: what is over is not told of what is so now.
+    let [(_, silent, still), (served, ours, still_ours)] = &told[..] else { panic!("two faults") };
+    let firing: &[Firing] = &[
+        ("FalseFence", "short"),
+        ("KeyLeaseExpiring", "tight"),
+        ("OwnCredentialsFailing", "short"),
+        ("OwnCredentialsFailing", "tight"),
+        ("OwnCredentialsFailing", "v"),
+        ("VolumeFenced", "short"),
+    ];
+    let recovered: Story<'_> =
+        &[(&healthy, 4), (silent, 1), (still, 8), (served, 3), (ours, 1), (still_ours, 7)];
+    tests.add("credentials soon after an outage", recovered, firing, &[]);
+    let turned: Story<'_> = &[(&healthy, 4), (silent, 2), (ours, 1), (still_ours, 7)];
+    tests.add("an outage that turns out to be our own", turned, firing, &[]);
+    let last = still_ours.lines().filter(|line| line.starts_with("byokd_key_last_probe_outcome{"));
+    let last: Vec<_> = last.filter(|line| line.ends_with(" 1")).collect();
+    assert!(
+        last.len() == 3 && last.iter().all(|line| line.contains("\"credentials\"")),
+        "{last:?}"
+    );
 
     // The customer takes the key away.
     scene.customer.set_enabled(false);

@@ -111,7 +111,7 @@ fn a_denial_arrives_at_a_collector_with_its_volume_key_and_request() {
     daemon.ok(&["dev", "key", "disable", &key]);
     until("the volume is fenced", || daemon.state("v") == "fenced");
 
-    let denied = |record: &&Value| record["body"] == "KMS did not allow a probe";
+    let denied = |record: &&Value| record["body"] == "a probe did not succeed";
     let mut heard = Vec::new();
     until("the denial is told", || {
         heard.extend(told.try_iter());
@@ -137,7 +137,7 @@ fn a_denial_arrives_at_a_collector_with_its_volume_key_and_request() {
     // The log has the same, and the request id joins both to CloudTrail.
     let request = attributes["request_id"].as_str().unwrap();
     let line = daemon.log();
-    let line = line.lines().find(|line| line.contains("KMS did not allow a probe")).unwrap();
+    let line = line.lines().find(|line| line.contains("a probe did not succeed")).unwrap();
     for (name, value) in attributes.as_object().unwrap() {
         let ours = !name.starts_with("code.");
         let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);

@@ -294,7 +294,7 @@ fn a_witness_that_was_silent_once_costs_no_volume() {
     let silent = Fault::new(FaultKind::Garbage).on(&["Decrypt"]).times(1);
     customer.kms.inject(Fault { key: Some(witness.to_string()), ..silent });
     customer.kms.inject(Fault::error(400, "AccessDeniedException", "not authorized"));
-    until("it is suspected first", || daemon.log().contains("to=Suspect"));
+    until("it is suspected first", || daemon.log().contains("to=\"suspect\""));
     let before = customer.kms.requests().len();
     // For longer than an unconfirmed denial waits for to be believed.
     until("it was probed again and again", || customer.kms.requests().len() > before + 10);

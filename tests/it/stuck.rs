@@ -179,7 +179,7 @@ fn an_operator_fences_a_volume_that_is_being_detached_though_its_store_hangs() {
         // The request is waited for for 10 s.
         let took = began.elapsed();
         let status = daemon.status("v");
-        daemon.says("reason=Suspended");
+        daemon.says("reason=\"suspended\"");
         disk.signal("-CONT");
         detach.join().unwrap();
         assert_eq!(suspended, 0);

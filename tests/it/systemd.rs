@@ -107,6 +107,10 @@ fn ready_with_its_volumes_and_a_word_for_each_change(manager: &Manager) {
     daemon.crash_and_restart();
     let ready = manager.hears_line("READY=1");
     assert!(ready.contains("STATUS=1 volume serving"), "its volumes were not tried: {ready}");
+    // The log calls it ready then, and not before.
+    daemon.says("ready: 1 volume serving");
+    let log = daemon.log();
+    assert!(log.find(" attached ") < log.find("ready: 1 volume serving"), "{log}");
     daemon.ok(&["dev", "key", "disable", &key]);
     manager.hears_line("STATUS=0 volumes serving, 1 fenced");
     daemon.ok(&["dev", "key", "enable", &key]);

@@ -1,9 +1,12 @@
 //! Volumes: made, attached, refused, and opened by others.
 
-use std::process::Command;
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 
+use byokd::kms::dev::{Fault, FaultKind};
 use serde_json::Value;
 
+use crate::customer::Customer;
 use crate::mounts::{Mount, can_mount};
 use crate::support::{Daemon, Running, have, nbdsh, output, run, until, unwrap_token};
 
@@ -288,4 +291,39 @@ fn status_is_watched_until_the_daemon_is_gone() {
     assert!(daemon.terminate().success());
     until("the silence is shown", || shown("NO ANSWER for "));
     assert!(shown("no byokd listens at"));
+}
+
+/// As long as nothing is heard of KMS, nothing happens to its lease: what is told of it goes on.
+#[test]
+fn what_is_left_of_the_allowance_is_as_it_is_when_it_is_asked_for() {
+    let customer = Customer::new();
+    let daemon = customer.daemon_with("", "probe_interval = \"1h\"\n");
+    daemon.volume("v", "1M", customer.key.as_str());
+    customer.kms.inject(Fault::new(FaultKind::Throttle));
+    daemon.ok(&["key", "recheck", "v"]);
+    let left = || {
+        let lease = daemon.status("v")["lease"].take();
+        let seconds = |member: &str| lease[member].as_u64().unwrap();
+        (seconds("allowance_left"), seconds("remaining"))
+    };
+    let (_, first) = left();
+    until("three seconds have gone", || {
+        let (allowance, remaining) = left();
+        // They are looked at one after the other.
+        assert!(allowance.abs_diff(remaining) <= 1, "{allowance} of the allowance, {remaining}");
+        remaining + 3 <= first
+    });
+}
+
+#[test]
+fn a_trial_serves_http_where_it_is_told_to() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut byokd = Command::new(env!("CARGO_BIN_EXE_byokd"));
+    let port = free.port().to_string();
+    let byokd = byokd.args(["--dev", "--http-port", &port, "--state-dir"]).arg(dir.path());
+    let _trial = Running(byokd.stderr(Stdio::null()).spawn().unwrap());
+    let endpoint = dir.path().join("http-endpoint");
+    until("it says where", || endpoint.exists() && TcpStream::connect(free).is_ok());
+    assert_eq!(std::fs::read_to_string(endpoint).unwrap().trim(), format!("http://{free}"));
 }

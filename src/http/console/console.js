@@ -7,6 +7,7 @@ const STALE = 5000; // Older data are said to be old.
 const SAMPLES = 120; // Two minutes of reads and writes.
 const HISTORY = 50; // Events shown of one volume.
 const LATEST = 20; // And of all.
+const SAID = 20; // What was read out last is kept.
 
 const $ = (id) => document.getElementById(id);
 const cards = new Map(); // By volume: its card and what it needs from one answer to the next.
@@ -61,6 +62,7 @@ function askForToken() {
   text($("refused"), sessionStorage.getItem("token") ? "That is not the token." : "");
   sessionStorage.removeItem("token");
   $("data").hidden = true;
+  summary = "";
   text($("summary"), "Locked");
   text($("heard"), "");
   heard = null;
@@ -79,7 +81,17 @@ $("forget").addEventListener("click", () => {
 
 // ---- The page ----
 
+// What a browser would not show, or would turn what follows around for, is shown as an escape, as in
+// byokctl and the log: nobody's words make a request id read backwards.
+const HIDDEN = /[\p{Cc}\p{Cf}\u2028\u2029\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\uffa0\ufff0-\ufffb\u{e0000}-\u{e0fff}]/gu;
+const SHORT = { "\n": "\\n", "\r": "\\r", "\t": "\\t" };
+
+function visible(words) {
+  return words.replace(HIDDEN, (c) => SHORT[c] ?? `\\u{${c.codePointAt(0).toString(16)}}`);
+}
+
 function text(element, words) {
+  words = visible(words);
   // What is the same is left alone: selections stay, and nothing is read out again.
   if (element.textContent !== words) element.textContent = words;
 }
@@ -106,17 +118,35 @@ function stale(is, words) {
   $("stale").hidden = !is;
   text($("stale"), is ? words.trim() : "");
   if (is) document.title = "no answer – byokd";
+  heading();
   for (const card of cards.values()) {
     badge(card);
+    describe(card);
     if (heard) facts(card);
+    rates(card);
   }
 }
 
+function isStale() {
+  return document.body.classList.contains("stale");
+}
+
+// What was so, and may not be so any more, says that it was.
+function was(words) {
+  return isStale() ? `Last known: ${words}` : words;
+}
+
+function heading() {
+  if (summary) text($("summary"), was(summary));
+}
+let summary = "";
+
 function show(status) {
-  text($("summary"), status.summary);
+  summary = status.summary;
+  heading();
   $("problems").replaceChildren(...status.problems.map((problem) => {
     const item = document.createElement("li");
-    item.textContent = `${problem.why} (since ${clock(Date.parse(problem.at))}). ${problem.remedy}`;
+    text(item, `${problem.why} (since ${clock(Date.parse(problem.at))}). ${problem.remedy}`);
     return item;
   }));
   const names = new Set(status.volumes.map((volume) => volume.name));
@@ -126,29 +156,49 @@ function show(status) {
       cards.delete(name);
     }
   }
+  const changed = [];
   for (const volume of status.volumes) {
     const card = cards.get(volume.name) ?? newCard(volume.name);
     const before = card.volume;
     card.volume = volume;
     fill(card);
-    if (before && label(before) !== label(volume)) {
-      text($("announce"), `${volume.name}: ${label(volume)}. ${volume.headline}`);
-    }
+    if (before && label(before) !== label(volume)) changed.push(volume);
   }
+  changed.sort((a, b) => urgency(a) - urgency(b));
+  if (changed.length) announce(changes(changed));
   order();
   const bad = status.volumes.filter((volume) => urgency(volume) < 4).length;
   document.title = bad ? `${bad} with trouble – byokd` : "byokd";
 }
 
+// Each is read out, one after the other: none takes the place of one that was not read yet.
+function announce(words) {
+  const said = document.createElement("p");
+  text(said, words);
+  $("announce").append(said);
+  while ($("announce").children.length > SAID) $("announce").firstElementChild.remove();
+}
+
+// All that have changed, by what they are now; those that are the same way for the same reason together.
+function changes(volumes) {
+  const ways = new Map();
+  for (const volume of volumes) {
+    const way = `${label(volume)}. ${volume.headline}`;
+    ways.set(way, [...(ways.get(way) ?? []), volume.name]);
+  }
+  return [...ways].map(([way, names]) => `${names.join(", ")}: ${way}`).join(". ");
+}
+
 function label(volume) {
-  if (volume.state === "detached" && volume.problem) return "not served";
+  // While it is tried again it is no other way.
+  if ((volume.state === "detached" || volume.state === "attaching") && volume.problem) return "not served";
   return volume.state;
 }
 
 const GLYPHS = { serving: "●", unverified: "▲", fenced: "■", "not served": "■", detached: "○", attaching: "…", detaching: "…" };
 
 function tone(volume) {
-  if (volume.state === "fenced" || (volume.state === "detached" && volume.trouble)) return "bad";
+  if (volume.state === "fenced" || label(volume) === "not served") return "bad";
   if (volume.trouble) return "warn";
   return volume.state === "serving" ? "good" : "calm";
 }
@@ -160,6 +210,7 @@ function urgency(volume) {
     case "unverified": return 2;
     case "serving": return volume.trouble ? 3 : 5;
     case "detached": return volume.trouble ? 1 : 6;
+    case "attaching": return volume.trouble ? 1 : 4;
     default: return 4;
   }
 }
@@ -206,7 +257,7 @@ function newCard(name) {
   for (const element of item.querySelectorAll("[data-is]")) card.is[element.dataset.is] = element;
   for (const element of item.querySelectorAll("[data-part]")) card.parts[element.dataset.part] = element;
   const heading = part("h3");
-  heading.textContent = name;
+  text(heading, name);
   heading.id = `volume-${name}`;
   part("article").setAttribute("aria-labelledby", heading.id);
   part("summary").setAttribute("aria-label", `History of key events of ${name}`);
@@ -222,16 +273,26 @@ async function copy(element) {
   getSelection().selectAllChildren(element);
   try {
     await navigator.clipboard.writeText(element.textContent);
-    text($("announce"), "The request id is copied");
+    announce("The request id is copied");
   } catch {
-    text($("announce"), "The request id is selected");
+    announce("The request id is selected");
   }
 }
 
 function badge(card) {
   const words = label(card.volume);
-  const was = document.body.classList.contains("stale") ? "was " : "";
-  text(card.part(".state"), `${GLYPHS[words] ?? ""} ${was}${words}`);
+  text(card.part(".state"), `${GLYPHS[words] ?? ""} ${isStale() ? "was " : ""}${words}`);
+}
+
+function describe(card) {
+  const { volume, is } = card;
+  const trouble = volume.trouble;
+  text(card.part(".headline"), was(volume.headline));
+  if (!trouble) return;
+  text(is.cause, was(trouble.cause));
+  text(is.evidence, trouble.evidence);
+  text(is.effect, was(trouble.effect));
+  text(is.remedy, trouble.remedy);
 }
 
 function fill(card) {
@@ -242,11 +303,11 @@ function fill(card) {
   card.part(".trouble").hidden = !trouble;
   // The cause says it.
   card.part(".headline").hidden = Boolean(trouble);
-  text(card.part(".headline"), volume.headline);
+  describe(card);
   if (trouble) {
-    for (const name of ["cause", "evidence", "effect", "remedy"]) text(is[name], trouble[name]);
-    const id = trouble.evidence.match(/\(request id ([^ ,)]+)/)?.[1];
-    parts.id.hidden = !id || id === "none";
+    // The last one: what KMS says comes before it, and may look like one.
+    const id = [...trouble.evidence.matchAll(/\(request id ([^ ,)]+)/g)].at(-1)?.[1];
+    parts.id.hidden = !id;
     text(is.id, id ?? "");
   }
   text(is.key, volume.key ?? volume.header_note ?? "not known");
@@ -264,22 +325,26 @@ function device(device) {
   return [`${device.link} (${device.path}): ${requests[device.requests]}`, ...device.recover.map((command) => `to mount anew: ${command}`)].join("; ");
 }
 
-// What changes with time alone is counted on between two answers, by the daemon's clock.
+// What changes with time alone is counted on between two answers, by the daemon's clock; when answers
+// stay away, it stops where they ended.
 function facts(card) {
   const { volume, is, parts } = card;
   const lease = volume.lease;
   for (const name of ["since", "success", "left", "clients"]) parts[name].hidden = !lease;
   if (!lease) return;
   parts.left.hidden = volume.state === "fenced";
-  text(is.since, `${lease.state} for ${ago(lease.since)}, since ${clock(Date.parse(lease.since))}`);
-  text(is.success, lease.last_success ? `${ago(lease.last_success)} ago, at ${clock(Date.parse(lease.last_success))}` : "never");
+  const since = clock(Date.parse(lease.since));
+  text(is.since, isStale() ? `was ${lease.state}, since ${since}` : `${lease.state} for ${ago(lease.since)}, since ${since}`);
+  const success = lease.last_success && clock(Date.parse(lease.last_success));
+  if (!success) text(is.success, "never");
+  else text(is.success, isStale() ? `at ${success}, as far as is known` : `${ago(lease.last_success)} ago, at ${success}`);
   const old = (performance.now() - heard.at) / 1000;
-  if (document.body.classList.contains("stale")) text(is.left, "not known");
+  if (isStale()) text(is.left, "not known");
   else if (lease.remaining === null) text(is.left, "it is served all the same, without end");
   else text(is.left, `fenced in ${duration(Math.max(0, lease.remaining - old))}`);
   const errors = volume.failed_requests;
   const failed = errors ? `; ${errors} ${errors === 1 ? "request" : "requests"} failed` : "";
-  text(is.clients, `${volume.connections}${failed}`);
+  text(is.clients, `${isStale() ? "were " : ""}${volume.connections}${failed}`);
 }
 
 function ago(time) {
@@ -292,34 +357,48 @@ function sample(card) {
   figure.hidden = !io.read;
   if (!io.read) {
     card.samples = [];
+    card.rate = null;
     return;
   }
-  const now = { at: heard.now, read: io.read.bytes, write: io.write.bytes };
+  // What was served: what failed is told as that.
+  const served = (of) => of.bytes - of.failed_bytes;
+  const failed = Object.values(io).reduce((sum, of) => sum + of.failed, 0);
+  const now = { at: heard.now, asked: io.read.bytes + io.write.bytes, read: served(io.read), write: served(io.write), failed };
   const last = card.samples.at(-1);
   // Counters begin anew when it is attached anew.
-  if (last && (now.read < last.read || now.write < last.write)) card.samples = [];
+  if (last && (now.asked < last.asked || now.failed < last.failed)) card.samples = [];
   card.samples.push(now);
   if (card.samples.length > SAMPLES + 1) card.samples.shift();
-  const rates = card.samples.slice(1).map((sample, at) => {
+  const each = card.samples.slice(1).map((sample, at) => {
     const before = card.samples[at];
     const seconds = Math.max(0.001, (sample.at - before.at) / 1000);
-    return { at: sample.at, read: (sample.read - before.read) / seconds, write: (sample.write - before.write) / seconds };
+    // What was asked for before and has failed since was never served.
+    const rate = (kind) => Math.max(0, sample[kind] - before[kind]) / seconds;
+    return { at: sample.at, read: rate("read"), write: rate("write"), failed: rate("failed") };
   });
-  const top = Math.max(1, ...rates.flatMap((rate) => [rate.read, rate.write]));
+  const top = Math.max(1, ...each.flatMap((rate) => [rate.read, rate.write]));
   for (const kind of ["read", "write"]) {
-    const points = rates.map((rate) => {
+    const points = each.map((rate) => {
       const x = 240 - ((now.at - rate.at) / (SAMPLES * EVERY)) * 240;
       return `${x.toFixed(1)},${(34 - (rate[kind] / top) * 32).toFixed(1)}`;
     });
     card.part(`path.${kind}`).setAttribute("d", points.length ? `M${points.join("L")}` : "");
   }
-  const rate = rates.at(-1) ?? { read: 0, write: 0 };
   const idle = top <= 1;
   card.part("svg").toggleAttribute("hidden", idle);
-  const most = idle ? "; none in two minutes" : `; the most in two minutes was ${bytes(top)}/s`;
-  text(card.part("figcaption"), `Reads ${bytes(rate.read)}/s, writes ${bytes(rate.write)}/s${most}`);
+  card.rate = { read: 0, write: 0, failed: 0, ...each.at(-1), top: idle ? 0 : top };
+  rates(card);
   const label = `Reads and writes of ${card.volume.name} in the last two minutes`;
   if (card.part("svg").getAttribute("aria-label") !== label) card.part("svg").setAttribute("aria-label", label);
+}
+
+function rates(card) {
+  if (!card.rate) return;
+  const { read, write, failed, top } = card.rate;
+  const most = top ? `; the most in two minutes was ${bytes(top)}/s` : "; none in two minutes";
+  const errors = failed ? `; ${failed < 1 ? "some" : Math.round(failed)} requests a second fail` : "";
+  const reads = isStale() ? "Last known: reads" : "Reads";
+  text(card.part("figcaption"), `${reads} ${bytes(read)}/s, writes ${bytes(write)}/s${errors}${most}`);
 }
 
 // ---- Events ----
@@ -355,10 +434,10 @@ function list(element, events, named) {
     const what = document.createElement("span");
     if (named && record.volume) {
       const name = document.createElement("b");
-      name.textContent = `${record.volume}: `;
+      text(name, `${record.volume}: `);
       what.append(name);
     }
-    what.append(words);
+    what.append(visible(words));
     item.append(time, what);
     return item;
   }));

@@ -15,7 +15,7 @@ use crate::buffer::{Ciphertext, Plaintext};
 use crate::export::{HANG_UP, Stance};
 use crate::fence::EnterError;
 use crate::nbd::transmission::reads::unseal;
-use crate::nbd::transmission::requests::operation;
+use crate::nbd::transmission::requests::{bytes, operation};
 use crate::nbd::transmission::{Outcome, Transmission};
 use crate::nbd::wire::{Command, Errno, Request};
 use crate::registers;
@@ -101,7 +101,7 @@ impl Transmission {
         let writes = !matches!(request.command, Command::Read | Command::Flush);
         let fenced = errno == Errno::Perm && !(writes && self.export.options().read_only);
         if fenced || matches!(errno, Errno::Io | Errno::NoMem) {
-            self.client.io().failed(operation(request));
+            self.client.io().failed(operation(request), bytes(request));
             self.export.count_failed(&self.client);
         }
     }

@@ -72,14 +72,7 @@ impl Transmission {
     /// Counts what is asked for.
     #[inline]
     pub(super) fn tally(&self, request: &Request) {
-        let operation = operation(request);
-        let bytes = match operation {
-            IoOperation::Read | IoOperation::Write | IoOperation::Trim | IoOperation::Zero => {
-                request.len
-            }
-            IoOperation::Flush | IoOperation::Other => 0,
-        };
-        self.client.io().asked(operation, bytes);
+        self.client.io().asked(operation(request), bytes(request));
     }
 
     /// A task for a request.
@@ -249,6 +242,16 @@ fn told(runs: &[Extent], mut skip: u64, asked: u64) -> Vec<(u64, bool)> {
         told.push((asked, true));
     }
     told
+}
+
+/// Bytes that a request is counted as.
+pub(super) fn bytes(request: &Request) -> u64 {
+    match operation(request) {
+        IoOperation::Read | IoOperation::Write | IoOperation::Trim | IoOperation::Zero => {
+            request.len
+        }
+        IoOperation::Flush | IoOperation::Other => 0,
+    }
 }
 
 /// What a request is counted as.
