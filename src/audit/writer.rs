@@ -294,6 +294,7 @@ fn hash_of(file: &File, mut at: u64, mut bytes: u64) -> io::Result<Hash> {
 fn tell(shared: &Shared, Change { what, event }: Change) {
     error!(
         what,
+        alert = "AuditTrailChanged",
         "something else changed the audit trail: what is there stays, and the trail goes on after it"
     );
     shared.trail().foreign_change(what, event);

@@ -76,6 +76,7 @@ fn audit(page: &mut Page, status: &AuditStatus) {
     page.count(&table::AUDIT_WRITTEN, &[], status.written.seq);
     page.put(&table::AUDIT_FAILING, &[], f64::from(u8::from(status.failing.is_some())));
     page.count(&table::AUDIT_FAILURES, &[], status.failures);
+    page.put(&table::AUDIT_CHANGED, &[], f64::from(u8::from(status.changed.is_some())));
     page.count(&table::AUDIT_LOST, &[], status.lost);
 }
 

@@ -146,6 +146,8 @@ metrics! {
         "Whether the audit trail cannot be written."
     AUDIT_FAILURES = Counter "byokd_audit_write_failures_total" []
         "Failed tries to write the audit trail."
+    AUDIT_CHANGED = Gauge "byokd_audit_changed" []
+        "Whether something else changed the files of the audit trail since byokd started."
     AUDIT_LOST = Counter "byokd_audit_lost_events_total" []
         "Events that the audit trail could not record."
 }

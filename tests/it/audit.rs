@@ -6,6 +6,7 @@ use byokd::audit::chain::seal;
 use byokd::audit::record::{Event, Kind, Record};
 use serde_json::Value;
 
+use crate::metrics::{address, scrape, value};
 use crate::mounts::{Mount, can_mount};
 use crate::support::{Daemon, have, output, run, until};
 
@@ -202,6 +203,7 @@ fn what_is_added_to_a_live_trail_is_found_told_and_not_written_over() {
     daemon.ok(&["reload"]);
     until("it is told", || daemon.ok(&["status"])["problems"][0]["why"].is_string());
     daemon.says("something else changed the audit trail");
+    assert!(value(&scrape(&address(&daemon)), "byokd_audit_changed") > 0.0);
     let report = wrong();
     let findings = report["findings"].as_array().unwrap();
     assert_eq!(findings.len(), 1, "{report:#}");

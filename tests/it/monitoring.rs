@@ -368,7 +368,7 @@ fn each_alert_fires_on_what_a_daemon_said_and_no_other_does() {
     );
 
     // What is not to be had from a daemon that is well, on its page.
-    let stuck = altered(&before, &["byokd_audit_failing", "byokd_ready"], "1");
+    let stuck = altered(&before, &["byokd_audit_failing", "byokd_audit_changed"], "1");
     let stuck = altered(&stuck, &["byokd_ready"], "0");
     let stuck = altered(&stuck, &["byokd_backing_stalled_operations{volume=\"tight\"}"], "1");
     // Of three days after promtool's beginning.
@@ -376,6 +376,7 @@ fn each_alert_fires_on_what_a_daemon_said_and_no_other_does() {
     let stuck = altered(&stuck, &certificate, "259200");
     let stuck = altered(&stuck, &["byokd_key_probe_age_seconds{volume=\"v\"}"], "60");
     let firing: &[Firing] = &[
+        ("AuditTrailChanged", ""),
         ("AuditTrailFailing", ""),
         ("BackingStalled", "tight"),
         ("ByokdNotReady", ""),
