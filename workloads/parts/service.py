@@ -43,6 +43,12 @@ class Byokd:
     def create(self, name, backing, size, key, purpose):
         self.ctl("volume", "create", name, "--backing", backing, "--size", size, "--key", key, "--purpose", purpose)
 
+    def define(self, name, key, value):
+        """Gives a setting in the definition of a volume that is not attached another value."""
+        path = self.state / "volumes.d" / f"{name}.toml"
+        others = [line for line in path.read_text().splitlines() if not line.startswith(f"{key} =")]
+        path.write_text("\n".join([f"{key} = {json.dumps(value)}", *others]) + "\n")
+
     def volume(self, name):
         return self.ctl("status", name)["volumes"][0]
 
