@@ -36,6 +36,17 @@ impl Room {
         lines.iter().take_while(fits).count()
     }
 
+    /// Takes away what there is no room for, and room for a line about that; how many are left, if
+    /// any had to go.
+    fn cut(self, lines: &mut Lines) -> Option<usize> {
+        if self.holds(lines.each()) == lines.each().len() {
+            return None;
+        }
+        let left = Self { height: self.height.saturating_sub(1), ..self }.holds(lines.each());
+        lines.truncate(left);
+        Some(left)
+    }
+
     /// What is left beside these.
     fn beside(self, lines: &Lines) -> Self {
         let taken = lines.each().iter().map(|line| self.takes(line)).sum();
@@ -46,19 +57,13 @@ impl Room {
 /// All that was asked for, as lines.
 pub(super) fn status(volumes: &[VolumeStatus], problems: &[Problem], room: Room) -> Lines {
     let mut lines = Lines::default();
-    for problem in problems {
-        lines.push(format_args!("PROBLEM since {}: {}", problem.at, problem.why));
-        lines.push(format_args!("  do: {}", problem.remedy));
-    }
+    tell_problems(&mut lines, problems);
     match volumes {
         [] => lines.push("There are no volumes. Make one with `byokctl volume create`."),
         [one] => {
             let mut all = detail(one);
-            let (room, count) = (room.beside(&lines), all.each().len());
-            if room.holds(all.each()) < count {
-                let shown = Room { height: room.height.saturating_sub(1), ..room };
-                let shown = shown.holds(all.each());
-                all.truncate(shown);
+            let count = all.each().len();
+            if let Some(shown) = room.beside(&lines).cut(&mut all) {
                 all.push(format_args!(
                     "… and {} more lines, for which there is no room",
                     count - shown
@@ -72,6 +77,14 @@ pub(super) fn status(volumes: &[VolumeStatus], problems: &[Problem], room: Room)
         }
     }
     lines
+}
+
+/// What is wrong with the daemon as a whole.
+fn tell_problems(lines: &mut Lines, problems: &[Problem]) {
+    for problem in problems {
+        lines.push(format_args!("PROBLEM since {}: {}", problem.at, problem.why));
+        lines.push(format_args!("  do: {}", problem.remedy));
+    }
 }
 
 /// What whoever reads line after line has been shown.
@@ -97,10 +110,7 @@ impl Shown {
         };
         let mut news = Lines::default();
         if self.problems != problems_now {
-            for problem in problems {
-                news.push(format_args!("PROBLEM since {}: {}", problem.at, problem.why));
-                news.push(format_args!("  do: {}", problem.remedy));
-            }
+            tell_problems(&mut news, problems);
             if problems.is_empty() {
                 news.push("Nothing is wrong with the daemon any more.");
             }
@@ -215,9 +225,7 @@ fn table(volumes: &[VolumeStatus], room: Room) -> Lines {
     for volume in &volumes {
         lines.push(row(volume, width, room.width));
     }
-    if room.holds(lines.each()) < lines.each().len() {
-        let shown = Room { height: room.height.saturating_sub(1), ..room }.holds(lines.each());
-        lines.truncate(shown);
+    if let Some(shown) = room.cut(&mut lines) {
         let rest = volumes.get(shown.saturating_sub(1)..).unwrap_or_default();
         let more = counts(rest.iter().copied());
         lines.push(format_args!("… and {} more, for which there is no room: {more}", rest.len()));
