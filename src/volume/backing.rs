@@ -1,29 +1,89 @@
 //! A backing store as a file: locked, measured, and looked at for what others keep on it.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::ops::Deref;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
+use nix::libc;
 use nix::sys::stat;
 
 use super::{Access, VolumeError};
 use crate::luks2::DATA_OFFSET;
 
-pub(super) fn lock(file: File, path: &Path, access: Access) -> Result<Flock<File>, VolumeError> {
-    let how = match access {
-        Access::ReadWrite => FlockArg::LockExclusiveNonblock,
-        Access::ReadOnly => FlockArg::LockSharedNonblock,
-    };
-    Flock::lock(file, how).map_err(|(_, errno)| {
-        if errno == Errno::EWOULDBLOCK {
-            VolumeError::Busy(path.to_owned())
-        } else {
-            VolumeError::io("lock", path, errno)
+/// A store that no other byokd of this machine writes to, until it is dropped.
+///
+/// A block device is claimed as well (`O_EXCL`), so that nobody mounts or maps it meanwhile. Its lock
+/// is one of its open file description: `flock` would be read as a word to udev, which puts off whatever
+/// it has to do with a device that is locked so, and keeps `udevadm settle` waiting for minutes.
+pub(super) enum LockedFile {
+    File(Flock<File>),
+    Device(File),
+}
+
+impl Deref for LockedFile {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        match self {
+            Self::File(file) => file,
+            Self::Device(file) => file,
         }
-    })
+    }
+}
+
+impl LockedFile {
+    /// Opens what is there as `options` say, and locks it.
+    pub(super) fn open(
+        options: &mut OpenOptions,
+        flags: libc::c_int,
+        path: &Path,
+        access: Access,
+    ) -> Result<Self, VolumeError> {
+        let on_device = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
+        let claim = if on_device && access == Access::ReadWrite { libc::O_EXCL } else { 0 };
+        let file = options
+            .read(true)
+            .write(access == Access::ReadWrite)
+            .custom_flags(libc::O_CLOEXEC | flags | claim)
+            .open(path)
+            .map_err(|e| match e.raw_os_error() {
+                Some(libc::EBUSY) => VolumeError::Busy(path.to_owned()),
+                _ => VolumeError::io("open", path, e),
+            })?;
+        if on_device { Self::lock_device(file, access) } else { Self::lock_file(file, access) }
+            .map_err(|errno| {
+                if [Errno::EAGAIN, Errno::EACCES].contains(&errno) {
+                    VolumeError::Busy(path.to_owned())
+                } else {
+                    VolumeError::io("lock", path, errno)
+                }
+            })
+    }
+
+    fn lock_file(file: File, access: Access) -> Result<Self, Errno> {
+        let how = match access {
+            Access::ReadWrite => FlockArg::LockExclusiveNonblock,
+            Access::ReadOnly => FlockArg::LockSharedNonblock,
+        };
+        Flock::lock(file, how).map(Self::File).map_err(|(_, errno)| errno)
+    }
+
+    fn lock_device(file: File, access: Access) -> Result<Self, Errno> {
+        let how = match access {
+            Access::ReadWrite => libc::F_WRLCK,
+            Access::ReadOnly => libc::F_RDLCK,
+        };
+        let short = |value| libc::c_short::try_from(value).map_err(|_| Errno::EINVAL);
+        // All of it: from the start, without an end.
+        let (l_type, l_whence) = (short(how)?, short(libc::SEEK_SET)?);
+        let lock = libc::flock { l_type, l_whence, l_start: 0, l_len: 0, l_pid: 0 };
+        fcntl(&file, FcntlArg::F_OFD_SETLK(&lock))?;
+        Ok(Self::Device(file))
+    }
 }
 
 /// Refuses a block device that the kernel does not write to: it lets one be opened for writing all

@@ -7,11 +7,11 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{FallocateFlags, Flock, fallocate};
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
 use uuid::Uuid;
 
-use super::backing::{check_writable, lock, size_of, what_is_there};
+use super::backing::{LockedFile, check_writable, size_of, what_is_there};
 use super::{Access, VolumeError, write_header};
 use crate::key::VolumeKey;
 use crate::key::wrapped::{Canary, WrappedKey};
@@ -38,7 +38,7 @@ pub struct CreateOptions {
 /// A store chosen for a volume, locked and checked, with nothing written to it. Dropped before
 /// [`SealedVolume::commit`] it leaves no trace.
 pub struct NewVolume {
-    file: Flock<File>,
+    file: LockedFile,
     options: CreateOptions,
     uuid: Uuid,
     block_device: bool,
@@ -53,19 +53,14 @@ impl NewVolume {
     /// It cannot be had, it holds data, or the capacity makes no sense.
     pub fn prepare(mut options: CreateOptions) -> Result<Self, VolumeError> {
         let path = options.backing.clone();
-        let mut flags = libc::O_CLOEXEC | libc::O_NOFOLLOW;
         let existing = std::fs::metadata(&path);
         let block_device = existing.as_ref().is_ok_and(|m| m.file_type().is_block_device());
-        if block_device {
-            // On a device this means: not if it is mounted or otherwise held.
-            flags = libc::O_CLOEXEC | libc::O_EXCL;
-        }
         let ours = existing.is_err();
+        // Devices are known by links.
+        let flags = if block_device { 0 } else { libc::O_NOFOLLOW };
         let mut open = OpenOptions::new();
-        open.read(true).write(true).custom_flags(flags).mode(0o600);
-        let file = if ours { open.create_new(true).open(&path) } else { open.open(&path) }
-            .map_err(|e| VolumeError::io("open", &path, e))?;
-        let file = lock(file, &path, Access::ReadWrite)?;
+        let open = open.create_new(ours).mode(0o600);
+        let file = LockedFile::open(open, flags, &path, Access::ReadWrite)?;
         check_writable(&file, &path)?;
         let sector = options.sector_size.bytes_u64();
         let refuse = |why: String| VolumeError::Request { path: path.clone(), why };

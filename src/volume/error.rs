@@ -61,7 +61,7 @@ pub enum VolumeError {
         source: HeaderError,
     },
     /// Someone has it open.
-    #[error("{} is in use: another daemon, or another volume of this one, has it open", .0.display())]
+    #[error("{} is in use: another daemon or volume has it open, or it is mounted or part of another device", .0.display())]
     Busy(PathBuf),
     /// Its header is not the one that was read.
     #[error("the header of {} was changed by somebody else meanwhile", .0.display())]

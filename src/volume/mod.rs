@@ -4,8 +4,7 @@
 //! A type for each state: [`NewVolume`] is a store chosen and locked but not yet written, nor is
 //! [`SealedVolume`], whose header the volume key has sealed; [`LockedVolume`] has a header that was
 //! read; [`UnlockedVolume`] has one that the volume key has confirmed. All hold an exclusive lock
-//! (`flock`) on the store, so that no two daemons of a machine serve one volume; read-only opens
-//! share it.
+//! on the store, so that no two daemons of a machine serve one volume; read-only opens share it.
 //!
 //! | file | what it is |
 //! |---|---|
@@ -22,18 +21,15 @@ mod resize;
 mod rewrap;
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use nix::fcntl::Flock;
-use nix::libc;
 
 use crate::key::VolumeKey;
 use crate::luks2::{AREA, Header, Recovery};
 use crate::store::{Backing, DirectIo};
 use crate::units::Geometry;
-use backing::{FOREIGN_SIGNATURES, check_writable, lock, read_up_to, signature, size_of};
+use backing::{FOREIGN_SIGNATURES, LockedFile, check_writable, read_up_to, signature, size_of};
 
 pub use create::{CreateOptions, NewVolume, SealedVolume};
 pub use error::{VolumeError, VolumeErrorClass};
@@ -53,7 +49,7 @@ pub enum Access {
 
 /// A volume whose header was read; its key is not here.
 pub struct LockedVolume {
-    file: Flock<File>,
+    file: LockedFile,
     path: PathBuf,
     access: Access,
     /// Held for no longer than it takes to look at it, or to put another in its place.
@@ -85,13 +81,7 @@ impl LockedVolume {
     /// # Errors
     /// There is none, it is in use, damaged, or cut off.
     pub fn open(path: &Path, access: Access) -> Result<Self, VolumeError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(access == Access::ReadWrite)
-            .custom_flags(libc::O_CLOEXEC)
-            .open(path)
-            .map_err(|e| VolumeError::io("open", path, e))?;
-        let file = lock(file, path, access)?;
+        let file = LockedFile::open(&mut OpenOptions::new(), 0, path, access)?;
         if access == Access::ReadWrite {
             check_writable(&file, path)?;
         }

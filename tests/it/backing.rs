@@ -1,11 +1,13 @@
 //! Backing stores as life brings them: devices, read-only ones, full, cut off, hanging, used twice.
 
-use std::fs::File;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::libc;
+use nix::sys::stat;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -170,6 +172,49 @@ fn one_store_is_served_once_whatever_its_name() {
         }
     }
     assert_eq!(daemon.state("v"), "serving");
+}
+
+#[test]
+fn a_device_that_is_served_is_nobody_elses_but_udev_may_look_at_it() {
+    if !can_mount(&["flock", "mknod"]) {
+        return;
+    }
+    let daemon = Daemon::start_on_disk();
+    let key = daemon.key();
+    let device = LoopDevice::new(&file_of(daemon.dir.path(), 64 << 20), &[]);
+    let path = Path::new(device.path());
+    let (code, answer) = create(&daemon, "v", path, "0", &key);
+    assert_eq!(code, 0, "{answer}");
+    // The same device by another node, where no lock on a file is seen.
+    let node = daemon.dir.path().join("node");
+    let number = std::fs::metadata(path).unwrap().rdev();
+    let (major, minor) = (stat::major(number).to_string(), stat::minor(number).to_string());
+    run(Command::new("mknod").arg(&node).args(["b", &major, &minor]));
+    let claim = || OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(path);
+    let other = Daemon::start();
+    let attach = |backing: &Path, how: &[&str]| {
+        let definition = format!("backing = \"{}\"\n", backing.display());
+        std::fs::write(other.dir.path().join("volumes.d/w.toml"), definition).unwrap();
+        other.ctl(&[&["attach", "w"], how].concat())
+    };
+    daemon.ok(&["attach", "v"]);
+    for (backing, how) in [(path, &[][..]), (path, &["--read-only"]), (&node, &[])] {
+        let (code, answer) = attach(backing, how);
+        assert_eq!(code, WRONG_STATE, "{backing:?} {how:?}: {answer}");
+        assert!(why(&answer).contains("in use"), "{answer}");
+    }
+    // Whoever mounts or maps a device claims it so.
+    assert_eq!(claim().unwrap_err().raw_os_error(), Some(libc::EBUSY));
+    // udev puts off what it has to do with a device that it cannot lock so.
+    run(Command::new("flock").args(["--shared", "--nonblock", device.path(), "true"]));
+    daemon.ok(&["detach", "v"]);
+    drop(claim().unwrap());
+    daemon.ok(&["attach", "v", "--read-only"]);
+    let (code, answer) = attach(path, &[]);
+    assert_eq!(code, WRONG_STATE, "others read it: {answer}");
+    let (code, answer) = attach(path, &["--read-only"]);
+    assert!(code != WRONG_STATE, "the store may be shared, the key is another KMS's: {answer}");
+    daemon.ok(&["detach", "v"]);
 }
 
 #[test]

@@ -62,7 +62,8 @@ def under_load(case, file_system, purge):
     guest, kms, key = served(case, definition=definition, backing="/dev/vdc", size="0", memory=640,
                              disks=[f"file={disk},format=raw"], append="init_on_free=1")
     guest.run("sysctl -q kernel.hung_task_timeout_secs=20")
-    guest.run(f"byokctl attach v --device auto && mkfs.{file_system} -q {LINK} && mount {LINK} /mnt")
+    # udev is not kept from the disk under the volume, nor whoever waits for udev.
+    guest.run(f"byokctl attach v --device auto && udevadm trigger /dev/vdc && udevadm settle --timeout=60 && mkfs.{file_system} -q {LINK} && mount {LINK} /mnt")
     # The guest makes it, so that it comes by no other way.
     seed = case.random.randbytes(8).hex()
     guest.run(f"""python3 -c 'import hashlib; canary = hashlib.sha512(b"{seed}").digest()
