@@ -72,6 +72,6 @@ class Byokd:
         fields = open(f"/proc/{self.process.child.pid}/stat").read().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def resident_mib(self):
+    def most_resident_mib(self):
         status = open(f"/proc/{self.process.child.pid}/status").read()
-        return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+        return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))

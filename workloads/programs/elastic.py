@@ -37,9 +37,12 @@ class Elastic(Server):
             self.port, transport = one.getsockname()[1], other.getsockname()[1]
         home = data.parent / "es"
         shutil.rmtree(home, ignore_errors=True)
-        distribution = next(iter(sorted(FETCHED.glob("elasticsearch-*"))), None)
-        if distribution is None:
+        # Of one version: fetching another one takes the place of it.
+        complete = next(FETCHED.glob("elasticsearch-*/complete"), None)
+        if complete is None:
             raise Failure("Elasticsearch is not there; workloads/fetch --full brings it")
+        distribution = complete.parent
+        print(distribution.name, flush=True)
         for part in ("bin", "lib", "modules"):
             home.mkdir(exist_ok=True)
             (home / part).symlink_to(distribution / part)
