@@ -1,8 +1,16 @@
 """Volumes as /dev/nbdX: attached by byokd-kernel, over restarts and crashes, and revoked."""
 
 from harness.case import expect
+from harness.disk import ServedDisk
 from harness.service import (LINK, another_daemon_serves, check_syncs, device, end_load, goes_on, load, record_syncs,
                              served, volume)
+
+# What the kernel says of a connection that it gives up and of requests that it sends again.
+TIMED_OUT = "Connection timed out, retrying"
+# `request_timeout` where stalls are measured, in seconds, and what they may be beyond what systemd and the kernel take,
+# in milliseconds: twice what is promised, for the sake of emulation beside other guests.
+PATIENCE = 10
+BEYOND = 2 * 2000
 
 
 def a_volume_is_attached_used_and_detached(case):
@@ -77,23 +85,21 @@ def wrong_devices_are_refused_and_leave_nothing(case):
 
 def restarts_and_crashes_under_load_cost_no_error(case):
     # What was under way at a crash waits for this; a slow guest needs some of it as well.
-    guest, _, _ = served(case, definition='request_timeout = "6s"')
+    guest, _, _ = served(case, definition='request_timeout = "6s"', cpus=2)
     guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
     times = case.times(3, 20)
     syncs, running = record_syncs(guest), load(guest, 100000)
     for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd"):
         for _ in range(times):
             goes_on(guest)
-            guest.run(f"sleep {case.random.random() * 2:.2f}")
-            another_daemon_serves(guest, how)
+            another_daemon_serves(guest, f"sleep {case.random.random() * 2:.2f}; {how}")
             expect(not running.ended() and not syncs.ended(), "the load ended")
     end_load(guest, running)
     guest.run("umount /mnt && udevadm settle && byokctl detach v && byokctl attach v --device auto")
     guest.run(f"fsck.ext4 -fn {LINK} && mount {LINK} /mnt")
     case.say(check_syncs(guest).strip())
     guest.run("umount /mnt && udevadm settle && byokctl detach v")
-    # What the kernel says of a connection that ends and of requests that it sends again.
-    guest.clean_dmesg(allowed=("Connection timed out, retrying",))
+    guest.clean_dmesg(allowed=(TIMED_OUT,))
 
 
 def a_denied_key_is_errors_at_once_until_it_is_back(case):
@@ -147,7 +153,7 @@ def requests_wait_for_kms_within_the_allowance(case):
 
 def several_connections_outlive_restarts_and_crashes(case):
     # Before 6.12 more than one connection may stall.
-    guest, _, _ = served(case, kernel="6.12", definition='connections = 2\nrequest_timeout = "6s"')
+    guest, _, _ = served(case, kernel="6.12", cpus=2, definition='connections = 2\nrequest_timeout = "6s"')
     expect(guest.release.startswith("6.12"), guest.release)
     guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
     expect("connections  2" in guest.run("byokctl status v"), "two connections")
@@ -159,7 +165,46 @@ def several_connections_outlive_restarts_and_crashes(case):
     end_load(guest, running)
     guest.run(f"umount /mnt && udevadm settle && fsck.ext4 -fn {LINK} && mount {LINK} /mnt")
     case.say(check_syncs(guest).strip())
-    guest.clean_dmesg(allowed=("Connection timed out, retrying",))
+    guest.clean_dmesg(allowed=(TIMED_OUT,))
+
+
+def stalls_have_their_bounds(case):
+    disk = ServedDisk(case, 128 << 20)
+    disk.turn_on()
+    guest, _, _ = served(case, backing="/dev/vdc", size="0", definition=f'request_timeout = "{PATIENCE}s"', disks=[disk.drive])
+    guest.run("byokctl attach v --device auto")
+    probe = guest.start(f"exec /payload/stall-probe {LINK} /run/probe")
+    restarts = []
+    for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd") * case.times(1, 3):
+        goes_on(guest)
+        another_daemon_serves(guest, how)
+        # When it was no longer active, and when it was again.
+        times = guest.run("systemctl show --value -p ActiveExitTimestampMonotonic -p ActiveEnterTimestampMonotonic byokd")
+        restarts.append(("kill" in how, *sorted(int(time) / 1000 for time in times.split())))
+    goes_on(guest)
+    # A slow store does not look dead.
+    told = guest.dmesg().count(TIMED_OUT)
+    disk.hang(PATIENCE * 0.6)
+    goes_on(guest)
+    expect(guest.dmesg().count(TIMED_OUT) == told, "a slow store was taken for a dead server")
+    # A store that hangs for longer does, and that costs no error either.
+    disk.hang(PATIENCE * 2.5)
+    goes_on(guest)
+    expect(guest.dmesg().count(TIMED_OUT) > told, "the store hung, and nobody noticed")
+    guest.run("pkill -TERM -f [s]tall-probe")
+    status, said = probe.wait(timeout=60)
+    expect(status == 0, f"a write failed: {said[-500:]}")
+    writes = [tuple(map(int, line.split())) for line in guest.run("cat /run/probe").splitlines()]
+    for crash, down, up in restarts:
+        stalled = [(begin, end) for begin, end in writes if begin < up and end > down]
+        new = max((end - up for begin, end in stalled if begin >= down), default=0)
+        under_way = max((end - begin for begin, end in stalled if begin < down), default=0)
+        case.say(f"{'crash' if crash else 'restart'}: {up - down:.0f} ms, then new writes {new:.0f} ms; those under way {under_way} ms")
+        expect(new <= BEYOND, f"new writes waited {new:.0f} ms after the start")
+        bound = max(up - down, PATIENCE * 1000) if crash else up - down
+        expect(under_way <= bound + BEYOND, f"writes under way waited {under_way} ms of {bound:.0f}")
+    guest.run("udevadm settle && byokctl detach v")
+    guest.clean_dmesg(allowed=(TIMED_OUT,))
 
 
 def connections_outlive_a_stop_that_cannot_wait_for_an_attach(case):
@@ -172,7 +217,7 @@ def connections_outlive_a_stop_that_cannot_wait_for_an_attach(case):
     kms.no_faults()
     kms.fault(fault="timeout", ms=60000)
     attaching = guest.start("byokctl attach v")
-    guest.until("an operator's attach waits for KMS", "byokctl status v | grep -q attaching")
+    guest.until("an operator's attach waits for KMS", "byokctl --json volume show v | grep -Eq '\"state\": ?\"attaching\"'")
     guest.run("systemctl restart byokd")
     attaching.wait(timeout=60)
     expect("not waited for" in guest.run("journalctl -q -u byokd"), "the stop did not give the volume up")

@@ -17,7 +17,7 @@ def the_debian_package_installs_upgrades_under_load_and_removes(case):
     syncs, running = record_syncs(guest), load(guest, 100000)
     goes_on(guest)
     # The settings are the administrator's, and stay.
-    another_daemon_serves(guest, "dpkg -i --force-confold /payload/byokd_2.deb", timeout=300)
+    another_daemon_serves(guest, "dpkg -i --force-confold /payload/byokd_2.deb")
     expect(guest.run("dpkg-query -W -f '${Version}' byokd") == "2", "upgraded")
     goes_on(guest)
     expect(not running.ended() and not syncs.ended(), "the load ended")

@@ -2,8 +2,8 @@
 
 import time
 
-from harness import process
 from harness.case import expect, start_byokd
+from harness.disk import ServedDisk
 
 ATTACH = """
     modprobe nbd; mkdir -p /run/byokd-kernel
@@ -14,34 +14,10 @@ ATTACH = """
 LOAD = "exec /payload/sync-load /mnt/{directory} /dev/$(cd /sys/class/virtio-ports && grep -l records */name | cut -d/ -f1)"
 
 
-class VolatileDisk:
-    """A disk whose cache is gone with the power: only what was flushed is in its file."""
-
-    def __init__(self, case, size):
-        self.case, self.file = case, case.disk("v", size)
-        self.socket = case.sockets / "disk"
-        self.server = None
-
-    @property
-    def drive(self):
-        return f"file=nbd+unix:///?socket={self.socket},format=raw"
-
-    def turn_on(self):
-        self.socket.unlink(missing_ok=True)
-        self.server = self.case.start(["nbdkit", "-f", "-U", self.socket, "--filter=cache", "file", self.file,
-                                       "cache=writeback"])
-        while not self.socket.exists():
-            expect(self.server.poll() is None, "nbdkit ended")
-            time.sleep(0.02)
-
-    def cut_power(self):
-        process.end(self.server)
-
-
 def what_was_acknowledged_survives_power_cuts_under_sync_load(case):
     kms = case.kms()
     key = kms.key()
-    disk = VolatileDisk(case, 256 << 20)
+    disk = ServedDisk(case, 256 << 20, volatile=True)
     guest = case.guest(disks=[disk.drive])
     records = guest.place / "records"
     definition = None
@@ -51,18 +27,16 @@ def what_was_acknowledged_survives_power_cuts_under_sync_load(case):
         guest.fresh_root()
         disk.turn_on()
         guest.boot()
+        if definition:
+            guest.put("/etc/byokd/volumes.d/v.toml", definition)
         start_byokd(guest, kms)
         if definition is None:
             guest.run(f"/payload/byokctl volume create v --backing /dev/vdc --size 0 --key {key} --purpose zeebe")
             definition = guest.run("cat /etc/byokd/volumes.d/v.toml")
             guest.run(ATTACH + "&& mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt")
         else:
-            guest.put("/etc/byokd/volumes.d/v.toml", definition)
-            guest.run("kill $(cat /run/byokd.pid); while [ -e /proc/$(cat /run/byokd.pid) ]; do sleep 0.1; done")
-            start_byokd(guest, kms)
-            guest.run(ATTACH)
             # The journal is replayed, and then there is nothing to mend.
-            guest.run("mount /dev/nbd0 /mnt && umount /mnt && fsck.ext4 -fn /dev/nbd0 && mount /dev/nbd0 /mnt")
+            guest.run(ATTACH + "&& mount /dev/nbd0 /mnt && umount /mnt && fsck.ext4 -fn /dev/nbd0 && mount /dev/nbd0 /mnt")
             guest.put("/run/records", records.read_bytes())
             said = guest.run(f"/payload/sync-load --check /mnt/{cut - 1} /run/records && rm -r /mnt/{cut - 1}")
             case.say(f"cut {cut}: {said.strip()}")

@@ -59,7 +59,7 @@ def under_load(case, file_system, purge):
     disk = case.disk("v", 400 << 20)
     # Under emulation the kernel may take half a minute to drop what it has cached.
     definition = f'[purge]\nstep_timeout = "60s"\n{purge}'
-    guest, kms, key = served(case, definition=definition, backing="/dev/vdc", size="0", memory=640,
+    guest, kms, key = served(case, definition=definition, backing="/dev/vdc", size="0", memory=640, cpus=2,
                              disks=[f"file={disk},format=raw"], append="init_on_free=1")
     guest.run("sysctl -q kernel.hung_task_timeout_secs=20")
     # udev is not kept from the disk under the volume, nor whoever waits for udev.

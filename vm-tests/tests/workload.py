@@ -9,7 +9,7 @@ LONGEST = 2 * 6000
 
 
 def zeebes_journal_goes_on_over_restarts_and_crashes_and_loses_nothing_to_a_denial(case):
-    guest, kms, key = served(case, size="256M", definition='request_timeout = "6s"')
+    guest, kms, key = served(case, size="256M", cpus=2, definition='request_timeout = "6s"')
     guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
     writer = guest.start("exec " + JOURNAL.format("append"))
     for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd") * case.times(1, 5):
