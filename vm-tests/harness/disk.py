@@ -1,0 +1,37 @@
+"""A guest's disk that nbdkit serves on the host, so that it can do what disks do: lose what it has cached, and hang."""
+
+import signal
+import time
+
+from . import process
+from .case import expect
+
+
+class ServedDisk:
+    """With `volatile`, only what was flushed outlives its end."""
+
+    def __init__(self, case, size, volatile=False):
+        self.case, self.file = case, case.disk("v", size)
+        self.socket = case.sockets / "disk"
+        self.how = ["--filter=cache", "file", self.file, "cache=writeback"] if volatile else ["file", self.file]
+        self.server = None
+
+    @property
+    def drive(self):
+        return f"file=nbd+unix:///?socket={self.socket},format=raw"
+
+    def turn_on(self):
+        self.socket.unlink(missing_ok=True)
+        self.server = self.case.start(["nbdkit", "-f", "-U", self.socket, *self.how])
+        while not self.socket.exists():
+            expect(self.server.poll() is None, "nbdkit ended")
+            time.sleep(0.02)
+
+    def cut_power(self):
+        process.end(self.server)
+
+    def hang(self, seconds):
+        """It answers nothing for so long."""
+        self.server.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.server.send_signal(signal.SIGCONT)
