@@ -49,14 +49,15 @@ pub(super) struct Purging {
     pub(super) audit: Arc<Audit>,
     pub(super) client: KernelClient,
     pub(super) device: Device,
-    pub(super) export: Arc<Export>,
+    /// Whose requests may wait for the key, if it is attached.
+    pub(super) export: Option<Arc<Export>>,
     pub(super) done: mpsc::UnboundedSender<Done>,
 }
 
 /// Carries a plan out. Dropped, it does no more steps.
 pub(super) async fn carry_out(plan: PurgePlan, purging: Purging) {
     const LOOK: Duration = Duration::from_millis(200);
-    while let Some(left) = purging.export.held_for() {
+    while let Some(left) = purging.export.as_ref().and_then(|export| export.held_for()) {
         sleep(left.min(LOOK).max(Duration::from_millis(1))).await;
     }
     let Device { index, volume } = purging.device;

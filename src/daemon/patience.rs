@@ -62,7 +62,7 @@ impl Daemon {
             let lease = volume.with(|now| now.config.lease.policy(self.setup.policy));
             let (pause, requests) = waiting.after(e.exit, lease.allowance);
             match (device, requests) {
-                (Some(device), Refuse::Now) => device.refuse().await,
+                (Some(device), Refuse::Now) => device.refuse(is_about_the_key(e.exit)).await,
                 (Some(_), Refuse::NotYet) => {}
                 (None, _) => {
                     if e.exit != ExitCode::KmsUnavailable && e.exit != ExitCode::KeyDenied {
@@ -86,6 +86,11 @@ pub(super) fn is_wanted(volume: &Volume) -> bool {
         let wanted = now.device.is_some() || now.config.attach == AttachWhen::Auto;
         wanted && !matches!(now.service, Service::Attached(_))
     })
+}
+
+/// Whether a volume is not attached because its key may not be had.
+fn is_about_the_key(exit: ExitCode) -> bool {
+    matches!(exit, ExitCode::KeyDenied | ExitCode::KmsUnavailable)
 }
 
 /// What becomes of the requests of a device whose volume cannot be attached.
