@@ -31,7 +31,7 @@ endpoint = "http://10.0.2.2:{kms.port}"
 [lease]
 probe_interval = "1s"
 """)
-    guest.put("/etc/byokd/environment", "AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=test\n")
+    guest.put("/etc/byokd/credentials.d/aws", "[default]\naws_access_key_id = test\naws_secret_access_key = test\n", mode=0o600)
 
 
 def install(guest, kms):
