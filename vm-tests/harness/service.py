@@ -13,6 +13,8 @@ def served(case, size="192M", definition="", backing="/var/lib/byokd/v.img", **h
     key = kms.key()
     guest = case.guest(systemd=True, **how).boot()
     install(guest, kms)
+    # The kernel tells of a task that hangs for so long.
+    guest.run("sysctl -q kernel.hung_task_timeout_secs=20")
     if backing.startswith("/dev/"):
         guest.run(f"chown byokd {backing}")
     guest.run(f"byokctl volume create v --backing {backing} --size {size} --key {key} --purpose zeebe")
@@ -77,7 +79,7 @@ def load(guest, seconds):
     leaves the processors to others, which under emulation have little enough."""
     return guest.start(f"""fio --name=load --filename=/mnt/file --size=24M --rw=randwrite --bs=4k-32k --ioengine=libaio \
         --iodepth=8 --direct=1 --fsync=16 --verify=crc32c --verify_backlog=64 --verify_fatal=1 --time_based \
-        --thinktime=200ms --thinktime_blocks=32 \
+        --thinktime=300ms --thinktime_blocks=32 \
         --runtime={seconds} --output-format=json --error_dump=0""")
 
 
