@@ -15,6 +15,7 @@
 //! | `passing.rs` | a line with descriptors over a unix socket |
 //! | `netlink.rs` | generic netlink, family `nbd` |
 //! | `sysfs.rs` | which devices there are and whose they are |
+//! | `noted.rs` | the names of volumes, for udev |
 //! | `holders.rs` | who has a device mounted, open or mapped |
 //! | `purge.rs` | what is done about plaintext that the node caches |
 //! | `ioctl.rs` | the two ioctls that takes |
@@ -24,6 +25,7 @@ pub mod client;
 mod holders;
 mod ioctl;
 mod netlink;
+pub mod noted;
 mod passing;
 mod purge;
 pub mod server;

@@ -226,7 +226,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("cli::dev_keys", &["cli::args", "cli::output", "control", "exit", "key::wrapped", "kms::dev"]),
     ("cli::nbd_client", &["nbd::handshake", "nbd::wire"]),
-    ("bin::byokd-kernel", &["exit", "kernel::args", "kernel::server", "log"]),
+    (
+        "bin::byokd-kernel",
+        &["config", "exit", "kernel::args", "kernel::noted", "kernel::server", "log"],
+    ),
     ("bin::byokctl", &["cli::*", "control", "exit", "harden"]),
     (
         "bin::byokd",
