@@ -71,7 +71,8 @@ pub enum Ask {
     Holders {
         /// Which.
         index: u32,
-        /// Files of file systems on it that are mapped, as well.
+        /// Files of file systems on it that are mapped, as well. Asked after a fence: what udev
+        /// looks at just then is not waited for.
         mapped: bool,
     },
     /// Which mounted file systems of a device do not work any more: answered with

@@ -194,8 +194,10 @@ fn carry_out(ask: Ask, sockets: Vec<OwnedFd>) -> Result<Told, KernelError> {
             Ok(Told::Done)
         }
         Ask::Holders { index, mapped } => {
-            // What udev looks at for a moment is not in use.
-            settle();
+            // What udev looks at for a moment is not in use. A purge does not wait for that.
+            if !mapped {
+                settle();
+            }
             Ok(Told::Holders { holders: holders::holders(index, mapped) })
         }
         Ask::Damaged { index } => Ok(purge::damaged(index)),
