@@ -15,19 +15,24 @@
 //! | `passing.rs` | a line with descriptors over a unix socket |
 //! | `netlink.rs` | generic netlink, family `nbd` |
 //! | `sysfs.rs` | which devices there are and whose they are |
+//! | `mounts.rs` | the mounts of what lies on a device, each told from every other |
 //! | `holders.rs` | who has a device mounted, open or mapped |
 //! | `purge.rs` | what is done about plaintext that the node caches |
 //! | `ioctl.rs` | the two ioctls that takes |
+//! | `tests.rs` | holders and purges of loop devices |
 
 pub mod args;
 pub mod client;
 mod holders;
 mod ioctl;
+mod mounts;
 mod netlink;
 mod passing;
 mod purge;
 pub mod server;
 pub mod sysfs;
+#[cfg(test)]
+mod tests;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;

@@ -198,11 +198,11 @@ fn carry_out(ask: Ask, sockets: Vec<OwnedFd>) -> Result<Told, KernelError> {
             if !mapped {
                 settle();
             }
-            Ok(Told::Holders { holders: holders::holders(index, mapped) })
+            Ok(Told::Holders { holders: holders::holders(&sysfs::name(index), mapped) })
         }
-        Ask::Damaged { index } => Ok(purge::damaged(index)),
+        Ask::Damaged { index } => Ok(purge::damaged(&sysfs::name(index))),
         Ask::Purge { index, step } => {
-            let told = purge::purge(index, step);
+            let told = purge::purge(&sysfs::name(index), step);
             info!(device = format!("/dev/nbd{index}"), ?step, ?told, "purged");
             Ok(told)
         }
