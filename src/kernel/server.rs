@@ -194,13 +194,15 @@ fn carry_out(ask: Ask, sockets: Vec<OwnedFd>) -> Result<Told, KernelError> {
             Ok(Told::Done)
         }
         Ask::Holders { index, mapped } => {
-            // What udev looks at for a moment is not in use.
-            settle();
-            Ok(Told::Holders { holders: holders::holders(index, mapped) })
+            // What udev looks at for a moment is not in use. A purge does not wait for that.
+            if !mapped {
+                settle();
+            }
+            Ok(Told::Holders { holders: holders::holders(&sysfs::name(index), mapped) })
         }
-        Ask::Damaged { index } => Ok(purge::damaged(index)),
+        Ask::Damaged { index } => Ok(purge::damaged(&sysfs::name(index))),
         Ask::Purge { index, step } => {
-            let told = purge::purge(index, step);
+            let told = purge::purge(&sysfs::name(index), step);
             info!(device = format!("/dev/nbd{index}"), ?step, ?told, "purged");
             Ok(told)
         }

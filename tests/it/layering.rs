@@ -287,7 +287,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("neli", &["kernel::netlink"]),
     ("tokio_rustls", &["http::tls"]),
     ("x509_cert", &["http::tls"]),
-    ("rustix", &["kernel::passing"]),
+    ("rustix", &["kernel::holders", "kernel::mounts", "kernel::passing", "kernel::purge"]),
     ("toml", &["config", "daemon", "control::server"]),
     // The data's way waits for nothing but its own sockets and its own ring.
     (
