@@ -306,7 +306,8 @@ impl Attachment {
     /// # Errors
     /// The helper does not say.
     pub async fn holders(&self) -> Result<Vec<Holder>, KernelError> {
-        let look = Ask::Holders { index: self.device.index, mapped: false };
+        let Device { index, volume } = self.device;
+        let look = Ask::Holders { index, volume, mapped: false };
         match ask(&self.client, look, Vec::new(), LOOK).await? {
             Told::Holders { holders } => Ok(holders),
             Told::Done | Told::Device { .. } | Told::Purged { .. } | Told::Failed(_) => {
@@ -710,9 +711,9 @@ impl Attending {
         if self.leaving.is_some() || !self.looking.is_empty() || self.fenced {
             return;
         }
-        let (client, index) = (self.owner.client.clone(), self.device.index);
+        let (client, Device { index, volume }) = (self.owner.client.clone(), self.device);
         self.looking.spawn(async move {
-            match ask(&client, Ask::Damaged { index }, Vec::new(), LOOK).await {
+            match ask(&client, Ask::Damaged { index, volume }, Vec::new(), LOOK).await {
                 Ok(Told::Purged { failed, .. }) => Some(failed),
                 Ok(_) | Err(_) => None,
             }

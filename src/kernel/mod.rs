@@ -78,6 +78,8 @@ pub enum Ask {
     Holders {
         /// Which.
         index: u32,
+        /// Whose it has to be, if it is anybody's.
+        volume: Uuid,
         /// Files of file systems on it that are mapped, as well. Asked after a fence: what udev
         /// looks at just then is not waited for.
         mapped: bool,
@@ -88,11 +90,15 @@ pub enum Ask {
     Damaged {
         /// Which.
         index: u32,
+        /// Whose it has to be, if it is anybody's.
+        volume: Uuid,
     },
     /// One step against cached plaintext: answered with [`Told::Purged`].
     Purge {
         /// Which device.
         index: u32,
+        /// Whose it has to be, if it is anybody's.
+        volume: Uuid,
         /// What to do.
         step: PurgeStep,
     },

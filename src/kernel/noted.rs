@@ -64,7 +64,7 @@ mod tests {
             assert!(read(wrong).is_err(), "{wrong:?}");
         }
         std::fs::remove_file(&note).unwrap();
-        assert!(name_of(dir.path(), uuid, is_volume_name).is_err());
+        name_of(dir.path(), uuid, is_volume_name).unwrap_err();
         std::fs::write(dir.path().join("elsewhere"), "BYOKD_VOLUME=v\n").unwrap();
         std::os::unix::fs::symlink(dir.path().join("elsewhere"), &note).unwrap();
         assert!(name_of(dir.path(), uuid, is_volume_name).is_err(), "a link is not followed");
