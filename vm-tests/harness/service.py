@@ -62,8 +62,8 @@ def check_syncs(guest, directory="/mnt/syncs"):
     return guest.run(f"/payload/sync-load --check {directory} /run/syncs")
 
 
-def define(guest, more):
-    guest.run(f"cat >>/etc/byokd/volumes.d/v.toml <<'EOF'\n{more}\nEOF")
+def define(guest, more, name="v"):
+    guest.run(f"cat >>/etc/byokd/volumes.d/{name}.toml <<'EOF'\n{more}\nEOF")
 
 
 def device(guest):

@@ -4,8 +4,8 @@ import time
 
 from harness.case import expect
 from harness.disk import ServedDisk
-from harness.service import (LINK, another_daemon_serves, check_syncs, device, end_load, goes_on, load, record_syncs,
-                             served, volume)
+from harness.service import (LINK, another_daemon_serves, check_syncs, define, device, end_load, goes_on, load,
+                             record_syncs, served, volume)
 
 # What the kernel says of a connection that it gives up and of requests that it sends again.
 TIMED_OUT = "Connection timed out, retrying"
@@ -195,6 +195,7 @@ def stalls_have_their_bounds(case):
     # What systemd takes by itself, without a volume. Emulated, whatever else is done takes long as well: as long as that.
     alone = {how: max(up - begun for begun, _, up in (restarted(guest, how) for _ in range(3))) for how in ways}
     guest.run(f"byokctl volume create w --backing /var/lib/byokd/w.img --size 16M --key {key} --purpose zeebe")
+    define(guest, f'request_timeout = "{PATIENCE}s"', "w")
     guest.run("byokctl attach v --device auto && byokctl attach w --device auto")
     probes = {name: guest.start(f"exec /payload/stall-probe /dev/byokd/{name} /run/probe-{name}") for name in "vw"}
     restarts = []
