@@ -141,6 +141,7 @@ impl Daemon {
     pub fn problems(&self) -> Vec<Problem> {
         let mut problems = self.audit_problems();
         problems.extend(self.settings_problem());
+        problems.extend(self.skipped_problems());
         problems.extend(self.kms_problem());
         problems
     }

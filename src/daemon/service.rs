@@ -67,6 +67,7 @@ impl Daemon {
                 VolumeState::Detached => count.detached += 1,
             });
         }
+        count.skipped = self.skipped_problems().len();
         count.words()
     }
 }
@@ -89,6 +90,8 @@ struct Count {
     detaching: usize,
     failed: usize,
     detached: usize,
+    /// Definitions that cannot be read.
+    skipped: usize,
 }
 
 impl Count {
@@ -99,6 +102,7 @@ impl Count {
             (self.detaching, "detaching"),
             (self.failed, "not attached, with a problem"),
             (self.detached, "detached"),
+            (self.skipped, "not known, as the definition cannot be read"),
         ];
         let volumes = if self.serving == 1 { "volume" } else { "volumes" };
         let mut words = format!("{} {volumes} serving", self.serving);

@@ -66,16 +66,20 @@ impl Daemon {
             if is_volume_name(name) { self.read_definition(name).await } else { Ok(None) };
         match definition {
             Ok(Some(config)) => {
+                self.not_skipped(name);
                 let mut volumes = self.volumes();
                 let volume = volumes.entry(name.to_owned());
                 Ok(Arc::clone(volume.or_insert_with(|| Arc::new(Volume::new(config)))))
             }
-            Ok(None) => Err(refused(
-                ExitCode::WrongState,
-                what,
-                format!("there is no volume `{name}`"),
-                "See `byokctl volume list` for those that there are.",
-            )),
+            Ok(None) => {
+                self.not_skipped(name);
+                Err(refused(
+                    ExitCode::WrongState,
+                    what,
+                    format!("there is no volume `{name}`"),
+                    "See `byokctl volume list` for those that there are.",
+                ))
+            }
             Err(why) => Err(refused(ExitCode::Usage, what, why, "Mend the lines named above.")),
         }
     }

@@ -1,6 +1,7 @@
 //! Under a service manager: a socket of the test's own hears what systemd would be told.
 
 use std::io::{IoSliceMut, Read, Write};
+use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
@@ -250,6 +251,31 @@ fn connections_of_devices_are_stored_however_long_their_volumes_take_to_end() {
     stored.sort();
     assert_eq!(stored, ["kernel.nbd901.0", "kernel.nbd902.0"]);
     assert!(took < Duration::from_secs(5), "{took:?}: {}", daemon.log());
+}
+
+#[test]
+fn a_start_that_fails_leaves_the_connections_of_devices_with_systemd() {
+    let manager = Manager::abstractly();
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    let script = "export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=kernel.nbd900.0; \
+                  exec \"$0\" \"$@\" 3<&0 </dev/null";
+    let child = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_byokd"), "--dev", "--http-port", &port])
+        .arg("--state-dir")
+        .arg(dir.path())
+        .env("NOTIFY_SOCKET", &manager.name)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    assert!(!Running(child).ends("it cannot serve HTTP").success());
+    while let Some(message) = manager.hears(Duration::from_millis(1)) {
+        assert!(!message.contains("FDSTOREREMOVE"), "{message}");
+    }
 }
 
 #[test]
