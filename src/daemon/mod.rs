@@ -254,6 +254,11 @@ pub struct Daemon {
 struct Volume {
     /// Held while it is attached, detached or forgotten: one at a time.
     changing: tokio::sync::Mutex<()>,
+    /// Counts how often an operator took it out of service: whoever attaches it gives up.
+    taken_out: tokio::sync::watch::Sender<u64>,
+    /// The store that was opened last. Held while it is, however long that takes: one that hangs
+    /// holds one thread.
+    opening: Mutex<(PathBuf, Arc<tokio::sync::Mutex<()>>)>,
     /// Told when its service has ended.
     left: tokio::sync::Notify,
     /// Held while its key is rewrapped: one at a time.
@@ -335,6 +340,8 @@ impl Volume {
         };
         Self {
             changing: tokio::sync::Mutex::default(),
+            taken_out: tokio::sync::watch::Sender::default(),
+            opening: Mutex::default(),
             left: tokio::sync::Notify::new(),
             rewrapping: tokio::sync::Mutex::default(),
             now: Mutex::new(now),
@@ -572,7 +579,10 @@ impl Daemon {
                 let what = format!("attach volume {name}");
                 let attached = match AttachHow::of(&what, read_only, device.as_deref(), connections)
                 {
-                    Ok(how) => self.attach(&name, how).await.map(Answer::Volume),
+                    Ok(how) => {
+                        let attached = self.attach(&name, how).await;
+                        attached.map(Answer::Volume).map_err(|not| not.error)
+                    }
                     Err(refused) => Err(refused),
                 };
                 if let Err(e) = &attached {
