@@ -427,7 +427,8 @@ impl Daemon {
                 "What was written since a client's last flush may be lost; check the backing store.",
             )
         })?;
-        if !ended && !had_device && !(force && attaching) {
+        let cut_off = force && attaching;
+        if !(ended || had_device || cut_off) {
             return Err(refused(
                 ExitCode::WrongState,
                 &what,
