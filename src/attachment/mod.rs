@@ -136,7 +136,7 @@ impl Drop for Attachment {
 
 enum Command {
     Serve(Arc<Export>, watch::Receiver<KeyReport>, PurgePlan),
-    Refuse,
+    Refuse { purge: bool },
     HandOver(oneshot::Sender<Vec<OwnedFd>>, Instant),
     Disconnect(oneshot::Sender<Result<(), KernelError>>),
     Abandon(oneshot::Sender<()>),
@@ -206,6 +206,7 @@ impl Attachment {
     ) -> Self {
         let (commands, inbox) = mpsc::channel(8);
         let (tell, state) = watch::channel(State::default());
+        let (purged, steps) = mpsc::unbounded_channel();
         let client = owner.client.clone();
         owner.record(Kind::DeviceAttach, device, None);
         let attending = Attending {
@@ -219,11 +220,13 @@ impl Attachment {
             inbox,
             tell,
             state: State::default(),
-            was_serving: true,
+            fenced: false,
             leaving: None,
             ending: false,
             repairs: JoinSet::new(),
             purging: JoinSet::new(),
+            purged,
+            steps,
             looking: JoinSet::new(),
         };
         Self { device, commands, state, client, task: tokio::spawn(attending.run()) }
@@ -251,9 +254,10 @@ impl Attachment {
         self.tell(Command::Serve(export, reports, plan)).await;
     }
 
-    /// Answers requests with errors until there is an export.
-    pub async fn refuse(&self) {
-        self.tell(Command::Refuse).await;
+    /// Answers requests with errors until there is an export; with `purge`, what the node has cached
+    /// goes as after a fence.
+    pub async fn refuse(&self, purge: bool) {
+        self.tell(Command::Refuse { purge }).await;
     }
 
     /// Stops between two requests, everything answered: our ends, for the next daemon. Those that
@@ -302,7 +306,8 @@ impl Attachment {
     /// # Errors
     /// The helper does not say.
     pub async fn holders(&self) -> Result<Vec<Holder>, KernelError> {
-        let look = Ask::Holders { index: self.device.index, mapped: false };
+        let Device { index, volume } = self.device;
+        let look = Ask::Holders { index, volume, mapped: false };
         match ask(&self.client, look, Vec::new(), LOOK).await? {
             Told::Holders { holders } => Ok(holders),
             Told::Done | Told::Device { .. } | Told::Purged { .. } | Told::Failed(_) => {
@@ -362,13 +367,17 @@ struct Attending {
     inbox: mpsc::Receiver<Command>,
     tell: watch::Sender<State>,
     state: State,
-    was_serving: bool,
+    /// The key may not be had: what the node has cached is purged, or was.
+    fenced: bool,
     /// Who waits for all connections to stop between two requests, and until when.
     leaving: Option<(oneshot::Sender<Vec<OwnedFd>>, Instant)>,
     /// The device is being taken away: what ends now is not replaced.
     ending: bool,
     repairs: JoinSet<(usize, Repaired)>,
     purging: JoinSet<()>,
+    /// A purge's steps as they are done.
+    purged: mpsc::UnboundedSender<purge::Done>,
+    steps: mpsc::UnboundedReceiver<purge::Done>,
     looking: JoinSet<Option<Vec<String>>>,
 }
 
@@ -384,7 +393,6 @@ enum Wake {
 
 impl Attending {
     async fn run(mut self) {
-        let (purged, mut steps) = mpsc::unbounded_channel();
         for at in 0..self.links.len() {
             if !self.links[at].is_open() {
                 self.repair(at);
@@ -392,7 +400,7 @@ impl Attending {
         }
         self.publish();
         loop {
-            match self.next(&mut steps).await {
+            match self.next().await {
                 Wake::Told(None) => return,
                 Wake::Told(Some(command)) => {
                     if self.told(command).await {
@@ -401,7 +409,7 @@ impl Attending {
                 }
                 Wake::Ended(ended) => self.link_ended(ended),
                 Wake::Repaired(at, repaired) => self.repaired(at, repaired),
-                Wake::Report => self.reported(&purged),
+                Wake::Report => self.reported(),
                 Wake::Purged(done) => self.state.purge.push(done),
                 Wake::Looked(found) => self.looked(found),
                 Wake::Time => self.look(),
@@ -413,7 +421,7 @@ impl Attending {
         }
     }
 
-    async fn next(&mut self, steps: &mut mpsc::UnboundedReceiver<purge::Done>) -> Wake {
+    async fn next(&mut self) -> Wake {
         let deadline = self.leaving.as_ref().map(|(_, deadline)| *deadline);
         let look = Instant::now() + LOOK_AGAIN;
         let reports = match &mut self.mode {
@@ -441,7 +449,7 @@ impl Attending {
             Some(looked) = self.looking.join_next(), if !self.looking.is_empty() => {
                 Wake::Looked(looked.unwrap_or_default())
             }
-            Some(done) = steps.recv() => Wake::Purged(done),
+            Some(done) = self.steps.recv() => Wake::Purged(done),
             () = report, if has_reports => Wake::Report,
             () = sleep_until(deadline.unwrap_or(look)), if deadline.is_some() => Wake::Time,
             () = sleep_until(look), if !self.state.damaged.is_empty() => Wake::Time,
@@ -453,16 +461,20 @@ impl Attending {
         match command {
             Command::Serve(export, reports, plan) => {
                 self.owner.plan = plan;
-                self.was_serving = reports.borrow().serves;
+                let serves = reports.borrow().serves;
                 self.mode = Mode::Serving { export, reports };
                 self.links.iter().for_each(Link::leave);
+                self.fence(!serves);
                 // They may have seen errors before this daemon, or before its key.
                 self.look();
             }
-            Command::Refuse => {
+            Command::Refuse { purge } => {
                 if let Mode::Standing { refuse } = &mut self.mode {
                     *refuse = true;
                     self.links.iter().for_each(Link::refuse);
+                    if purge {
+                        self.fence(true);
+                    }
                 }
             }
             Command::HandOver(reply, deadline) => {
@@ -511,7 +523,7 @@ impl Attending {
             Some(Ending::Disconnected) => {
                 link.close();
                 if !self.ending {
-                    let purged = self.owner.plan.disconnect && !self.was_serving;
+                    let purged = self.owner.plan.disconnect && self.fenced;
                     self.gone(if purged {
                         "its device was disconnected after the fence, as configured"
                     } else {
@@ -590,6 +602,8 @@ impl Attending {
         self.state.gone = Some(why.to_owned());
         self.repairs.abort_all();
         self.purging.abort_all();
+        // Whoever hears it looks why.
+        self.publish();
         // It is gone with the daemon.
         let _told = self.owner.gone.send(self.owner.name.clone());
     }
@@ -658,16 +672,22 @@ impl Attending {
         true
     }
 
-    fn reported(&mut self, purged: &mpsc::UnboundedSender<purge::Done>) {
-        let Mode::Serving { export, reports } = &mut self.mode else { return };
+    fn reported(&mut self) {
+        let Mode::Serving { reports, .. } = &mut self.mode else { return };
         let serves = reports.borrow_and_update().serves;
-        if serves == self.was_serving {
-            return;
-        }
-        self.was_serving = serves;
-        if serves {
-            self.purging.abort_all();
+        if serves == self.fenced {
+            self.fence(!serves);
             self.look();
+        }
+    }
+
+    /// Purges what the node has cached when the key may not be had any more, and not when it may.
+    fn fence(&mut self, fenced: bool) {
+        let before = std::mem::replace(&mut self.fenced, fenced);
+        if !fenced {
+            self.purging.abort_all();
+        }
+        if before || !fenced {
             return;
         }
         self.state.purge.clear();
@@ -676,8 +696,11 @@ impl Attending {
             audit: Arc::clone(&self.owner.audit),
             client: self.owner.client.clone(),
             device: self.device,
-            export: Arc::clone(export),
-            done: purged.clone(),
+            export: match &self.mode {
+                Mode::Serving { export, .. } => Some(Arc::clone(export)),
+                Mode::Standing { .. } => None,
+            },
+            done: self.purged.clone(),
         };
         self.purging.abort_all();
         self.purging.spawn(carry_out(self.owner.plan.clone(), purging));
@@ -685,12 +708,12 @@ impl Attending {
 
     /// Looks for file systems that do not work any more.
     fn look(&mut self) {
-        if self.leaving.is_some() || !self.looking.is_empty() || !self.was_serving {
+        if self.leaving.is_some() || !self.looking.is_empty() || self.fenced {
             return;
         }
-        let (client, index) = (self.owner.client.clone(), self.device.index);
+        let (client, Device { index, volume }) = (self.owner.client.clone(), self.device);
         self.looking.spawn(async move {
-            match ask(&client, Ask::Damaged { index }, Vec::new(), LOOK).await {
+            match ask(&client, Ask::Damaged { index, volume }, Vec::new(), LOOK).await {
                 Ok(Told::Purged { failed, .. }) => Some(failed),
                 Ok(_) | Err(_) => None,
             }

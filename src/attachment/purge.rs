@@ -49,20 +49,22 @@ pub(super) struct Purging {
     pub(super) audit: Arc<Audit>,
     pub(super) client: KernelClient,
     pub(super) device: Device,
-    pub(super) export: Arc<Export>,
+    /// Whose requests may wait for the key, if it is attached.
+    pub(super) export: Option<Arc<Export>>,
     pub(super) done: mpsc::UnboundedSender<Done>,
 }
 
 /// Carries a plan out. Dropped, it does no more steps.
 pub(super) async fn carry_out(plan: PurgePlan, purging: Purging) {
     const LOOK: Duration = Duration::from_millis(200);
-    while let Some(left) = purging.export.held_for() {
+    while let Some(left) = purging.export.as_ref().and_then(|export| export.held_for()) {
         sleep(left.min(LOOK).max(Duration::from_millis(1))).await;
     }
     let Device { index, volume } = purging.device;
     purging.say("mapped", purging.mapped(plan.limit).await);
     for step in plan.steps {
-        let asked = ask(&purging.client, Ask::Purge { index, step }, Vec::new(), plan.limit).await;
+        let asked =
+            ask(&purging.client, Ask::Purge { index, volume, step }, Vec::new(), plan.limit).await;
         purging.say(&word(step), asked);
     }
     // Whatever is still mapped after that stays in memory as long as those processes do.
@@ -77,7 +79,8 @@ pub(super) async fn carry_out(plan: PurgePlan, purging: Purging) {
 impl Purging {
     /// Who has files of the volume mapped: told as what could not be done.
     async fn mapped(&self, limit: Duration) -> Result<Told, KernelError> {
-        let look = Ask::Holders { index: self.device.index, mapped: true };
+        let Device { index, volume } = self.device;
+        let look = Ask::Holders { index, volume, mapped: true };
         match ask(&self.client, look, Vec::new(), limit).await? {
             Told::Holders { holders } => {
                 let mapped = holders.iter().filter(|holder| holder.by == HeldBy::Mapping);

@@ -3,14 +3,19 @@
 use std::os::fd::OwnedFd;
 use std::process::ExitCode as Code;
 
+use byokd::config::is_volume_name;
 use byokd::exit::ExitCode;
 use byokd::kernel::args::Args;
+use byokd::kernel::noted::name_of;
 use byokd::kernel::server::Helper;
 use byokd::log;
 use clap::Parser;
 
 fn main() -> Code {
     let args = Args::parse();
+    if let Some(uuid) = args.name_of {
+        return tell(name_of(&args.notes, uuid, is_volume_name));
+    }
     let _log = match log::start(args.log, "byokd-kernel") {
         Ok(log) => log,
         Err(error) => return fail(&error),
@@ -23,6 +28,14 @@ fn main() -> Code {
         Ok(()) => ExitCode::Ok.into(),
         Err(error) => fail(&error),
     }
+}
+
+#[expect(clippy::print_stdout, reason = "udev reads it there")]
+fn tell(name: std::io::Result<String>) -> Code {
+    // Without a name there is no link.
+    let Ok(name) = name else { return ExitCode::Failed.into() };
+    println!("{name}");
+    ExitCode::Ok.into()
 }
 
 /// The socket that systemd listens on for us, if it does.

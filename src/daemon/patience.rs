@@ -73,10 +73,10 @@ impl Daemon {
             let (pause, requests) = waiting.after(e.exit, fault, bounds);
             // The kernel may have made one, though not in time.
             if let (Some(device), Refuse::Now) = (volume.with(|now| now.device.clone()), requests) {
-                device.refuse().await;
+                device.refuse(is_about_the_key(e.exit)).await;
             }
             if waiting.is_news(&e.why) {
-                if e.exit == ExitCode::KmsUnavailable || e.exit == ExitCode::KeyDenied {
+                if is_about_the_key(e.exit) {
                     warn!(volume = name, why = e.why, remedy = e.remedy, "not attached yet");
                 } else {
                     error!(volume = name, why = e.why, remedy = e.remedy, "not attached");
@@ -97,6 +97,11 @@ pub(super) fn is_wanted(volume: &Volume) -> bool {
         let wanted = now.device.is_some() || now.config.attach == AttachWhen::Auto;
         wanted && !matches!(now.service, Service::Attached(_))
     })
+}
+
+/// Whether a volume is not attached because its key may not be had.
+fn is_about_the_key(exit: ExitCode) -> bool {
+    matches!(exit, ExitCode::KeyDenied | ExitCode::KmsUnavailable)
 }
 
 /// What becomes of the requests of a device whose volume cannot be attached.
@@ -131,7 +136,7 @@ impl Waiting {
     fn after(&mut self, exit: ExitCode, fault: Fault, bounds: Bounds) -> (Duration, Refuse) {
         let now = now();
         let since = *self.since.get_or_insert(now);
-        if exit == ExitCode::KmsUnavailable || exit == ExitCode::KeyDenied {
+        if is_about_the_key(exit) {
             self.faulty = None;
         }
         match exit {

@@ -170,8 +170,12 @@ fn device(name: &str, attachment: &Attachment) -> DeviceStatus {
         .iter()
         .filter_map(|damaged| damaged.split_once(' '))
         .map(|(part, point)| {
-            let part = part.strip_prefix(&own).and_then(|rest| rest.strip_prefix('p'));
-            let from = part.map_or_else(|| link.clone(), |part| format!("{link}-part{part}"));
+            let from = match part.strip_prefix(&own).map(|rest| rest.strip_prefix('p')) {
+                Some(Some(part)) => format!("{link}-part{part}"),
+                Some(None) => link.clone(),
+                // What lies on the device, by its own name: LVM, dm-crypt.
+                None => format!("/dev/{part}"),
+            };
             (point.to_owned(), format!("umount {point} && mount {from} {point}"))
         })
         .collect();

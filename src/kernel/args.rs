@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
+use uuid::Uuid;
 
 /// Attaches volumes as /dev/nbdX for byokd, which may not do that itself. It never sees a key.
 #[derive(Parser)]
@@ -15,6 +16,12 @@ pub struct Args {
     /// The daemon's user, who may ask besides root.
     #[arg(long)]
     pub user: Option<String>,
+    /// Print the name that byokd noted for the volume of this uuid, and do nothing else: for udev's rule.
+    #[arg(long, value_name = "UUID", conflicts_with_all = ["listen", "user"])]
+    pub name_of: Option<Uuid>,
+    /// Where byokd notes the names of volumes that have a device.
+    #[arg(long, value_name = "DIR", default_value = "/run/byokd/devices", requires = "name_of")]
+    pub notes: PathBuf,
     /// What to log: error, warn, info, debug, trace, or a filter per module.
     #[arg(long, env = "BYOKD_LOG", default_value = "info,neli=warn")]
     pub log: EnvFilter,

@@ -15,19 +15,26 @@
 //! | `passing.rs` | a line with descriptors over a unix socket |
 //! | `netlink.rs` | generic netlink, family `nbd` |
 //! | `sysfs.rs` | which devices there are and whose they are |
+//! | `noted.rs` | the names of volumes, for udev |
+//! | `mounts.rs` | the mounts of what lies on a device, each told from every other |
 //! | `holders.rs` | who has a device mounted, open or mapped |
 //! | `purge.rs` | what is done about plaintext that the node caches |
 //! | `ioctl.rs` | the two ioctls that takes |
+//! | `tests.rs` | holders and purges of loop devices |
 
 pub mod args;
 pub mod client;
 mod holders;
 mod ioctl;
+mod mounts;
 mod netlink;
+pub mod noted;
 mod passing;
 mod purge;
 pub mod server;
 pub mod sysfs;
+#[cfg(test)]
+mod tests;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -71,7 +78,10 @@ pub enum Ask {
     Holders {
         /// Which.
         index: u32,
-        /// Files of file systems on it that are mapped, as well.
+        /// Whose it has to be, if it is anybody's.
+        volume: Uuid,
+        /// Files of file systems on it that are mapped, as well. Asked after a fence: what udev
+        /// looks at just then is not waited for.
         mapped: bool,
     },
     /// Which mounted file systems of a device do not work any more: answered with
@@ -80,11 +90,15 @@ pub enum Ask {
     Damaged {
         /// Which.
         index: u32,
+        /// Whose it has to be, if it is anybody's.
+        volume: Uuid,
     },
     /// One step against cached plaintext: answered with [`Told::Purged`].
     Purge {
         /// Which device.
         index: u32,
+        /// Whose it has to be, if it is anybody's.
+        volume: Uuid,
         /// What to do.
         step: PurgeStep,
     },

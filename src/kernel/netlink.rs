@@ -163,11 +163,15 @@ pub(super) fn reconfigure(
 
 /// Takes a device away that is this volume's.
 pub(super) fn disconnect(index: u32, volume: Uuid) -> Result<(), KernelError> {
-    match sysfs::backend(index) {
-        Some(found) if found == volume => disconnect_any(index),
-        _ if !sysfs::is_connected(index) => Ok(()),
-        _ => Err(not_ours(index, volume)),
-    }
+    is_nobody_elses(index, volume)?;
+    if sysfs::is_connected(index) { disconnect_any(index) } else { Ok(()) }
+}
+
+/// That a device is this volume's, or not connected any more: what is left of it may still be
+/// mounted.
+pub(super) fn is_nobody_elses(index: u32, volume: Uuid) -> Result<(), KernelError> {
+    let ours = sysfs::backend(index) == Some(volume) || !sysfs::is_connected(index);
+    if ours { Ok(()) } else { Err(not_ours(index, volume)) }
 }
 
 fn disconnect_any(index: u32) -> Result<(), KernelError> {

@@ -193,15 +193,22 @@ fn carry_out(ask: Ask, sockets: Vec<OwnedFd>) -> Result<Told, KernelError> {
             name(index);
             Ok(Told::Done)
         }
-        Ask::Holders { index, mapped } => {
-            // What udev looks at for a moment is not in use.
-            settle();
-            Ok(Told::Holders { holders: holders::holders(index, mapped) })
+        Ask::Holders { index, volume, mapped } => {
+            netlink::is_nobody_elses(index, volume)?;
+            // What udev looks at for a moment is not in use. A purge does not wait for that.
+            if !mapped {
+                settle();
+            }
+            Ok(Told::Holders { holders: holders::holders(&sysfs::name(index), mapped) })
         }
-        Ask::Damaged { index } => Ok(purge::damaged(index)),
-        Ask::Purge { index, step } => {
-            let told = purge::purge(index, step);
-            info!(device = format!("/dev/nbd{index}"), ?step, ?told, "purged");
+        Ask::Damaged { index, volume } => {
+            netlink::is_nobody_elses(index, volume)?;
+            Ok(purge::damaged(&sysfs::name(index)))
+        }
+        Ask::Purge { index, volume, step } => {
+            netlink::is_nobody_elses(index, volume)?;
+            let told = purge::purge(&sysfs::name(index), step);
+            info!(device = format!("/dev/nbd{index}"), %volume, ?step, ?told, "purged");
             Ok(told)
         }
     }
@@ -251,7 +258,7 @@ mod tests {
     fn a_helper_that_is_not_there_is_said_with_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
         let client = KernelClient::new(dir.path().join("none.sock"));
-        let ask = Ask::Holders { index: 0, mapped: false };
+        let ask = Ask::Holders { index: 0, volume: Uuid::nil(), mapped: false };
         let error = client.ask(&ask, Vec::new(), Duration::from_secs(1)).unwrap_err();
         assert_eq!(error.class, KernelErrorClass::NoHelper);
         assert!(error.remedy.contains("byokd-kernel.socket"), "{}", error.remedy);
@@ -262,7 +269,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deaf.sock");
         let _listener = UnixListener::bind(&path).unwrap();
-        let ask = Ask::Holders { index: 0, mapped: false };
+        let ask = Ask::Holders { index: 0, volume: Uuid::nil(), mapped: false };
         let limit = Duration::from_millis(50);
         let error = KernelClient::new(path).ask(&ask, Vec::new(), limit).unwrap_err();
         assert_eq!(error.class, KernelErrorClass::Slow);

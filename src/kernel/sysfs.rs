@@ -1,11 +1,15 @@
 //! Which NBD devices there are, and whose they are: `/sys/block/nbdN`.
 
+use std::collections::VecDeque;
 use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
 const BLOCK: &str = "/sys/block";
+
+/// Disks and partitions alike.
+const CLASS: &str = "/sys/class/block";
 
 /// A device that is connected to a volume of byokd, or of somebody who uses uuids as we do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +45,7 @@ pub fn backend(index: u32) -> Option<Uuid> {
 }
 
 fn backend_in(block: &Path, index: u32) -> Option<Uuid> {
-    let text = read_to_string(block.join(format!("nbd{index}/backend"))).ok()?;
+    let text = read_to_string(block.join(name(index)).join("backend")).ok()?;
     text.trim().parse().ok()
 }
 
@@ -67,35 +71,68 @@ pub fn index_of(name: &str) -> Option<u32> {
 
 /// A device's directory.
 pub(super) fn dir(index: u32) -> PathBuf {
-    Path::new(BLOCK).join(format!("nbd{index}"))
+    Path::new(BLOCK).join(name(index))
 }
 
-/// The device and its partitions: name, and `major:minor`.
-pub(super) fn parts(index: u32) -> Vec<(String, String)> {
-    let (dir, name) = (dir(index), format!("nbd{index}"));
-    let number = |dir: &Path| {
-        read_to_string(dir.join("dev")).map(|text| text.trim().to_owned()).unwrap_or_default()
-    };
-    let mut parts = vec![(name.clone(), number(&dir))];
-    for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-        let part = entry.file_name().to_string_lossy().into_owned();
-        if part.starts_with(&format!("{name}p")) && entry.path().join("dev").exists() {
-            parts.push((part, number(&entry.path())));
-        }
+/// A block device that the plaintext of a volume passes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Block {
+    /// The kernel's name for it.
+    pub(super) name: String,
+    /// `major:minor`.
+    pub(super) number: String,
+    /// Made of the volume's device or of a partition of it: LVM, dm-crypt, md.
+    pub(super) made: bool,
+    /// Nothing in turn is made of it, and it has no partitions.
+    pub(super) last: bool,
+}
+
+impl Block {
+    pub(super) fn path(&self) -> String {
+        format!("/dev/{}", self.name)
     }
-    parts
 }
 
-/// Block devices that are made of this one or of its partitions.
-pub(super) fn made_of(index: u32) -> Vec<String> {
-    let dir = dir(index);
-    let mut found = Vec::new();
-    for (part, _) in parts(index) {
-        let part = if part == format!("nbd{index}") { dir.clone() } else { dir.join(part) };
-        let holders = std::fs::read_dir(part.join("holders")).into_iter().flatten().flatten();
-        found.extend(holders.map(|entry| entry.file_name().to_string_lossy().into_owned()));
+/// `major:minor` of a device's number.
+pub(super) fn number(device: u64) -> String {
+    format!("{}:{}", nix::sys::stat::major(device), nix::sys::stat::minor(device))
+}
+
+/// The kernel's name of a device.
+pub(super) fn name(index: u32) -> String {
+    format!("nbd{index}")
+}
+
+/// A disk, its partitions, and every block device that is made of them.
+pub(super) fn stack(disk: &str) -> Vec<Block> {
+    stack_in(Path::new(CLASS), disk)
+}
+
+fn stack_in(class: &Path, disk: &str) -> Vec<Block> {
+    let mut found: Vec<Block> = Vec::new();
+    let mut next = VecDeque::from([(disk.to_owned(), false)]);
+    while let Some((name, made)) = next.pop_front() {
+        if found.iter().any(|block| block.name == name) {
+            continue;
+        }
+        let dir = class.join(&name);
+        // It may go while it is looked at.
+        let Ok(number) = read_to_string(dir.join("dev")) else { continue };
+        let partitions = names(&dir).filter(|part| dir.join(part).join("partition").exists());
+        let on_it: Vec<_> = partitions
+            .map(|part| (part, made))
+            .chain(names(&dir.join("holders")).map(|holder| (holder, true)))
+            .collect();
+        let (number, last) = (number.trim().to_owned(), on_it.is_empty());
+        found.push(Block { name, number, made, last });
+        next.extend(on_it);
     }
     found
+}
+
+fn names(dir: &Path) -> impl Iterator<Item = String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned())
 }
 
 #[cfg(test)]
@@ -130,5 +167,46 @@ mod tests {
         for wrong in ["/dev/nbd", "nbd0p1", "nbd01", "nbd+1", "/dev/sda", "/dev/../nbd1", "nbd-1"] {
             assert_eq!(index_of(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn what_is_made_of_a_device_is_found_through_partitions_and_layers() {
+        let class = tempfile::tempdir().unwrap();
+        let at = |path: &str| class.path().join(path);
+        for (name, number) in [
+            ("nbd1", "43:32"),
+            ("nbd1p1", "43:33"),
+            ("nbd1p2", "43:34"),
+            ("dm-0", "253:0"),
+            ("dm-1", "253:1"),
+            ("md0", "9:0"),
+            ("dm-7", "253:7"),
+        ] {
+            std::fs::create_dir_all(at(name).join("holders")).unwrap();
+            std::fs::write(at(name).join("dev"), format!("{number}\n")).unwrap();
+        }
+        for part in ["nbd1p1", "nbd1p2"] {
+            std::fs::create_dir_all(at("nbd1").join(part)).unwrap();
+            std::fs::write(at("nbd1").join(part).join("partition"), "1\n").unwrap();
+        }
+        for (below, above) in
+            [("nbd1p1", "dm-0"), ("nbd1p2", "md0"), ("dm-0", "dm-1"), ("md0", "dm-1")]
+        {
+            std::fs::create_dir(at(below).join("holders").join(above)).unwrap();
+        }
+        let found = stack_in(class.path(), "nbd1");
+        let mut found: Vec<_> =
+            found.iter().map(|b| (b.name.as_str(), b.number.as_str(), b.made, b.last)).collect();
+        found.sort_unstable();
+        let expected = [
+            ("dm-0", "253:0", true, false),
+            ("dm-1", "253:1", true, true),
+            ("md0", "9:0", true, false),
+            ("nbd1", "43:32", false, false),
+            ("nbd1p1", "43:33", false, false),
+            ("nbd1p2", "43:34", false, false),
+        ];
+        assert_eq!(found, expected);
+        assert!(stack_in(class.path(), "nbd2").is_empty());
     }
 }

@@ -226,7 +226,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("cli::dev_keys", &["cli::args", "cli::output", "control", "exit", "key::wrapped", "kms::dev"]),
     ("cli::nbd_client", &["nbd::handshake", "nbd::wire"]),
-    ("bin::byokd-kernel", &["exit", "kernel::args", "kernel::server", "log"]),
+    (
+        "bin::byokd-kernel",
+        &["config", "exit", "kernel::args", "kernel::noted", "kernel::server", "log"],
+    ),
     ("bin::byokctl", &["cli::*", "control", "exit", "harden"]),
     (
         "bin::byokd",
@@ -284,7 +287,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("neli", &["kernel::netlink"]),
     ("tokio_rustls", &["http::tls"]),
     ("x509_cert", &["http::tls"]),
-    ("rustix", &["kernel::passing"]),
+    ("rustix", &["kernel::holders", "kernel::mounts", "kernel::passing", "kernel::purge"]),
     ("toml", &["config", "daemon", "control::server"]),
     // The data's way waits for nothing but its own sockets and its own ring.
     (

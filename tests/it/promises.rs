@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// The files in which a test of this name may stand: `a::b::tests::c` in `src/a/b.rs` or
-/// `src/a/b/mod.rs`, `a::c` in `tests/it/a.rs`, `vm-tests/a::c` in `vm-tests/tests/a.py`.
+/// `src/a/b/mod.rs` or `src/a/b/tests.rs`, `a::c` in `tests/it/a.rs`, `vm-tests/a::c` in `vm-tests/tests/a.py`.
 fn homes(name: &str) -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     if let Some((file, _)) = name.strip_prefix("vm-tests/").and_then(|name| name.split_once("::")) {
@@ -14,7 +14,7 @@ fn homes(name: &str) -> Vec<PathBuf> {
     match modules.split_last() {
         Some((&"tests", path)) => {
             let path = root.join("src").join(path.join("/"));
-            vec![path.with_extension("rs"), path.join("mod.rs")]
+            vec![path.with_extension("rs"), path.join("mod.rs"), path.join("tests.rs")]
         }
         _ => vec![root.join("tests/it").join(modules.join("/")).with_extension("rs")],
     }

@@ -30,8 +30,15 @@ class ServedDisk:
     def cut_power(self):
         process.end(self.server)
 
+    def stop(self):
+        """From now on it answers nothing."""
+        self.server.send_signal(signal.SIGSTOP)
+
+    def go_on(self):
+        self.server.send_signal(signal.SIGCONT)
+
     def hang(self, seconds):
         """It answers nothing for so long."""
-        self.server.send_signal(signal.SIGSTOP)
+        self.stop()
         time.sleep(seconds)
-        self.server.send_signal(signal.SIGCONT)
+        self.go_on()

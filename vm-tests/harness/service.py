@@ -13,6 +13,8 @@ def served(case, size="192M", definition="", backing="/var/lib/byokd/v.img", **h
     key = kms.key()
     guest = case.guest(systemd=True, **how).boot()
     install(guest, kms)
+    # The kernel tells of a task that hangs for so long.
+    guest.run("sysctl -q kernel.hung_task_timeout_secs=20")
     if backing.startswith("/dev/"):
         guest.run(f"chown byokd {backing}")
     guest.run(f"byokctl volume create v --backing {backing} --size {size} --key {key} --purpose zeebe")
@@ -31,7 +33,7 @@ endpoint = "http://10.0.2.2:{kms.port}"
 [lease]
 probe_interval = "1s"
 """)
-    guest.put("/etc/byokd/environment", "AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=test\n")
+    guest.put("/etc/byokd/credentials.d/aws", "[default]\naws_access_key_id = test\naws_secret_access_key = test\n", mode=0o600)
 
 
 def install(guest, kms):
@@ -77,7 +79,7 @@ def load(guest, seconds):
     leaves the processors to others, which under emulation have little enough."""
     return guest.start(f"""fio --name=load --filename=/mnt/file --size=24M --rw=randwrite --bs=4k-32k --ioengine=libaio \
         --iodepth=8 --direct=1 --fsync=16 --verify=crc32c --verify_backlog=64 --verify_fatal=1 --time_based \
-        --thinktime=200ms --thinktime_blocks=32 \
+        --thinktime=300ms --thinktime_blocks=32 \
         --runtime={seconds} --output-format=json --error_dump=0""")
 
 

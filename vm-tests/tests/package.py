@@ -28,6 +28,12 @@ def the_debian_package_installs_upgrades_under_load_and_removes(case):
     guest.run("systemctl is-active byokd && sync -f /mnt")
     guest.run("umount /mnt && udevadm settle && byokctl detach v && dpkg -r byokd", timeout=300)
     guest.run("! systemctl is-active byokd byokd-kernel.socket && [ ! -e /usr/bin/byokd ] && [ -e /var/lib/byokd/v.img ]")
+    # Installed again, it is as it was: enabled, and it finds its volume.
+    guest.run("dpkg -i /payload/byokd_2.deb && systemctl is-enabled byokd byokd-kernel.socket && systemctl is-active byokd-kernel.socket",
+              timeout=300)
+    guest.run(f"systemctl start byokd && byokctl attach v --device auto && mount {LINK} /mnt && umount /mnt")
+    guest.run("udevadm settle && byokctl detach v && dpkg --purge byokd && [ -e /var/lib/byokd/v.img ]", timeout=300)
+    guest.run("! systemctl is-enabled byokd 2>/dev/null && ! ls /etc/systemd/system/*.wants/byokd*")
     guest.clean_dmesg(allowed=("Connection timed out, retrying",))
 
 

@@ -49,7 +49,7 @@ def what_was_acknowledged_survives_power_cuts_under_sync_load(case):
         # The header is written meanwhile, too.
         guest.start("while /payload/byokctl key rewrap v; do :; done")
         wait_for(lambda: records.read_bytes().count(b"\n") > 20, "syncs under way")
-        time.sleep(case.random.random() * 4)
+        time.sleep(case.random.random() * 3)
         expect(not running.ended(), "the load ended by itself")
         disk.cut_power()
         guest.cut_power()

@@ -61,7 +61,6 @@ def under_load(case, file_system, purge):
     definition = f'[purge]\nstep_timeout = "60s"\n{purge}'
     guest, kms, key = served(case, definition=definition, backing="/dev/vdc", size="0", memory=640, cpus=2,
                              disks=[f"file={disk},format=raw"], append="init_on_free=1")
-    guest.run("sysctl -q kernel.hung_task_timeout_secs=20")
     # udev is not kept from the disk under the volume, nor whoever waits for udev.
     guest.run(f"byokctl attach v --device auto && udevadm trigger /dev/vdc && udevadm settle --timeout=60 && mkfs.{file_system} -q {LINK} && mount {LINK} /mnt")
     # The guest makes it, so that it comes by no other way.

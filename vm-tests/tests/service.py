@@ -21,6 +21,9 @@ def the_units_are_sound_and_the_daemon_is_confined(case):
     expect(set(facts["Uid"].split()) == {user}, f"runs as {facts['Uid']}")
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         expect(int(facts[name], 16) == 0, f"{name} is {facts[name]}")
+    # Whose secrets are root's.
+    status, _ = guest.attempt("setpriv --reuid byokd --clear-groups cat /etc/byokd/credentials.d/aws")
+    expect(status != 0, "the daemon's user reads root's files")
     expect(facts["NoNewPrivs"].strip() == "1" and facts["Seccomp"].strip() == "2", "no_new_privs and a filter")
 
 

@@ -1,0 +1,72 @@
+//! What byokd notes of its devices, read by root for udev: nothing but a name comes of it, whatever
+//! the daemon's user has put there.
+
+use std::fs::OpenOptions;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use nix::libc;
+use uuid::Uuid;
+
+/// What is before the name.
+const KEY: &str = "BYOKD_VOLUME=";
+
+/// More than any note has.
+const MOST: u64 = 128;
+
+/// The name of the volume `uuid`, as it is noted in `dir`, if it is one.
+///
+/// # Errors
+/// There is no note, or it is no file with a name in it.
+pub fn name_of(dir: &Path, uuid: Uuid, is_name: fn(&str) -> bool) -> io::Result<String> {
+    let mut note = String::new();
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
+    let file =
+        OpenOptions::new().read(true).custom_flags(flags).open(dir.join(uuid.to_string()))?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("the note is no file"));
+    }
+    file.take(MOST).read_to_string(&mut note)?;
+    let name = note.strip_prefix(KEY).and_then(|rest| rest.strip_suffix('\n'));
+    match name {
+        Some(name) if is_name(name) => Ok(name.to_owned()),
+        _ => Err(io::Error::other("the note is not the name of a volume")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::is_volume_name;
+
+    #[test]
+    fn a_note_gives_a_name_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let uuid = Uuid::from_u128(7);
+        let note = dir.path().join(uuid.to_string());
+        let read = |text: &str| {
+            std::fs::write(&note, text).unwrap();
+            name_of(dir.path(), uuid, is_volume_name)
+        };
+        assert_eq!(read("BYOKD_VOLUME=zeebe-1.data\n").unwrap(), "zeebe-1.data");
+        let long = format!("BYOKD_VOLUME={}\n", "a".repeat(200));
+        let more = "BYOKD_VOLUME=v\nSYSTEMD_WANTS=debug-shell.service\n";
+        for wrong in [
+            "",
+            "v\n",
+            "BYOKD_VOLUME=../sda\n",
+            "BYOKD_VOLUME=v w\n",
+            "BYOKD_VOLUME=.v\n",
+            more,
+            &long,
+        ] {
+            assert!(read(wrong).is_err(), "{wrong:?}");
+        }
+        std::fs::remove_file(&note).unwrap();
+        name_of(dir.path(), uuid, is_volume_name).unwrap_err();
+        std::fs::write(dir.path().join("elsewhere"), "BYOKD_VOLUME=v\n").unwrap();
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), &note).unwrap();
+        assert!(name_of(dir.path(), uuid, is_volume_name).is_err(), "a link is not followed");
+    }
+}
