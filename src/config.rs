@@ -744,26 +744,35 @@ pub fn load_with_hash(path: &Path) -> Result<(Config, Hash), ConfigErrors> {
     Ok((config, sha256))
 }
 
-/// Reads every volume's definition, in order of their names.
+/// Definitions by their volumes' names, in that order.
+pub type Definitions = Vec<(String, VolumeConfig)>;
+
+/// Reads every volume's definition.
 ///
 /// # Errors
 /// Everything that is wrong with the files.
-pub fn load_volumes(dir: &Path) -> Result<Vec<(String, VolumeConfig)>, ConfigErrors> {
+pub fn load_volumes(dir: &Path) -> Result<Definitions, ConfigErrors> {
+    match load_each_volume(dir)? {
+        (volumes, errors) if errors.is_empty() => Ok(volumes),
+        (_, errors) => Err(ConfigErrors(errors)),
+    }
+}
+
+/// Reads every volume's definition that can be read, and says what is wrong with the others.
+///
+/// # Errors
+/// The directory cannot be read: whatever lies there is unknown.
+pub fn load_each_volume(dir: &Path) -> Result<(Definitions, Vec<ConfigError>), ConfigErrors> {
     let one = |file: &Path, what: String| ConfigError { file: file.to_owned(), line: None, what };
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Default::default()),
         Err(error) => return Err(ConfigErrors(vec![one(dir, error.to_string())])),
     };
     let (mut volumes, mut errors) = (Vec::new(), Vec::new());
     for entry in entries {
-        let path = match entry {
-            Ok(entry) => entry.path(),
-            Err(error) => {
-                errors.push(one(dir, error.to_string()));
-                continue;
-            }
-        };
+        let entry = entry.map_err(|error| ConfigErrors(vec![one(dir, error.to_string())]))?;
+        let path = entry.path();
         if path.extension().is_none_or(|extension| extension != "toml") {
             continue;
         }
@@ -779,11 +788,18 @@ pub fn load_volumes(dir: &Path) -> Result<Vec<(String, VolumeConfig)>, ConfigErr
             Err(error) => errors.push(error),
         }
     }
-    if !errors.is_empty() {
-        return Err(ConfigErrors(errors));
-    }
     volumes.sort_by(|a, b| a.0.cmp(&b.0));
-    Ok(volumes)
+    errors.sort_by(|a, b| a.file.cmp(&b.file));
+    Ok((volumes, errors))
+}
+
+/// Reads the settings and every definition, and changes nothing: how many volumes are defined.
+///
+/// # Errors
+/// Everything that is wrong with the files.
+pub fn check(path: &Path) -> Result<usize, ConfigErrors> {
+    let config = load(path)?;
+    load_volumes(&config.volumes_dir).map(|volumes| volumes.len())
 }
 
 /// Reads one volume's definition; none if there is no such file.
@@ -976,6 +992,8 @@ mod tests {
         std::fs::write(dir.path().join("-x.toml"), "").unwrap();
         std::fs::write(dir.path().join("y.toml"), "backin = 1").unwrap();
         assert_eq!(load_volumes(dir.path()).unwrap_err().0.len(), 2);
+        let (volumes, errors) = load_each_volume(dir.path()).unwrap();
+        assert_eq!((volumes.len(), errors.len()), (1, 2), "what can be read is");
     }
 
     #[test]

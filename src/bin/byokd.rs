@@ -1,6 +1,7 @@
 //! The daemon: arguments, then [`byokd::daemon`], then an exit code.
 
 use std::alloc::System;
+use std::path::Path;
 use std::process::ExitCode as Code;
 use std::time::Duration;
 
@@ -20,6 +21,9 @@ static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 fn main() -> Code {
     let args = Args::parse();
+    if args.check {
+        return check(&args.config);
+    }
     let lines = match log::start(args.log, "byokd") {
         Ok(lines) => lines,
         Err(error) => return fail(ExitCode::Failed, &error, NO_THREAD),
@@ -62,6 +66,20 @@ fn main() -> Code {
     match ended {
         Ok(()) => ExitCode::Ok.into(),
         Err(error) => fail(error.exit(), &error, error.remedy()),
+    }
+}
+
+#[expect(clippy::print_stdout, clippy::print_stderr, reason = "whoever checks reads it")]
+fn check(file: &Path) -> Code {
+    match config::check(file) {
+        Ok(count) => {
+            println!("{}: no errors; {count} volumes defined", file.display());
+            ExitCode::Ok.into()
+        }
+        Err(errors) => {
+            eprintln!("{errors}");
+            ExitCode::Usage.into()
+        }
     }
 }
 

@@ -14,6 +14,10 @@ pub struct Args {
     /// Configuration file.
     #[arg(long, default_value = "/etc/byokd/byokd.toml", conflicts_with = "dev")]
     pub config: PathBuf,
+    /// Reads the settings and all definitions, says what is wrong with them, and ends: 0 if nothing
+    /// is, else 2.
+    #[arg(long, conflicts_with = "dev")]
+    pub check: bool,
     /// For trials: an embedded KMS, no configuration, everything under --state-dir.
     #[arg(long, requires = "state_dir")]
     pub dev: bool,

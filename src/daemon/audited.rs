@@ -6,7 +6,7 @@ use tracing::{error, info};
 
 use crate::audit::record::{Event, Kind, Peer};
 use crate::audit::{Audit, OnFailure};
-use crate::config::VolumeConfig;
+use crate::config::{ConfigError, VolumeConfig};
 use crate::control::{Answer, Problem, Request};
 use crate::daemon::refusals::{Answered, by_panic, refused};
 use crate::daemon::{Daemon, Setup};
@@ -28,6 +28,7 @@ pub(super) fn start(
     setup: &Setup,
     kms: &AwsKms,
     volumes: &[(String, VolumeConfig)],
+    skipped: &[ConfigError],
 ) {
     let pid = std::process::id().to_string();
     let whose = match kms.endpoint() {
@@ -57,6 +58,12 @@ pub(super) fn start(
         load = load.detail("file", &file.display().to_string()).detail("sha256", &hash.to_string());
     }
     audit.record(load);
+    for error in skipped {
+        let file = error.file.display().to_string();
+        error!(file, line = error.line, why = error.what, "definition skipped: it cannot be read");
+        let event = Event::new(Kind::ConfigLoad).detail("file", &file);
+        audit.record(event.failed(ExitCode::Usage, &error.to_string()));
+    }
 }
 
 /// How trying a key ended, as the command line says it too.

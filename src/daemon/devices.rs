@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 use uuid::Uuid;
@@ -17,9 +18,11 @@ use crate::attachment::purge::PurgePlan;
 use crate::attachment::{Attachment, Owner};
 use crate::config::{DeviceChoice, EndUsers, VolumeConfig};
 use crate::control::Problem;
-use crate::daemon::refusals::{Answered, by_export, by_kernel, refused};
+use crate::daemon::look::AT_A_TIME;
+use crate::daemon::refusals::{Answered, NotAttached, by_export, by_kernel, refused};
 use crate::daemon::stop::DRAIN;
-use crate::daemon::{Daemon, Service, Volume};
+use crate::daemon::volumes::TakenOut;
+use crate::daemon::{Daemon, Now, Service, Volume};
 use crate::exit::ExitCode;
 use crate::export::ExportError;
 use crate::keeper::threads::apart;
@@ -34,7 +37,7 @@ use crate::volume::inspect;
 /// What descriptors of kernel connections are called in systemd's store: `kernel.nbdN.M`.
 const STORED: &str = "kernel.";
 
-/// How long the headers of volumes may take to be read when a device has to be matched to one.
+/// How long the headers of all volumes may take to be read when devices have to be matched to them.
 const MATCH: Duration = Duration::from_secs(10);
 
 /// How long systemd may take to keep what it is given.
@@ -88,7 +91,8 @@ impl Daemon {
         volume: &Volume,
         config: &VolumeConfig,
         how: AttachHow,
-    ) -> Answered<()> {
+        until: &mut TakenOut,
+    ) -> Result<(), NotAttached> {
         let served = volume.with(|now| match &now.service {
             Service::Attached(attached) => {
                 Some((Arc::clone(&attached.export), attached.keeper.reports()))
@@ -101,6 +105,7 @@ impl Daemon {
         let uuid = export.volume().header().uuid();
         let connections = how.connections.or(config.connections).unwrap_or(1);
         if volume.with(|now| now.device.is_none())
+            && self.whose_device_is_of(uuid).is_none()
             && let Some(device) = sysfs::devices().into_iter().find(|d| d.volume == uuid)
         {
             let owner = self.owner(name, config);
@@ -114,18 +119,28 @@ impl Daemon {
         if device.is_none() && choice.is_none() {
             return Ok(());
         }
+        if device.is_none()
+            && let Some(other) = self.whose_device_is_of(uuid)
+        {
+            let why = format!("volume {other} has a device of the same uuid: one store is a copy");
+            let remedy = format!("Detach that one first: byokctl detach {other}");
+            return Err(refused(ExitCode::WrongState, what, why, remedy).into());
+        }
         let opened = Arc::clone(&export);
-        let opened = apart("open", move || opened.open_for_kernel()).await.flatten();
-        opened.map_err(|e| by_export(what, &ExportError::Backing(e)))?;
+        let opening = async {
+            let opened = apart("open", move || opened.open_for_kernel()).await.flatten();
+            Ok(opened.map_err(|e| by_export(what, &ExportError::Backing(e)))?)
+        };
+        until.or(what, opening).await?;
         if let Some(device) = device {
             let Device { index, volume: other } = device.device();
             if other != uuid {
-                return Err(refused(
+                return Err(NotAttached::for_good(refused(
                     ExitCode::WrongState,
                     what,
                     format!("/dev/nbd{index} is of volume {other}, its store now holds {uuid}"),
                     format!("Put the store back, or: byokctl detach {name} --force"),
-                ));
+                )));
             }
             device.serve(export, reports, plan(config)).await;
             return Ok(());
@@ -158,6 +173,13 @@ impl Daemon {
         );
         volume.with(|now| now.device = Some(Arc::new(device)));
         Ok(())
+    }
+
+    /// The volume that has a device with that uuid.
+    fn whose_device_is_of(&self, uuid: Uuid) -> Option<String> {
+        let has = |now: &mut Now| now.device.as_ref().is_some_and(|d| d.device().volume == uuid);
+        let volumes = self.volumes();
+        volumes.iter().find(|(_, volume)| volume.with(has)).map(|(name, _)| name.clone())
     }
 
     /// Takes the volume's device away, if it has one; says whether it had.
@@ -231,10 +253,22 @@ impl Daemon {
                 None => warn!(name, "closed a descriptor that nobody knows"),
             }
         }
-        for device in sysfs::devices() {
+        let devices = sysfs::devices();
+        let all = self.volumes().clone();
+        let noted: BTreeMap<_, _> = devices
+            .iter()
+            .filter_map(|device| Some((device.volume, self.noted_for(device.volume, &all)?)))
+            .collect();
+        let mut owners = BTreeMap::new();
+        if devices.iter().any(|device| !noted.contains_key(&device.volume)) {
+            owners = by_headers(&all).await;
+        }
+        owners.extend(noted);
+        for device in devices {
             let Device { index, volume: uuid } = device;
             let path = format!("/dev/nbd{index}");
-            let Some((name, volume)) = self.volume_of(uuid).await else {
+            let owner = owners.get(&uuid).and_then(|name| Some((name.clone(), all.get(name)?)));
+            let Some((name, volume)) = owner else {
                 warn!(device = path, volume = %uuid, "a device of no volume that is known; put its definition back, or: nbd-client -d {path}");
                 continue;
             };
@@ -262,36 +296,28 @@ impl Daemon {
         }
     }
 
-    /// The volume with that uuid: as noted, or by the headers.
-    async fn volume_of(&self, uuid: Uuid) -> Option<(String, Arc<Volume>)> {
-        let noted = std::fs::read_to_string(self.noted(uuid)).unwrap_or_default();
-        let all = self.volumes().clone();
-        if let Some(name) = noted.trim().strip_prefix("BYOKD_VOLUME=")
-            && let Some(volume) = all.get(name)
-        {
-            return Some((name.to_owned(), Arc::clone(volume)));
-        }
-        for (name, volume) in all {
-            let backing = volume.with(|now| now.config.backing.clone());
-            let header = timeout(MATCH, apart("look", move || inspect(&backing))).await;
-            if matches!(header, Ok(Ok(Ok((header, _)))) if header.uuid() == uuid) {
-                return Some((name, volume));
-            }
-        }
-        None
+    /// The volume with that uuid, as noted.
+    fn noted_for(&self, uuid: Uuid, all: &BTreeMap<String, Arc<Volume>>) -> Option<String> {
+        let noted = std::fs::read_to_string(self.noted(uuid)).ok()?;
+        let name = noted.trim().strip_prefix("BYOKD_VOLUME=")?;
+        all.contains_key(name).then(|| name.to_owned())
     }
 
-    /// Ends the service of volumes whose devices have gone by themselves.
+    /// Ends the service of volumes whose devices have gone by themselves. One whose store hangs keeps
+    /// no other waiting.
     pub(super) async fn watch_devices(self: Arc<Self>, mut gone: mpsc::UnboundedReceiver<String>) {
+        let mut ends = JoinSet::new();
         while let Some(name) = gone.recv().await {
+            while ends.try_join_next().is_some() {}
             let volume = self.volumes().get(&name).cloned();
             if let Some(volume) = volume {
-                self.device_gone(&name, &volume).await;
+                ends.spawn(Arc::clone(&self).device_gone(name, volume));
             }
         }
     }
 
-    async fn device_gone(&self, name: &str, volume: &Arc<Volume>) {
+    async fn device_gone(self: Arc<Self>, name: String, volume: Arc<Volume>) {
+        let (name, volume) = (&name, &volume);
         let _alone = volume.changing.lock().await;
         let device = volume.with(|now| now.device.take_if(|d| d.state().gone.is_some()));
         let Some(device) = device else { return };
@@ -304,6 +330,36 @@ impl Daemon {
         let remedy = format!("byokctl attach {name}");
         volume.with(|now| now.problem = Some(Problem { at, why, remedy }));
     }
+}
+
+/// The names of volumes by the uuids in their headers, as far as these can be read within [`MATCH`].
+async fn by_headers(all: &BTreeMap<String, Arc<Volume>>) -> BTreeMap<Uuid, String> {
+    let (mut reads, places) = (JoinSet::new(), Arc::new(Semaphore::new(AT_A_TIME)));
+    for (name, volume) in all {
+        let (name, places) = (name.clone(), Arc::clone(&places));
+        let backing = volume.with(|now| now.config.backing.clone());
+        reads.spawn(async move {
+            // It is never closed.
+            let _place = places.acquire_owned().await;
+            let read = apart("look", move || inspect(&backing)).await;
+            Some((read.ok()?.ok()?.0.uuid(), name))
+        });
+    }
+    let mut names = BTreeMap::new();
+    let reading = async {
+        while let Some(read) = reads.join_next().await {
+            let Some((uuid, name)) = read.ok().flatten() else { continue };
+            // Of copies the first one by name, whichever is read first.
+            let first = names.entry(uuid).or_insert_with(|| name.clone());
+            if name < *first {
+                *first = name;
+            }
+        }
+    };
+    if timeout(MATCH, reading).await.is_err() {
+        warn!("not waited for: stores that do not give their headers");
+    }
+    names
 }
 
 /// Gives systemd what one volume's device handed over, for the next daemon; says whether it takes

@@ -23,7 +23,7 @@ const FRESH: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_millis(300);
 
 /// Headers that one look reads at a time: a disk gives no more when it is asked by more threads.
-const AT_A_TIME: usize = 64;
+pub(super) const AT_A_TIME: usize = 64;
 
 /// What was read last of the header of a volume that is not attached.
 pub(super) struct Seen {
@@ -141,6 +141,7 @@ impl Daemon {
     pub fn problems(&self) -> Vec<Problem> {
         let mut problems = self.audit_problems();
         problems.extend(self.settings_problem());
+        problems.extend(self.skipped_problems());
         problems.extend(self.kms_problem());
         problems
     }

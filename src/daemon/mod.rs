@@ -44,7 +44,7 @@ use crate::audit::chain::Hash;
 use crate::audit::record::Peer;
 use crate::audit::{Audit, AuditOpenError, AuditSettings};
 use crate::config::{
-    AuditConfig, Config, ConfigErrors, HttpConfig, SecretMemory, VolumeConfig, load_volumes,
+    AuditConfig, Config, ConfigErrors, HttpConfig, SecretMemory, VolumeConfig, load_each_volume,
 };
 use crate::control::server::ControlServer;
 use crate::control::{API_VERSION, Answer, Problem, Request, VolumeStatus};
@@ -244,12 +244,21 @@ pub struct Daemon {
     started: String,
     /// Settings that were changed since the start.
     at_restart: Mutex<Option<Problem>>,
+    /// Definitions that could not be read at the start, by their files.
+    skipped: Mutex<BTreeMap<PathBuf, Problem>>,
+    /// Whether the devices that an earlier daemon left were looked for.
+    resumed: tokio::sync::watch::Sender<bool>,
 }
 
 /// A volume that is known.
 struct Volume {
     /// Held while it is attached, detached or forgotten: one at a time.
     changing: tokio::sync::Mutex<()>,
+    /// Counts how often an operator took it out of service: whoever attaches it gives up.
+    taken_out: tokio::sync::watch::Sender<u64>,
+    /// The store that was opened last. Held while it is, however long that takes: one that hangs
+    /// holds one thread.
+    opening: Mutex<(PathBuf, Arc<tokio::sync::Mutex<()>>)>,
     /// Told when its service has ended.
     left: tokio::sync::Notify,
     /// Held while its key is rewrapped: one at a time.
@@ -331,6 +340,8 @@ impl Volume {
         };
         Self {
             changing: tokio::sync::Mutex::default(),
+            taken_out: tokio::sync::watch::Sender::default(),
+            opening: Mutex::default(),
             left: tokio::sync::Notify::new(),
             rewrapping: tokio::sync::Mutex::default(),
             now: Mutex::new(now),
@@ -388,7 +399,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         Some(dir) => Some(start_dev(dir, &mut setup.kms).await?),
         None => None,
     };
-    let volumes = load_volumes(&setup.config.volumes_dir)?;
+    let (volumes, skipped) = load_each_volume(&setup.config.volumes_dir)?;
     let control = setup.config.control_socket.clone();
     let settings = &setup.config;
     let peers = Peers::of(settings.owner.as_deref(), settings.group.as_deref())
@@ -411,7 +422,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     let calls = Arc::clone(&audit);
     setup.kms.observer = Some(Arc::new(move |call| calls.called(&call)));
     let kms = Arc::new(AwsKms::connect(setup.kms.clone()).await?);
-    audited::start(&audit, &setup, &kms, &volumes);
+    audited::start(&audit, &setup, &kms, &volumes, &skipped);
     let known = volumes.into_iter().map(|(name, config)| (name, Arc::new(Volume::new(config))));
     let (gone, devices_gone) = mpsc::unbounded_channel();
     let daemon = Arc::new(Daemon {
@@ -429,6 +440,8 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         stopping: AtomicBool::new(false),
         started: rfc3339(Timestamp::now()),
         at_restart: Mutex::default(),
+        skipped: Mutex::new(skipped.into_iter().map(reload::skipped).collect()),
+        resumed: tokio::sync::watch::Sender::new(false),
         setup,
     });
     let mut term =
@@ -438,21 +451,15 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     let hup =
         signal(SignalKind::hangup()).map_err(StartError::io("watch signals for", &control))?;
     let Systemd { notifier, mut passed, watchdog } = systemd;
-    daemon.resume_devices(passed.take(devices::is_stored), &notifier).await;
-    let devices = tokio::spawn(Arc::clone(&daemon).watch_devices(devices_gone));
     let part = daemon.progress.part("the control socket", STARTING);
     let server = ControlServer::start(&control, peers, Arc::clone(&daemon), part)
         .map_err(StartError::io("listen on", &control))?;
-    daemon.await_wanted();
     let http = Http::start(&daemon.setup.config.http, &daemon).await?;
     if let (Some(dir), Some(address)) = (&daemon.setup.dev_state, http.address()) {
         let path = dir.join("http-endpoint");
         std::fs::write(&path, format!("http://{address}\n"))
             .map_err(StartError::io("write", &path))?;
     }
-    // Whether it is ready, volumes that are to be attached decide.
-    info!(control = %control.display(), version = env!("CARGO_PKG_VERSION"), "started");
-    passed.close_rest(&notifier);
     let watchdog = match watchdog {
         Some(interval) => Some(
             Watchdog::start(notifier.clone(), interval, daemon.progress.clone())
@@ -460,6 +467,14 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         ),
         None => None,
     };
+    // Nothing fails from here on: the next daemon would miss what systemd forgets now.
+    daemon.resume_devices(passed.take(devices::is_stored), &notifier).await;
+    passed.close_rest(&notifier);
+    let devices = tokio::spawn(Arc::clone(&daemon).watch_devices(devices_gone));
+    daemon.await_wanted();
+    daemon.resumed.send_replace(true);
+    // Whether it is ready, volumes that are to be attached decide.
+    info!(control = %control.display(), version = env!("CARGO_PKG_VERSION"), "started");
     let (tried, each_was_tried) = mpsc::channel(1);
     let attaching = tokio::spawn(Arc::clone(&daemon).attach_all(tried));
     let reloading = tokio::spawn(Arc::clone(&daemon).reload_when_told(hup));
@@ -523,10 +538,21 @@ async fn start_dev(dir: &Path, kms: &mut AwsSettings) -> Result<DevKms, StartErr
 impl Daemon {
     /// Answers one request of the control API; `by` asks.
     pub async fn answer(self: &Arc<Self>, request: Request, by: Peer) -> Answer {
+        self.has_resumed().await;
         let asked = self.asked(&request, by);
         let answered = Box::pin(self.carry_out(request)).await;
         self.answered(asked, &answered);
         answered.unwrap_or_else(Answer::Error)
+    }
+
+    /// Whoever asked for something earlier would not find the devices that there are.
+    async fn has_resumed(&self) {
+        let mut resumed = self.resumed.subscribe();
+        while !*resumed.borrow_and_update() {
+            if resumed.changed().await.is_err() {
+                return;
+            }
+        }
     }
 
     async fn carry_out(self: &Arc<Self>, request: Request) -> Answered<Answer> {
@@ -553,7 +579,10 @@ impl Daemon {
                 let what = format!("attach volume {name}");
                 let attached = match AttachHow::of(&what, read_only, device.as_deref(), connections)
                 {
-                    Ok(how) => self.attach(&name, how).await.map(Answer::Volume),
+                    Ok(how) => {
+                        let attached = self.attach(&name, how).await;
+                        attached.map(Answer::Volume).map_err(|not| not.error)
+                    }
                     Err(refused) => Err(refused),
                 };
                 if let Err(e) = &attached {

@@ -1,15 +1,18 @@
-//! Volumes that should be attached: tried again and again while KMS gives no verdict or says no.
+//! Volumes that should be attached: tried again and again, whatever is the matter, until an operator
+//! takes them out of service.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tracing::{error, warn};
 
 use crate::clock::now;
 use crate::config::AttachWhen;
 use crate::daemon::devices::AttachHow;
+use crate::daemon::refusals::{Fault, NotAttached};
 use crate::daemon::{Daemon, Service, Volume};
 use crate::exit::ExitCode;
 use crate::kernel::sysfs;
@@ -18,12 +21,15 @@ use crate::key::lease::{Allowance, Moment};
 /// How long to wait before a volume that should be attached is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
+/// The same while requests of its device wait, though not for KMS.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// How soon a first denial of a volume with a device is confirmed.
 const CONFIRM: Duration = Duration::from_millis(500);
 
 impl Daemon {
-    /// Attaches what should be attached and what has a device in the kernel, again and again while
-    /// KMS gives no verdict or says no. Dropping this ends the tries.
+    /// Attaches what should be attached and what has a device in the kernel. Dropping this ends the
+    /// tries.
     /// `tried` is dropped when each has been tried once.
     pub(super) async fn attach_all(self: Arc<Self>, tried: mpsc::Sender<()>) {
         let mut tries = JoinSet::new();
@@ -49,33 +55,38 @@ impl Daemon {
                 volume.with(|now| now.awaited = false);
                 return;
             }
+            let mut taken_out = volume.taken_out.subscribe();
             let device = volume.with(|now| now.device.clone());
             let read_only = device.as_ref().is_some_and(|d| sysfs::is_read_only(d.device().index));
             let how = AttachHow { read_only, ..AttachHow::default() };
             let attached = self.attach(&name, how).await;
             volume.with(|now| now.awaited = false);
-            let Err(e) = attached else { return };
+            let Err(NotAttached { error: e, fault }) = attached else { return };
             // Somebody else did it meanwhile.
             if !is_wanted(&volume) {
                 return;
             }
-            let lease = volume.with(|now| now.config.lease.policy(self.setup.policy));
-            let (pause, requests) = waiting.after(e.exit, lease.allowance);
-            match (device, requests) {
-                (Some(device), Refuse::Now) => device.refuse(is_about_the_key(e.exit)).await,
-                (Some(_), Refuse::NotYet) => {}
-                (None, _) => {
-                    if e.exit != ExitCode::KmsUnavailable && e.exit != ExitCode::KeyDenied {
-                        error!(volume = name, why = e.why, remedy = e.remedy, "not attached");
-                        return;
-                    }
-                }
+            let bounds = volume.with(|now| Bounds {
+                allowance: now.config.lease.policy(self.setup.policy).allowance,
+                grace: Duration::from_secs(now.config.dead_timeout()),
+            });
+            let (pause, requests) = waiting.after(e.exit, fault, bounds);
+            // The kernel may have made one, though not in time.
+            if let (Some(device), Refuse::Now) = (volume.with(|now| now.device.clone()), requests) {
+                device.refuse(is_about_the_key(e.exit)).await;
             }
             if waiting.is_news(&e.why) {
-                warn!(volume = name, why = e.why, remedy = e.remedy, "not attached yet");
+                if is_about_the_key(e.exit) {
+                    warn!(volume = name, why = e.why, remedy = e.remedy, "not attached yet");
+                } else {
+                    error!(volume = name, why = e.why, remedy = e.remedy, "not attached");
+                }
             }
             drop(tried.take());
-            tokio::time::sleep(pause).await;
+            // At once, if that is so already.
+            if timeout(pause, taken_out.changed()).await.is_ok() {
+                return;
+            }
         }
     }
 }
@@ -100,21 +111,36 @@ enum Refuse {
     NotYet,
 }
 
+/// How long requests of a device wait for its volume.
+#[derive(Clone, Copy, Debug)]
+struct Bounds {
+    /// While KMS gives no verdict.
+    allowance: Allowance,
+    /// While something else is the matter that may pass.
+    grace: Duration,
+}
+
 /// What the tries to attach a volume have come to.
 #[derive(Default)]
 struct Waiting {
+    /// When it failed first.
     since: Option<Moment>,
+    /// Since when it fails for another reason than KMS.
+    faulty: Option<Moment>,
     denied: bool,
     said: Option<String>,
 }
 
 impl Waiting {
     /// When to try again, and whether requests still wait, after a try that ended so.
-    fn after(&mut self, exit: ExitCode, allowance: Allowance) -> (Duration, Refuse) {
+    fn after(&mut self, exit: ExitCode, fault: Fault, bounds: Bounds) -> (Duration, Refuse) {
         let now = now();
         let since = *self.since.get_or_insert(now);
+        if is_about_the_key(exit) {
+            self.faulty = None;
+        }
         match exit {
-            ExitCode::KmsUnavailable => match allowance {
+            ExitCode::KmsUnavailable => match bounds.allowance {
                 Allowance::For(limit) if now.since(since) >= limit => (RETRY, Refuse::Now),
                 Allowance::For(limit) => {
                     let left = limit.saturating_sub(now.since(since));
@@ -126,12 +152,19 @@ impl Waiting {
             ExitCode::KeyDenied if !std::mem::replace(&mut self.denied, true) => {
                 (CONFIRM, Refuse::NotYet)
             }
-            ExitCode::KeyDenied
-            | ExitCode::Ok
+            ExitCode::KeyDenied => (RETRY, Refuse::Now),
+            ExitCode::Ok
             | ExitCode::Failed
             | ExitCode::Usage
             | ExitCode::WrongState
-            | ExitCode::Discrepancy => (RETRY, Refuse::Now),
+            | ExitCode::Discrepancy => {
+                let left = bounds.grace.saturating_sub(now.since(*self.faulty.get_or_insert(now)));
+                if fault == Fault::Stays || left.is_zero() {
+                    (RETRY, Refuse::Now)
+                } else {
+                    (AGAIN.min(left), Refuse::NotYet)
+                }
+            }
         }
     }
 
@@ -148,18 +181,42 @@ mod tests {
 
     #[test]
     fn requests_of_a_device_wait_for_kms_until_the_allowance_and_a_denial_is_confirmed() {
+        let bounds = |allowance| Bounds { allowance, grace: Duration::from_secs(90) };
+        let after = |waiting: &mut Waiting, exit, allowance| {
+            waiting.after(exit, Fault::MayPass, bounds(allowance))
+        };
         let hour = Allowance::For(Duration::from_secs(3600));
         let mut waiting = Waiting::default();
-        assert_eq!(waiting.after(ExitCode::KmsUnavailable, hour), (RETRY, Refuse::NotYet));
-        assert_eq!(waiting.after(ExitCode::KeyDenied, hour), (CONFIRM, Refuse::NotYet));
-        assert_eq!(waiting.after(ExitCode::KeyDenied, hour), (RETRY, Refuse::Now));
+        assert_eq!(after(&mut waiting, ExitCode::KmsUnavailable, hour), (RETRY, Refuse::NotYet));
+        assert_eq!(after(&mut waiting, ExitCode::KeyDenied, hour), (CONFIRM, Refuse::NotYet));
+        assert_eq!(after(&mut waiting, ExitCode::KeyDenied, hour), (RETRY, Refuse::Now));
         let over = Allowance::For(Duration::ZERO);
-        assert_eq!(waiting.after(ExitCode::KmsUnavailable, over), (RETRY, Refuse::Now));
+        assert_eq!(after(&mut waiting, ExitCode::KmsUnavailable, over), (RETRY, Refuse::Now));
         let never = Allowance::Never;
-        assert_eq!(waiting.after(ExitCode::KmsUnavailable, never), (RETRY, Refuse::NotYet));
-        assert_eq!(waiting.after(ExitCode::Failed, hour), (RETRY, Refuse::Now));
+        assert_eq!(after(&mut waiting, ExitCode::KmsUnavailable, never), (RETRY, Refuse::NotYet));
         let short = Allowance::For(Duration::from_secs(3));
-        let (pause, refuse) = Waiting::default().after(ExitCode::KmsUnavailable, short);
+        let (pause, refuse) = after(&mut Waiting::default(), ExitCode::KmsUnavailable, short);
         assert!(pause <= Duration::from_secs(3) && refuse == Refuse::NotYet);
+    }
+
+    #[test]
+    fn requests_of_a_device_wait_for_what_may_pass_as_long_as_the_kernel_would() {
+        let grace = |seconds| Bounds {
+            allowance: Allowance::For(Duration::ZERO),
+            grace: Duration::from_secs(seconds),
+        };
+        let mut waiting = Waiting::default();
+        for exit in [ExitCode::Failed, ExitCode::WrongState, ExitCode::Usage] {
+            assert_eq!(waiting.after(exit, Fault::MayPass, grace(90)), (AGAIN, Refuse::NotYet));
+            assert_eq!(waiting.after(exit, Fault::MayPass, grace(0)), (RETRY, Refuse::Now));
+            assert_eq!(waiting.after(exit, Fault::Stays, grace(90)), (RETRY, Refuse::Now));
+        }
+        assert_eq!(
+            waiting.after(ExitCode::KmsUnavailable, Fault::MayPass, grace(90)).1,
+            Refuse::Now
+        );
+        // It has its own time, not what an outage of KMS has left of it.
+        assert!(waiting.faulty.is_none());
+        assert_eq!(waiting.after(ExitCode::Failed, Fault::MayPass, grace(90)).1, Refuse::NotYet);
     }
 }

@@ -7,6 +7,40 @@ use crate::kernel::KernelError;
 use crate::kms::ServiceError;
 use crate::volume::{VolumeError, VolumeErrorClass};
 
+/// Whether what keeps a volume from being attached may pass by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// As a path that is missing for a second does.
+    MayPass,
+    /// As another volume's header does not, nor what an operator wants.
+    Stays,
+}
+
+/// Why a volume is not attached.
+pub(super) struct NotAttached {
+    pub(super) error: ControlError,
+    pub(super) fault: Fault,
+}
+
+impl NotAttached {
+    pub(super) fn for_good(error: ControlError) -> Self {
+        Self { error, fault: Fault::Stays }
+    }
+
+    pub(super) fn by_volume(what: &str, error: &VolumeError) -> Self {
+        let foreign = error.class() == VolumeErrorClass::NotAVolume
+            || matches!(error, VolumeError::Overwritten { .. });
+        let fault = if foreign { Fault::Stays } else { Fault::MayPass };
+        Self { error: by_volume(what, error), fault }
+    }
+}
+
+impl From<ControlError> for NotAttached {
+    fn from(error: ControlError) -> Self {
+        Self { error, fault: Fault::MayPass }
+    }
+}
+
 /// What a request of the control API ends with.
 pub(super) type Answered<T> = Result<T, ControlError>;
 

@@ -5,6 +5,7 @@
 //! `byokctl status` says so.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
 use jiff::Timestamp;
@@ -12,7 +13,9 @@ use tokio::signal::unix::Signal;
 use tracing::{error, info};
 
 use crate::audit::record::{Event, Kind};
-use crate::config::{AttachWhen, Config, ConfigErrors, VolumeConfig, load, load_volumes};
+use crate::config::{
+    AttachWhen, Config, ConfigError, ConfigErrors, VolumeConfig, load, load_volumes,
+};
 use crate::control::{Problem, Reloaded};
 use crate::daemon::refusals::{Answered, by_panic, refused};
 use crate::daemon::{Daemon, Now, Service, Volume};
@@ -53,6 +56,8 @@ impl Daemon {
         let read = read.await.map_err(|e| by_panic(what, e))?;
         let (settings, definitions) =
             read.map_err(|e| refused(ExitCode::Usage, what, e, "Mend the lines named above."))?;
+        // All of them could be read.
+        self.skipped.lock().unwrap_or_else(PoisonError::into_inner).clear();
         let mut reloaded = Reloaded::default();
         if let Some(settings) = settings {
             reloaded.at_restart = self.differing(&settings);
@@ -124,6 +129,18 @@ impl Daemon {
         self.at_restart.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Definitions that could not be read when the daemon started.
+    pub(super) fn skipped_problems(&self) -> Vec<Problem> {
+        let skipped = self.skipped.lock().unwrap_or_else(PoisonError::into_inner);
+        skipped.values().cloned().collect()
+    }
+
+    /// The definition of that name was read, or it was found to be gone.
+    pub(super) fn not_skipped(&self, name: &str) {
+        let mut skipped = self.skipped.lock().unwrap_or_else(PoisonError::into_inner);
+        skipped.remove(&self.definition(name));
+    }
+
     /// Volumes whose definitions are gone are not known any more, unless they are in use.
     async fn drop_removed(&self, names: &BTreeSet<String>, reloaded: &mut Reloaded) {
         let mut gone: Vec<_> = self.volumes().clone().into_iter().collect();
@@ -153,6 +170,16 @@ impl Daemon {
             in_use
         });
     }
+}
+
+/// What is told of a definition that cannot be read when the daemon starts.
+pub(super) fn skipped(error: ConfigError) -> (PathBuf, Problem) {
+    let problem = Problem {
+        at: rfc3339(Timestamp::now()),
+        why: format!("the volume of a definition that cannot be read is not served: {error}"),
+        remedy: "Mend the line named above, then: byokctl reload".to_owned(),
+    };
+    (error.file, problem)
 }
 
 fn is_in_use(now: &Now) -> bool {

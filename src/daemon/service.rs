@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval};
-use tracing::info;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tracing::{info, warn};
 
 use crate::control::VolumeState;
 use crate::daemon::status::state;
@@ -18,15 +18,28 @@ use crate::systemd::Notifier;
 /// machine that serves has other things to do.
 const LOOK: Duration = Duration::from_secs(2);
 
+/// How long a start waits for the first tries to attach: longer than a store may take to be opened
+/// and KMS to answer. `TimeoutStartSec` of the unit is longer than this and all that comes before.
+const FIRST_TRIES: Duration = Duration::from_secs(20);
+
 impl Daemon {
     /// Tells systemd that the service is up, once each volume that should be attached was tried
-    /// (`each_was_tried` ends), and from then on how it is. Never ends.
+    /// (`each_was_tried` ends), or had the time for it, and from then on how it is. Never ends.
     pub(super) async fn tell(&self, notifier: &Notifier, mut each_was_tried: mpsc::Receiver<()>) {
         if notifier.is_active() {
             notifier.status(&format!("starting: {}", self.summary()));
         }
         // Nothing is ever sent: it ends.
-        let _ended = each_was_tried.recv().await;
+        if timeout(FIRST_TRIES, each_was_tried.recv()).await.is_err() {
+            for (name, volume) in self.volumes().clone() {
+                if volume.with(|now| std::mem::take(&mut now.awaited)) {
+                    warn!(
+                        volume = name,
+                        "not waited for any longer: the first try to attach it does not end"
+                    );
+                }
+            }
+        }
         let mut told = self.summary();
         info!("ready: {told}");
         if !notifier.is_active() {
@@ -67,6 +80,7 @@ impl Daemon {
                 VolumeState::Detached => count.detached += 1,
             });
         }
+        count.skipped = self.skipped_problems().len();
         count.words()
     }
 }
@@ -89,6 +103,8 @@ struct Count {
     detaching: usize,
     failed: usize,
     detached: usize,
+    /// Definitions that cannot be read.
+    skipped: usize,
 }
 
 impl Count {
@@ -99,6 +115,7 @@ impl Count {
             (self.detaching, "detaching"),
             (self.failed, "not attached, with a problem"),
             (self.detached, "detached"),
+            (self.skipped, "not known, as the definition cannot be read"),
         ];
         let volumes = if self.serving == 1 { "volume" } else { "volumes" };
         let mut words = format!("{} {volumes} serving", self.serving);

@@ -92,11 +92,10 @@ impl Daemon {
         }
     }
 
-    /// The daemon stops, and a key that is still here is destroyed, whatever is being done to its
-    /// volume.
-    fn give_up(&self, name: &str, volume: &Volume) {
+    /// A key that is still here is destroyed, whatever is being done to its volume.
+    pub(super) fn give_up(&self, name: &str, volume: &Volume, reason: FenceReason) {
         if let Some(Keyed { export, .. }) = volume.with(|now| now.service.keyed()) {
-            self.destroy(name, &export, FenceReason::Stopping);
+            self.destroy(name, &export, reason);
         }
     }
 
@@ -152,7 +151,7 @@ impl Daemon {
             );
             // First, so that the kernel sees no error: what it has sent is answered with the key.
             given(hand_over(&volume, GIVING_UP).await);
-            self.give_up(&name, &volume);
+            self.give_up(&name, &volume, FenceReason::Stopping);
             return;
         };
         given(hand_over(&volume, HAND_OVER.min(left() / 2)).await);
@@ -161,7 +160,7 @@ impl Daemon {
         let _ended = self.end(&name, &volume, FenceReason::Stopping, within).await;
         // Whoever began to end it may have been cut off, and it goes on.
         volume.ended(left().saturating_sub(CUT_OFF / 2)).await;
-        self.give_up(&name, &volume);
+        self.give_up(&name, &volume, FenceReason::Stopping);
     }
 }
 

@@ -4,13 +4,15 @@
 //! that one whose KMS is slow never delays another.
 
 use std::io;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use nix::sys::resource::{Resource, getrlimit};
-use tracing::info;
+use tokio::sync::{Mutex, MutexGuard, watch};
+use tokio::time::timeout;
+use tracing::{info, warn};
 
 use crate::audit::record::{Event, Kind};
 use crate::audit::{Audit, Owed};
@@ -18,7 +20,9 @@ use crate::clock::now;
 use crate::config::{Auto, VolumeConfig, is_volume_name, load_volume, load_volume_with_hash};
 use crate::control::{Problem, VolumeStatus};
 use crate::daemon::devices::AttachHow;
-use crate::daemon::refusals::{Answered, by_export, by_panic, by_service, by_volume, refused};
+use crate::daemon::refusals::{
+    Answered, NotAttached, by_export, by_panic, by_service, by_volume, refused,
+};
 use crate::daemon::status::status;
 use crate::daemon::stop::DRAIN;
 use crate::daemon::{Attached, Daemon, Keyed, Now, Service, Volume};
@@ -39,6 +43,17 @@ use crate::volume::{Access, LockedVolume};
 
 /// How soon the keeper of a volume that is attached is heard of first.
 const ATTACHING: Duration = Duration::from_secs(10);
+
+/// How long a store may take to be opened. Longer than a disk takes to spin up, shorter than a start
+/// waits for the first tries: a store that hangs is tried again, and told of.
+const OPEN: Duration = Duration::from_secs(15);
+
+/// How long a forced detach waits for whatever else is done to the volume: time for its parts that
+/// are bounded and short. With what is bounded after it, it ends in 20 s.
+const CUT_IN: Duration = Duration::from_secs(5);
+
+/// How often it tells those who attach the volume.
+const CUT_IN_AGAIN: Duration = Duration::from_millis(500);
 
 /// Descriptors that no further volume takes: what is attached needs them for clients, and for asking
 /// KMS. A node that could not ask would lose all its volumes when their allowances end.
@@ -66,16 +81,20 @@ impl Daemon {
             if is_volume_name(name) { self.read_definition(name).await } else { Ok(None) };
         match definition {
             Ok(Some(config)) => {
+                self.not_skipped(name);
                 let mut volumes = self.volumes();
                 let volume = volumes.entry(name.to_owned());
                 Ok(Arc::clone(volume.or_insert_with(|| Arc::new(Volume::new(config)))))
             }
-            Ok(None) => Err(refused(
-                ExitCode::WrongState,
-                what,
-                format!("there is no volume `{name}`"),
-                "See `byokctl volume list` for those that there are.",
-            )),
+            Ok(None) => {
+                self.not_skipped(name);
+                Err(refused(
+                    ExitCode::WrongState,
+                    what,
+                    format!("there is no volume `{name}`"),
+                    "See `byokctl volume list` for those that there are.",
+                ))
+            }
             Err(why) => Err(refused(ExitCode::Usage, what, why, "Mend the lines named above.")),
         }
     }
@@ -166,25 +185,27 @@ impl Daemon {
         Ok(kms)
     }
 
-    pub(super) async fn attach(&self, name: &str, how: AttachHow) -> Answered<Box<VolumeStatus>> {
+    pub(super) async fn attach(
+        &self,
+        name: &str,
+        how: AttachHow,
+    ) -> Result<Box<VolumeStatus>, NotAttached> {
         let what = format!("attach volume {name}");
         let volume = self.find(&what, name).await?;
         let _alone = volume.changing.lock().await;
+        let mut until = TakenOut(volume.taken_out.subscribe());
         self.goes_into_service(&what)?;
         self.while_known(&what, name, &volume, |_| ())?;
         if volume.with(|now| matches!(now.service, Service::Attached(_))) {
-            return Err(refused(
-                ExitCode::WrongState,
-                &what,
-                "it is attached already",
-                format!("See `byokctl status {name}`."),
-            ));
+            let why = "it is attached already";
+            let remedy = format!("See `byokctl status {name}`.");
+            return Err(refused(ExitCode::WrongState, &what, why, remedy).into());
         }
         room_for_descriptors().map_err(|why| {
             let remedy = "Raise LimitNOFILE for byokd, or attach fewer volumes.";
             refused(ExitCode::Failed, &what, why, remedy)
         })?;
-        self.not_suspended(&what, name).await?;
+        self.not_suspended(&what, name).await.map_err(NotAttached::for_good)?;
         let definition = self.definition(name);
         let loaded = apart("definition", move || load_volume_with_hash(&definition)).await;
         let config = match loaded.map_err(|e| by_panic(&what, e))? {
@@ -200,10 +221,11 @@ impl Daemon {
             Ok(None) => {
                 let why = format!("its definition {} is gone", self.definition(name).display());
                 let remedy = format!("Put it back, or `byokctl volume forget {name}`.");
-                return Err(refused(ExitCode::WrongState, &what, why, remedy));
+                return Err(refused(ExitCode::WrongState, &what, why, remedy).into());
             }
             Err(why) => {
-                return Err(refused(ExitCode::Usage, &what, why, "Mend the lines named above."));
+                let remedy = "Mend the lines named above.";
+                return Err(refused(ExitCode::Usage, &what, why, remedy).into());
             }
         };
         self.while_known(&what, name, &volume, |now| {
@@ -211,10 +233,12 @@ impl Daemon {
             now.at_next_attach = Vec::new();
             now.service = Service::Attaching(None);
         })?;
-        let done = match self.unlock(&what, name, &volume, &config, how.read_only).await {
+        let unlocked = self.unlock(&what, name, &volume, &config, how.read_only, &mut until).await;
+        let done = match unlocked {
             Ok(attached) => {
                 volume.with(|now| now.service = Service::Attached(attached));
-                let device = self.put_in_kernel(&what, name, &volume, &config, how).await;
+                let device = self.put_in_kernel(&what, name, &volume, &config, how, &mut until);
+                let device = device.await;
                 if device.is_err() {
                     // What failed was logged.
                     let _ended = self.end(name, &volume, FenceReason::Detached, DRAIN).await;
@@ -226,9 +250,9 @@ impl Daemon {
                 Err(error)
             }
         };
-        let outcome = done.as_ref().err().map_or(ExitCode::Ok, |error| error.exit);
+        let outcome = done.as_ref().err().map_or(ExitCode::Ok, |not| not.error.exit);
         volume.counters.attaches.add(&word(outcome));
-        if let Err(error) = &done {
+        if let Err(NotAttached { error, .. }) = &done {
             // Tried again every few seconds, it is recorded once.
             let known = volume.with(|now| {
                 now.problem.as_ref().is_some_and(|problem| problem.remedy == error.remedy)
@@ -239,7 +263,7 @@ impl Daemon {
             }
         }
         volume.with(|now| {
-            now.problem = done.as_ref().err().map(|error| Problem {
+            now.problem = done.as_ref().err().map(|NotAttached { error, .. }| Problem {
                 at: rfc3339(Timestamp::now()),
                 why: error.why.clone(),
                 remedy: error.remedy.clone(),
@@ -256,7 +280,8 @@ impl Daemon {
         volume: &Volume,
         config: &VolumeConfig,
         read_only: bool,
-    ) -> Answered<Attached> {
+        until: &mut TakenOut,
+    ) -> Result<Attached, NotAttached> {
         let peers = self.peers_of(config).map_err(|e| {
             refused(ExitCode::Usage, what, e, "Mend `owner` and `group` of the definition.")
         })?;
@@ -266,25 +291,19 @@ impl Daemon {
             Auto::Auto => DirectIo::Auto,
             Auto::Off => DirectIo::Off,
         };
-        let backing = config.backing.clone();
-        let opened = apart("open", move || {
-            let locked = LockedVolume::open(&backing, access)?;
-            // A store that hangs does so now, not when the key is here.
-            locked.open_store(direct)?;
-            Ok(locked)
-        });
-        let opened = opened.await.map_err(|e| by_panic(what, e))?;
-        let locked = opened.map_err(|e| by_volume(what, &e))?;
+        let opening = open(what, volume, config.backing.clone(), access, direct);
+        let locked = until.or(what, opening).await?;
         let header = locked.header();
         let locked = Apart::new(locked);
         let wrapped = header.token().wrapped.clone();
         let role = config.role();
         let asked = now();
         let unwrapped = async {
-            is_the_one(what, config, &header)?;
+            is_the_one(what, config, &header).map_err(NotAttached::for_good)?;
             let kms = self.kms_for(what, role.as_ref()).await?;
             let unwrapped = kms.unwrap_key(&wrapped).await;
-            unwrapped.map(|(key, proof)| (kms, key, proof)).map_err(|e| by_service(what, &e))
+            let unwrapped = unwrapped.map_err(|e| by_service(what, &e))?;
+            Ok::<_, NotAttached>((kms, unwrapped.0, unwrapped.1))
         };
         let (kms, key, proof) = match Box::pin(unwrapped).await {
             Ok(unwrapped) => unwrapped,
@@ -350,18 +369,19 @@ impl Daemon {
         let socket = self.setup.config.nbd_dir.join(format!("{name}.sock"));
         let ready = async {
             self.goes_into_service(what)?;
-            self.not_suspended(what, name).await?;
+            self.not_suspended(what, name).await.map_err(NotAttached::for_good)?;
             let mended = Arc::clone(&export);
             let repaired = apart("repair", move || mended.volume().repair()).await;
             repaired.map_err(|e| by_panic(what, e))?.map_err(|e| by_volume(what, &e))?;
             self.first_record(what, attach).await?;
             let table = self.table.only(Arc::clone(&export));
-            Listener::nbd_unix(&socket, peers, table).map_err(|e| {
+            let listener = Listener::nbd_unix(&socket, peers, table).map_err(|e| {
                 let why = format!("cannot listen on {}: {e}", socket.display());
                 refused(ExitCode::Failed, what, why, "Check the nbd_dir of byokd.toml.")
-            })
+            });
+            Ok(listener?)
         };
-        let listener = match ready.await {
+        let listener = match until.or(what, ready).await {
             Ok(listener) => listener,
             Err(error) => {
                 keeper.end().await;
@@ -387,8 +407,17 @@ impl Daemon {
     pub(super) async fn detach(&self, name: &str, force: bool) -> Answered<Box<VolumeStatus>> {
         let what = format!("detach volume {name}");
         let volume = self.find(&what, name).await?;
-        let _alone = volume.changing.lock().await;
+        let attaching = volume.with(|now| matches!(now.service, Service::Attaching(_)));
+        let alone = if force { cut_in(&volume).await } else { Some(volume.changing.lock().await) };
         let had_device = self.take_from_kernel(&what, name, &volume, force).await?;
+        if had_device {
+            // Nor does a later try bring it back.
+            volume.taken_out.send_modify(|times| *times += 1);
+        }
+        if alone.is_none() {
+            warn!(volume = name, "not waited for: something that is being done to it does not end");
+            self.give_up(name, &volume, FenceReason::Detached);
+        }
         let ended = self.end(name, &volume, FenceReason::Detached, DRAIN).await.map_err(|e| {
             let why = format!("it is detached and its key destroyed, but the last flush failed: {e}");
             refused(
@@ -398,7 +427,8 @@ impl Daemon {
                 "What was written since a client's last flush may be lost; check the backing store.",
             )
         })?;
-        if !ended && !had_device {
+        let cut_off = force && attaching;
+        if !(ended || had_device || cut_off) {
             return Err(refused(
                 ExitCode::WrongState,
                 &what,
@@ -408,6 +438,88 @@ impl Daemon {
         }
         Ok(Box::new(status(name, &volume).await))
     }
+}
+
+/// Opens a volume's store, in bounded time. What a store that hangs gives later is closed again.
+async fn open(
+    what: &str,
+    volume: &Volume,
+    backing: PathBuf,
+    access: Access,
+    direct: DirectIo,
+) -> Result<LockedVolume, NotAttached> {
+    let path = backing.clone();
+    let opening = async {
+        let place = volume.place_to_open(&backing).lock_owned().await;
+        apart("open", move || {
+            let opened = LockedVolume::open(&backing, access).and_then(|locked| {
+                // A store that hangs does so now, not when the key is here.
+                locked.open_store(direct)?;
+                Ok(locked)
+            });
+            // In this order, where nobody waits for them.
+            (opened, place)
+        })
+        .await
+    };
+    let Ok(opened) = timeout(OPEN, opening).await else {
+        let (path, seconds) = (path.display(), OPEN.as_secs());
+        let why = format!("its store {path} hangs: it was not opened within {seconds} s");
+        let remedy = "See the system's log for the backing store.";
+        return Err(refused(ExitCode::Failed, what, why, remedy).into());
+    };
+    let (opened, _place) = opened.map_err(|e| by_panic(what, e))?;
+    opened.map_err(|e| NotAttached::by_volume(what, &e))
+}
+
+impl Volume {
+    /// What is held while the store at `backing` is opened. Another one does not wait for it.
+    fn place_to_open(&self, backing: &Path) -> Arc<Mutex<()>> {
+        let mut opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        if opening.0 != backing {
+            *opening = (backing.to_owned(), Arc::default());
+        }
+        Arc::clone(&opening.1)
+    }
+}
+
+/// Tells whoever attaches a volume that an operator takes it out of service.
+pub(super) struct TakenOut(watch::Receiver<u64>);
+
+impl TakenOut {
+    /// What `work` comes to, unless the volume is taken out of service first.
+    pub(super) async fn or<T>(
+        &mut self,
+        what: &str,
+        work: impl Future<Output = Result<T, NotAttached>>,
+    ) -> Result<T, NotAttached> {
+        tokio::select! {
+            biased;
+            // The volume outlives whoever attaches it.
+            _ = self.0.changed() => {
+                let why = "it was detached by force meanwhile";
+                let remedy = "Attach it again when it is to be served.";
+                let refusal = refused(ExitCode::WrongState, what, why, remedy);
+                Err(NotAttached::for_good(refusal))
+            }
+            done = work => done,
+        }
+    }
+}
+
+/// Has whoever attaches the volume give up, and waits for that; in vain where something else is done
+/// to it that hangs.
+async fn cut_in(volume: &Volume) -> Option<MutexGuard<'_, ()>> {
+    let mut waited = Duration::ZERO;
+    while waited < CUT_IN {
+        // Again for those who began meanwhile.
+        volume.taken_out.send_modify(|times| *times += 1);
+        if let Ok(alone) = timeout(CUT_IN_AGAIN, volume.changing.lock()).await {
+            return Some(alone);
+        }
+        waited += CUT_IN_AGAIN;
+    }
+    None
 }
 
 /// A volume whose key is here and that nobody is served of yet. Dropped, whatever becomes of its

@@ -56,6 +56,9 @@ impl Daemon {
     /// What keeps the daemon from being ready: volumes that are to be attached and were not tried.
     #[must_use]
     pub fn not_ready(&self) -> Vec<String> {
+        if !*self.resumed.borrow() {
+            return vec!["kernel devices are being looked for".to_owned()];
+        }
         let all = self.volumes().clone();
         all.into_iter()
             .filter(|(_, volume)| volume.with(|now| now.awaited))

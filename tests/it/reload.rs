@@ -4,7 +4,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, have, nbdsh, run, until};
+use crate::support::{Daemon, have, nbdsh, output, run, until};
 
 const USAGE: i32 = 2;
 const WRONG_STATE: i32 = 5;
@@ -84,6 +84,57 @@ fn settings_that_wait_for_the_next_start_are_said_in_the_status() {
     std::fs::write(&file, before).unwrap();
     daemon.ok(&["reload"]);
     assert_eq!(daemon.ok(&["status"])["problems"], Value::Null, "they are as they were");
+}
+
+#[test]
+fn a_definition_that_cannot_be_read_at_a_start_costs_its_own_volume_alone() {
+    let mut daemon = Daemon::start();
+    let key = daemon.key();
+    for name in ["v", "w"] {
+        daemon.create(name, "1M", &key);
+        daemon.define(name, "attach = \"auto\"");
+    }
+    let whole = std::fs::read(daemon.dir.path().join("volumes.d/w.toml")).unwrap();
+    put(&daemon, "w", "backing = \"/half");
+    daemon.crash_and_restart();
+    until("the other one is served", || daemon.state("v") == "serving");
+    assert_eq!(names(&daemon), ["v"]);
+    let problems = daemon.ok(&["status"])["problems"].take();
+    assert!(problems[0]["why"].as_str().unwrap().contains("w.toml:1: "), "{problems}");
+    daemon.says("ERROR definition skipped: it cannot be read");
+    let (code, refused) = daemon.ctl(&["status", "w"]);
+    assert_eq!(code, USAGE, "{refused}");
+    put(&daemon, "w", std::str::from_utf8(&whole).unwrap());
+    assert_eq!(daemon.ok(&["reload"])["added"], json!(["w"]));
+    assert_eq!(daemon.ok(&["status"])["problems"], Value::Null, "it is mended");
+    until("it is served as well", || daemon.state("w") == "serving");
+}
+
+#[test]
+fn a_check_tells_all_that_is_wrong_and_starts_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("byokd.toml");
+    let check = || {
+        let mut byokd = Command::new(env!("CARGO_BIN_EXE_byokd"));
+        let checked = output(byokd.arg("--check").arg("--config").arg(&file));
+        let text = [checked.stdout, checked.stderr].concat();
+        (checked.status.code(), String::from_utf8(text).unwrap())
+    };
+    let nbd = dir.path().join("nbd");
+    std::fs::write(&file, format!("volumes_dir = \"v\"\nnbd_dir = \"{}\"\n", nbd.display()))
+        .unwrap();
+    std::fs::create_dir(dir.path().join("v")).unwrap();
+    std::fs::write(dir.path().join("v/well.toml"), "backing = \"/x\"\n").unwrap();
+    let (code, text) = check();
+    assert_eq!((code, text.contains("no errors; 1 volumes")), (Some(0), true), "{text}");
+    std::fs::write(dir.path().join("v/a.toml"), "backing = \"/half").unwrap();
+    std::fs::write(dir.path().join("v/b.toml"), "backing = \"/x\"\ntrimm = true\n").unwrap();
+    let (code, text) = check();
+    assert_eq!(code, Some(USAGE), "{text}");
+    assert!(text.contains("a.toml:1: ") && text.contains("b.toml:2: "), "{text}");
+    std::fs::write(&file, "volumes_dri = \"v\"\n").unwrap();
+    assert_eq!(check().0, Some(USAGE));
+    assert!(!nbd.exists(), "it only looks");
 }
 
 #[test]

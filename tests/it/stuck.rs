@@ -156,6 +156,42 @@ fn a_store_that_hangs_at_attach_does_not_keep_the_daemon_from_stopping() {
 }
 
 #[test]
+fn an_attach_ends_with_a_word_though_its_store_hangs_and_a_forced_detach_ends_it_sooner() {
+    let daemon = Daemon::start();
+    hanging(&daemon, "h");
+    let address = address(&daemon);
+    std::thread::scope(|scope| {
+        let attach = scope.spawn(|| daemon.ctl(&["attach", "--read-only", "h"]));
+        until("the store hangs", || {
+            let sample = "byokd_volume_state{volume=\"h\",state=\"attaching\"}";
+            let page = scrape(&address);
+            page.contains(sample) && value(&page, sample) > 0.0
+        });
+        let began = Instant::now();
+        assert_eq!(ctl(&daemon, &["detach", "--force", "h"]), 0);
+        let took = began.elapsed();
+        assert!(took < Duration::from_secs(8), "{took:?}");
+        let (code, refused) = attach.join().unwrap();
+        assert_eq!(code, 5, "{refused}");
+        assert!(refused["why"].as_str().unwrap().contains("by force"), "{refused}");
+    });
+    let (code, refused) = daemon.ctl(&["attach", "--read-only", "h"]);
+    assert_eq!(code, 1, "{refused}");
+    assert!(refused["why"].as_str().unwrap().contains("hangs"), "{refused}");
+    let threads = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    let open = threads.filter(|thread| {
+        let comm = thread.as_ref().unwrap().path().join("comm");
+        std::fs::read_to_string(comm).is_ok_and(|comm| comm.trim() == "open")
+    });
+    assert_eq!(open.count(), 1, "each try holds a thread");
+    // Another store is not waited for in its place.
+    let key = daemon.key();
+    daemon.create("well", "1M", &key);
+    daemon.define("h", &format!("backing = \"{}\"", daemon.backing("well").display()));
+    daemon.ok(&["attach", "h"]);
+}
+
+#[test]
 fn an_operator_fences_a_volume_that_is_being_detached_though_its_store_hangs() {
     if !can_mount(&["nbdsh", "nbdkit"]) {
         return;

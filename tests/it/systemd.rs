@@ -1,6 +1,7 @@
 //! Under a service manager: a socket of the test's own hears what systemd would be told.
 
 use std::io::{IoSliceMut, Read, Write};
+use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
@@ -10,8 +11,9 @@ use std::time::{Duration, Instant};
 use byokd::systemd::Notifier;
 use nix::sys::ptrace;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitPidFlag, waitpid};
-use nix::unistd::{Pid, close};
+use nix::unistd::{Pid, close, mkfifo};
 
 use crate::backing::HangingDisk;
 use crate::mounts::can_mount;
@@ -199,14 +201,18 @@ fn a_descriptor_is_stored_by_name_and_its_end_is_awaited() {
     });
 }
 
-/// `byokd-kernel` on a machine without kernel devices: each connection of one ends here.
-fn kernel_without_devices(daemon: &Daemon) {
+/// `byokd-kernel` on a machine without kernel devices: each connection of one ends here. It answers
+/// nothing the first times.
+fn kernel_without_devices(daemon: &Daemon, silent: usize) {
     let helper = UnixListener::bind(daemon.dir.path().join("kernel.sock")).unwrap();
     std::thread::spawn(move || {
         let mut kernel = Vec::new();
-        for asked in helper.incoming() {
+        for (at, asked) in helper.incoming().enumerate() {
             let mut asked = asked.unwrap();
             let (ask, sockets) = receive(asked.as_fd());
+            if at < silent {
+                continue;
+            }
             let told = if ask.contains("connect") {
                 kernel.extend(sockets);
                 format!("{{\"told\":\"device\",\"index\":{}}}\n", 900 + kernel.len())
@@ -219,6 +225,61 @@ fn kernel_without_devices(daemon: &Daemon) {
 }
 
 #[test]
+fn ready_is_said_though_a_store_hangs() {
+    let manager = Manager::abstractly();
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut daemon = Daemon::start_with(dir, vec![manager.env()]);
+    manager.hears_line("READY=1");
+    let key = daemon.key();
+    daemon.create("well", "8M", &key);
+    daemon.define("well", "attach = \"auto\"");
+    // It hangs as soon as it is opened: nobody writes to it.
+    let store = daemon.backing("hangs");
+    mkfifo(&store, Mode::from_bits_truncate(0o600)).unwrap();
+    let definition = daemon.dir.path().join("volumes.d/hangs.toml");
+    let text = format!("backing = \"{}\"\nattach = \"auto\"\nread_only = true\n", store.display());
+    std::fs::write(definition, text).unwrap();
+    daemon.crash_and_restart();
+    let ready = manager.hears_line("READY=1");
+    assert!(ready.contains("STATUS=1 volume serving, 1 "), "{ready}");
+    // It goes on being tried: whoever opens the other end lets the open go on.
+    daemon.ok(&["detach", "well"]);
+    let other_end = std::fs::File::options().write(true).open(&store).unwrap();
+    std::fs::rename(daemon.backing("well"), &store).unwrap();
+    drop(other_end);
+    until("it is attached", || daemon.state("hangs") == "serving");
+}
+
+#[test]
+fn a_device_that_the_helper_does_not_make_at_once_is_made_later() {
+    let mut daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.create("v", "8M", &key);
+    daemon.define("v", "attach = \"auto\"\ndevice = \"auto\"");
+    kernel_without_devices(&daemon, 1);
+    daemon.crash_and_restart();
+    until("the helper answers", || daemon.status("v")["device"]["path"].is_string());
+    assert_eq!(daemon.state("v"), "serving");
+}
+
+#[test]
+fn a_copy_of_a_volume_is_not_taken_for_the_one_whose_device_it_is() {
+    let daemon = Daemon::start();
+    kernel_without_devices(&daemon, 0);
+    let key = daemon.key();
+    daemon.create("v", "8M", &key);
+    let copy = daemon.backing("copy");
+    std::fs::copy(daemon.backing("v"), &copy).unwrap();
+    let definition = daemon.dir.path().join("volumes.d/copy.toml");
+    std::fs::write(definition, format!("backing = \"{}\"\n", copy.display())).unwrap();
+    daemon.ok(&["attach", "v", "--device", "auto"]);
+    let (code, refused) = daemon.ctl(&["attach", "copy", "--device", "auto"]);
+    assert_eq!(code, 5, "{refused}");
+    assert!(refused["why"].as_str().unwrap().contains("volume v has a device"), "{refused}");
+    daemon.ok(&["attach", "copy"]);
+}
+
+#[test]
 fn connections_of_devices_are_stored_however_long_their_volumes_take_to_end() {
     if !can_mount(&["nbdkit"]) {
         return;
@@ -228,7 +289,7 @@ fn connections_of_devices_are_stored_however_long_their_volumes_take_to_end() {
     let daemon = Daemon::start_with(dir, vec![manager.env()]);
     // It goes before the daemon, which could not end without it.
     let disk = HangingDisk::new();
-    kernel_without_devices(&daemon);
+    kernel_without_devices(&daemon, 0);
     let key = daemon.key();
     disk.define(&daemon, "hangs", &key);
     daemon.create("well", "8M", &key);
@@ -250,6 +311,31 @@ fn connections_of_devices_are_stored_however_long_their_volumes_take_to_end() {
     stored.sort();
     assert_eq!(stored, ["kernel.nbd901.0", "kernel.nbd902.0"]);
     assert!(took < Duration::from_secs(5), "{took:?}: {}", daemon.log());
+}
+
+#[test]
+fn a_start_that_fails_leaves_the_connections_of_devices_with_systemd() {
+    let manager = Manager::abstractly();
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    let script = "export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=kernel.nbd900.0; \
+                  exec \"$0\" \"$@\" 3<&0 </dev/null";
+    let child = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_byokd"), "--dev", "--http-port", &port])
+        .arg("--state-dir")
+        .arg(dir.path())
+        .env("NOTIFY_SOCKET", &manager.name)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    assert!(!Running(child).ends("it cannot serve HTTP").success());
+    while let Some(message) = manager.hears(Duration::from_millis(1)) {
+        assert!(!message.contains("FDSTOREREMOVE"), "{message}");
+    }
 }
 
 #[test]
