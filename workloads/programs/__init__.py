@@ -3,6 +3,7 @@
     start(data)     the program runs on a directory of the volume and serves
     load()          its load begins; each acknowledgement goes into `acks`, off the device
     stopped()       whether it has ended or its load met an error
+    patience        how many seconds it may be without an acknowledgement, on a busy machine as well
     halt()          the load ends in peace; an error in it is a Failure
     stop(), kill()  the program ends in peace, or as in a crash
     verify(data)    what it has kept: (whether all that was acknowledged is there, what it says)

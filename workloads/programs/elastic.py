@@ -23,6 +23,8 @@ class Elastic(Server):
     name, purpose = "es", "elasticsearch"
     batch, clients = 50, 2
     start_within = 300
+    # It collects garbage and merges.
+    patience = 10
     trouble = ("[ERROR]", "[WARN ]", "Exception", "SIGBUS", "fatal error")
     index = "load"
 

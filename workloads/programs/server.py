@@ -12,7 +12,7 @@ from parts.shell import Failure, Process, until
 class Server:
     """A server with an HTTP interface, and `CLIENTS` threads of load on it."""
 
-    volume_mib, tools = 4096, []
+    volume_mib, tools, patience = 4096, [], 5
     clients = 4
     start_within = 120
 

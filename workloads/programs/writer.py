@@ -12,7 +12,7 @@ HERE = ROOT / "workloads" / "programs"
 
 
 class Writer:
-    volume_mib, tools = 4096, []
+    volume_mib, tools, patience = 4096, [], 5
     script, python, arguments = None, sys.executable, ()
 
     def __init__(self, stack, report_dir, seed):

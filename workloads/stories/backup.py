@@ -35,7 +35,7 @@ def story(stack, report, make_program, seed, quick):
     shelf.mount()
     s.program.back_up_to(shelf.directory)
     s.begin()
-    report.check("the load runs", go_on_for(s.program, 5 if quick else 60))
+    go_on_for(report, "the load runs", s.program, 5 if quick else 60)
     s.program.halt()
     report.event("merging")
     report.number("merged in", s.program.merge(), "s")
@@ -61,7 +61,7 @@ def story(stack, report, make_program, seed, quick):
     report.number("restored in", s.program.restore(), "s")
     s.everything_is_there("restored")
     s.program.load()
-    report.check("the load runs again", go_on_for(s.program, 3 if quick else 20))
+    go_on_for(report, "the load runs again", s.program, 3 if quick else 20)
     series = s.conclude()
     shelf.unmount()
     return series

@@ -19,7 +19,7 @@ GONE_WITHIN = 30
 def story(stack, report, make_program, seed, quick):
     s = Setting(stack, report, make_program, seed)
     s.begin()
-    report.check("the load runs while the key is allowed", go_on_for(s.program, 5 if quick else 40))
+    go_on_for(report, "the load runs while the key is allowed", s.program, 5 if quick else 40)
     way = ("disable", "enable") if seed % 2 else ("deny", "allow")
     denied = report.event(f"key: {way[0]}")
     s.byokd.ctl("dev", "key", way[0], s.key)
@@ -46,5 +46,5 @@ def story(stack, report, make_program, seed, quick):
     s.everything_is_there("after the key came back")
     s.program.load()
     report.event("load goes on")
-    report.check("the load runs again", go_on_for(s.program, 3 if quick else 30))
+    go_on_for(report, "the load runs again", s.program, 3 if quick else 30)
     return s.conclude()

@@ -77,11 +77,18 @@ def scratch_directory(stack):
     return pathlib.Path(path)
 
 
-def go_on_for(program, seconds):
-    """Lets the load run on; whatever stops it is a finding."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if program.stopped():
-            return False
+def go_on_for(report, what, program, seconds):
+    """Lets the load run on, until something was acknowledged after that time. Whatever stops it is a finding, and so is a
+    silence that is longer than the program's patience: of a disk that hangs, a program says nothing."""
+    begun = time.monotonic()
+    last = begun
+    why = ""
+    while last <= begun + seconds and not why:
         time.sleep(0.05)
-    return True
+        silent = time.monotonic() - last
+        if program.stopped():
+            why = ": it has stopped"
+        elif silent > program.patience:
+            why = f": nothing was acknowledged for {silent:.1f} s"
+        last = max(last, acks.last_time(program.acks))
+    report.check(f"{what}{why}", not why)
