@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
 import urllib.request
 
-from .shell import BINARIES, Failure, Process, run, until
+from .shell import BINARIES, Failure, Process, outcome, run, until
 
 
 class Byokd:
@@ -28,8 +27,8 @@ class Byokd:
     def call(self, *args):
         """A command of byokctl: its exit code and its answer."""
         env = {**os.environ, "BYOKD_STATE_DIR": str(self.state), "BYOKD_SOCKET": str(self.state / "byokd.sock")}
-        done = subprocess.run([BINARIES / "byokctl", "--json", *map(str, args)], capture_output=True, text=True, env=env)
-        return done.returncode, json.loads(done.stdout) if done.stdout.startswith("{") else {"why": done.stdout + done.stderr}
+        code, said, errors = outcome(BINARIES / "byokctl", "--json", *args, env=env, seconds=60)
+        return code, json.loads(said) if said.startswith("{") else {"why": said + errors}
 
     def ctl(self, *args):
         code, answer = self.call(*args)

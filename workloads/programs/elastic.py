@@ -11,7 +11,7 @@ import subprocess
 import time
 
 from parts import acks
-from parts.shell import FETCHED, Failure, Process, run, until
+from parts.shell import FETCHED, Failure, Process, run, until, wait
 
 from .server import Server
 
@@ -163,7 +163,7 @@ class ProcessTree(Process):
             os.killpg(self.child.pid, 9)
         except ProcessLookupError:
             pass
-        self.child.wait(60)
+        wait(self.child)
         # A killed process holds its files until it is gone, which its parent's end does not say.
         until("all of the process group are gone", lambda: not living(self.child.pid))
 

@@ -1,12 +1,11 @@
 """Programs that are their own load: the journal and RocksDB. One process appends until it is stopped."""
 
 import signal
-import subprocess
 import sys
 import time
 
 from parts import acks
-from parts.shell import FETCHED, ROOT, Failure, Process, until
+from parts.shell import FETCHED, ROOT, Failure, Process, outcome, until
 
 HERE = ROOT / "workloads" / "programs"
 
@@ -42,8 +41,7 @@ class Writer:
     def halt(self):
         if self.process.ended():
             raise Failure(f"{self.name} ended by itself with {self.process.child.returncode}: {self.complaints()[-3:]}")
-        self.process.child.send_signal(signal.SIGKILL)
-        self.process.child.wait(60)
+        self.process.kill()
 
     def stop(self):
         pass
@@ -52,8 +50,8 @@ class Writer:
         self.process.kill()
 
     def verify(self, data):
-        done = subprocess.run([str(c) for c in self.command("verify", data)], capture_output=True, text=True)
-        return done.returncode == 0, (done.stdout + done.stderr).strip()
+        code, said, errors = outcome(*self.command("verify", data))
+        return code == 0, (said + errors).strip()
 
     def complaints(self):
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
