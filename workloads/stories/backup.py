@@ -55,7 +55,7 @@ def story(stack, report, make_program, seed, quick):
 
     s.byokd.ctl("attach", "v")
     shelf.mount()
-    s.mount()
+    s.mount("attached again")
     s.program.start(s.data)
     report.event("restoring")
     report.number("restored in", s.program.restore(), "s")

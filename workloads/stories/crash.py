@@ -7,7 +7,6 @@ journal of ext4 is replayed, the program starts, its own checks pass, and every 
 import random
 import time
 
-from parts import acks
 from parts.lossy import LossyDisk, prove_that_it_loses
 
 from .setting import Setting, go_on_for, scratch_directory
@@ -36,20 +35,16 @@ def story(stack, report, make_program, seed, quick):
         move_definition(s.byokd.state / "volumes.d" / "v.toml", power.device)
         s.byokd.start()
         s.byokd.ctl("attach", "v")
-        s.mount()
+        s.mount(f"after crash {turn}")
         s.program.start(s.data)
         s.everything_is_there(f"after crash {turn}")
         s.program.load()
         report.event("load goes on")
-    s.program.halt()
-    s.program.stop()
-    s.file_system_is_clean("at the end")
-    rows = acks.read(s.program.acks)
-    report.load(s.program.name, rows)
+    series = s.conclude()
     s.byokd.ctl("detach", "v")
     s.byokd.process.stop()
     power.disk.close()
-    return {s.program.name: rows}
+    return series
 
 
 def move_definition(definition, device):

@@ -41,7 +41,7 @@ def story(stack, report, make_program, seed, quick):
     report.event(f"key: {way[1]}")
     until("the volume is served again", lambda: s.byokd.volume("v")["state"] == "serving")
     report.event("served again")
-    s.mount()
+    s.mount("after the key came back")
     s.program.start(s.data)
     s.everything_is_there("after the key came back")
     s.program.load()

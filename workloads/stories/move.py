@@ -28,7 +28,7 @@ def story(stack, report, make_program, seed, quick):
     report.event("the volume is on node B")
     code, answer = here.call("attach", "v")
     report.check(f"node A is refused while B serves: {answer.get('why')}", code == 5)
-    s.mount()
+    s.mount("on node B")
     s.program.start(s.data)
     s.everything_is_there("on node B")
     s.program.load()

@@ -7,7 +7,7 @@ import random
 import re
 
 from parts import acks
-from parts.disk import FileSystem, NbdDisk
+from parts.disk import NbdDisk
 from parts.shell import Process, until
 
 from .setting import Setting, go_on_for
@@ -19,14 +19,14 @@ LONGEST_MS = 15_000
 class Patient(Setting):
     """A setting whose client waits for a server that is gone."""
 
-    def mount(self, make=False):
+    def open_disk(self):
         socket = self.scratch / "patient.sock"
+        socket.unlink(missing_ok=True)
         command = ["nbdkit", "-f", "-U", socket, "--filter=retry", "nbd", f"uri={self.byokd.uri('v')}", "retries=20", "retry-delay=1",
                    "retry-exponential=no"]
         between = Process(self.stack, command, self.report.directory / "retry.log")
         until("nbdkit listens", lambda: socket.exists() or between.ended())
-        self.disk = NbdDisk(self.stack, f"nbd+unix:///?socket={socket}", self.scratch / "nbd")
-        self.files = FileSystem(self.stack, self.disk, self.data, make)
+        return NbdDisk(self.stack, f"nbd+unix:///?socket={socket}", self.scratch / "nbd")
 
 
 def story(stack, report, make_program, seed, quick):
