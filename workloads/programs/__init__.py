@@ -1,6 +1,7 @@
 """The programs that are put on a volume. All answer to the same words, so that a story is told once:
 
     start(data)     the program runs on a directory of the volume and serves
+    hasten()        from its start on, what it does seldom it does often: a new segment, a checkpoint, a snapshot
     load()          its load begins; each acknowledgement goes into `acks`, off the device
     stopped()       whether it has ended or its load met an error
     patience        how many seconds it may be without an acknowledgement, on a busy machine as well

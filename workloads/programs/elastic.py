@@ -25,6 +25,8 @@ class Elastic(Server):
     start_within = 300
     # It collects garbage and merges.
     patience = 10
+    # Of the translog, into Lucene: as it comes.
+    flush_at = "10gb"
     trouble = ("[ERROR]", "[WARN ]", "Exception", "SIGBUS", "fatal error")
     index = "load"
 
@@ -71,6 +73,9 @@ class Elastic(Server):
         return ProcessTree(self.stack, ["setpriv", f"--reuid={USER}", "--regid=nogroup", "--clear-groups", home / "bin" / "elasticsearch"], self.log,
                            env=env, cwd=home, start_new_session=True)
 
+    def hasten(self):
+        self.flush_at = "1mb"
+
     def ready(self):
         try:
             self.request("GET", "/_cluster/health?wait_for_status=yellow&timeout=1s")
@@ -82,7 +87,9 @@ class Elastic(Server):
         try:
             self.request("GET", f"/{self.index}")
         except Failure:
-            settings = {"number_of_shards": 1, "number_of_replicas": 0, "index.translog.durability": "request", "refresh_interval": "1s"}
+            settings = {"number_of_shards": 1, "number_of_replicas": 0, "index.translog.durability": "request", "refresh_interval": "1s",
+                        # What Lucene wrote is checked by its checksums whenever the index is opened.
+                        "index.shard.check_on_startup": "checksum", "index.translog.flush_threshold_size": self.flush_at}
             mappings = {"properties": {"n": {"type": "long"}, "hash": {"type": "keyword"}, "text": {"type": "text"}}}
             self.request("PUT", f"/{self.index}", json.dumps({"settings": settings, "mappings": mappings}))
         super().load()

@@ -1,5 +1,6 @@
 """Programs that are their own load: the journal and RocksDB. One process appends until it is stopped."""
 
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +24,9 @@ class Writer:
 
     def command(self, verb, data):
         return [self.python, HERE / self.script, verb, data / self.name, self.acks, self.seed, *self.arguments]
+
+    def hasten(self):
+        self.arguments = self.often
 
     def start(self, data):
         (data / self.name).mkdir(exist_ok=True)
@@ -62,12 +66,19 @@ class Writer:
 
 
 class Journal(Writer):
-    """Zeebe's journal, as a generator."""
+    """Zeebe's journal, as a generator. Its argument is the size of a segment."""
     name, purpose, script = "journal", "zeebe", "journal_writer.py"
-    arguments = (128,)
+    arguments, often = (128,), (4,)
 
 
 class RocksDb(Writer):
     """RocksDB itself."""
     name, purpose, script = "rocksdb", "zeebe", "rocksdb_writer.py"
     python = FETCHED / "venv" / "bin" / "python"
+    # Seconds from one checkpoint to the next.
+    arguments, often = (5,), (1,)
+
+    def __init__(self, stack, report_dir, seed):
+        super().__init__(stack, report_dir, seed)
+        (report_dir / "rocksdb.acks.checkpoints").unlink(missing_ok=True)
+        shutil.rmtree(report_dir / "rocksdb.acks.logs", ignore_errors=True)

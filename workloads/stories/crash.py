@@ -22,6 +22,8 @@ def story(stack, report, make_program, seed, quick):
         file.truncate(make_program.volume_mib << 20)
     power = LossyDisk(stack, image, beneath, report.directory / "lossy.log")
     s = Setting(stack, report, make_program, seed, backing=power.device)
+    # A crash has to fall into them.
+    s.program.hasten()
     s.begin()
     for turn in range(1, rounds + 1):
         go_on_for(report, f"round {turn}: the load runs until the crash", s.program, choose.uniform(1.5, 4 if quick else 10))
