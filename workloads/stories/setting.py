@@ -58,6 +58,13 @@ class Setting:
         whole, said = self.program.verify(self.data)
         self.report.check(f"{when}: {said}", whole)
 
+    def no_complaints(self, when):
+        """Since the program was last killed."""
+        complaints = self.program.complaints()
+        self.report.check(f"{when}: {self.program.name}'s own log tells of {'trouble' if complaints else 'no trouble'}", not complaints)
+        if complaints:
+            self.report.log_lines(self.program.name, complaints)
+
     def conclude(self):
         """Ends the load, looks for everything on the disk, not in what memory knows of it, and gives the story's series."""
         self.program.halt()
@@ -69,6 +76,7 @@ class Setting:
         self.program.start(self.data)
         self.everything_is_there("at the end")
         self.program.stop()
+        self.no_complaints("at the end")
         self.files.unmount()
         nothing_to_mend(self.report, "after all", self.disk)
         self.disk.close()
