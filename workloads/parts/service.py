@@ -10,13 +10,15 @@ from .shell import BINARIES, Failure, Process, outcome, run, until
 class Byokd:
     """A daemon with a state directory of its own; it may be killed and started again."""
 
+    environment = {}
+
     def __init__(self, stack, state, log, options=("--probe-interval", "1s"), prefix=()):
         self.stack, self.state, self.log, self.options, self.prefix = stack, state, log, options, prefix
         self.start()
 
     def start(self):
         (self.state / "byokd.sock").unlink(missing_ok=True)
-        self.process = Process(self.stack, [*self.prefix, *self.command()], self.log)
+        self.process = Process(self.stack, [*self.prefix, *self.command()], self.log, env={**os.environ, **self.environment})
         until("byokd answers", lambda: self.process.ended() or self.call("status")[0] == 0)
         if self.process.ended():
             raise Failure(f"byokd ended with {self.process.child.returncode}; {self.log} says why")
