@@ -49,10 +49,11 @@ def percentile(values, share):
 
 
 def summary(rows):
-    """Records a second, and latency, between the first and the last acknowledgement."""
+    """Records a second, latency, and the longest time without any, between the first and the last acknowledgement."""
     if len(rows) < 2:
-        return dict(records=sum(r[2] for r in rows), rate=0.0, p50=float("nan"), p99=float("nan"), longest=float("nan"))
+        return dict(records=sum(r[2] for r in rows), rate=0.0, **dict.fromkeys(("p50", "p99", "longest", "silence"), float("nan")))
     latencies = [r[3] for r in rows]
     count = sum(r[2] for r in rows)
-    seconds = max(r[0] for r in rows) - min(r[0] for r in rows)
-    return dict(records=count, rate=count / max(seconds, 1e-6), p50=percentile(latencies, 0.5), p99=percentile(latencies, 0.99), longest=max(latencies))
+    times = sorted(r[0] for r in rows)
+    return dict(records=count, rate=count / max(times[-1] - times[0], 1e-6), p50=percentile(latencies, 0.5), p99=percentile(latencies, 0.99),
+                longest=max(latencies), silence=max(after - before for before, after in zip(times, times[1:])))

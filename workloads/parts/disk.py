@@ -4,14 +4,14 @@ file, a loop device makes it a disk."""
 import os
 import pathlib
 
-from .shell import Failure, Process, does, run, until
+from .shell import Failure, Process, does, outcome, run, until, wait
 
 
 class NbdDisk:
     """An export as a block device."""
 
     def __init__(self, stack, uri, directory, loop_options=()):
-        self.directory = directory
+        self.stack, self.uri, self.directory, self.loop_options = stack, uri, directory, loop_options
         directory.mkdir(parents=True, exist_ok=True)
         self.device = None
         self.process = Process(stack, ["nbdfuse", directory / "disk", uri], directory.with_suffix(".nbdfuse.log"))
@@ -26,7 +26,12 @@ class NbdDisk:
         run("losetup", "-d", self.device)
         self._until_let_go()
         run("fusermount3", "-u", self.directory)
-        self.process.child.wait(60)
+        wait(self.process.child)
+
+    def anew(self):
+        """Closed, and opened without what memory knew of it."""
+        self.close()
+        return NbdDisk(self.stack, self.uri, self.directory, self.loop_options)
 
     def crash(self):
         """Kills the client and takes the pieces away; what it had not sent yet is lost. Does no harm twice."""
@@ -54,8 +59,13 @@ class LoopDisk:
         if size:
             with open(file, "wb") as out:
                 out.truncate(size)
+        self.stack, self.file = stack, file
         self.device = run("losetup", "--find", "--show", "--direct-io=on", file).strip()
         stack.callback(self.close)
+
+    def anew(self):
+        self.close()
+        return LoopDisk(self.stack, self.file)
 
     def close(self):
         if self.device:
@@ -67,7 +77,7 @@ class FileSystem:
     """ext4 on a disk, mounted."""
 
     def __init__(self, stack, disk, directory, make=False):
-        self.disk, self.directory = disk, directory
+        self.stack, self.disk, self.directory = stack, disk, directory
         directory.mkdir(parents=True, exist_ok=True)
         if make:
             run("mkfs.ext4", "-q", "-E", "nodiscard", disk.device)
@@ -88,13 +98,7 @@ class FileSystem:
             self.mounted = False
 
 
-def recover(device):
-    """What a machine does after a crash and nothing more: the journal is replayed."""
-    code = os.waitstatus_to_exitcode(os.system(f"e2fsck -p {device} >/dev/null 2>&1"))
-    if code not in (0, 1):
-        raise Failure(f"e2fsck -p {device} ended with {code}: more than a journal to replay")
-
-
-def is_clean(device):
-    """The whole file system is checked, and nothing may be changed."""
-    return does("e2fsck", "-fn", device, seconds=300)
+def check(device):
+    """The whole file system is checked and nothing changed: whether there is nothing to mend, and what e2fsck says."""
+    code, said, _ = outcome("e2fsck", "-fn", device)
+    return code == 0, "e2fsck finds nothing to mend" if code == 0 else f"e2fsck ended with {code}: {said.strip()}"

@@ -8,6 +8,8 @@ from .shell import BINARIES, ROOT, Process, does, run, until
 
 
 class Node(Byokd):
+    environment = {"AWS_ACCESS_KEY_ID": "dev", "AWS_SECRET_ACCESS_KEY": "dev"}
+
     def __init__(self, stack, state, first, log):
         state.mkdir()
         (state / "volumes.d").mkdir()
@@ -31,7 +33,7 @@ probe_interval = "1s"
         super().__init__(stack, state, log, prefix=inside)
 
     def command(self):
-        return ["env", "AWS_ACCESS_KEY_ID=dev", "AWS_SECRET_ACCESS_KEY=dev", BINARIES / "byokd", "--config", self.state / "byokd.toml"]
+        return [BINARIES / "byokd", "--config", self.state / "byokd.toml"]
 
     def define(self, name, backing):
         (self.state / "volumes.d" / f"{name}.toml").write_text(f'backing = "{backing}"\n')

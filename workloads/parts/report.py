@@ -41,9 +41,9 @@ class Report:
         self.say(f"            {name}: {s['records']} records acknowledged, {s['rate']:.0f}/s, p50 {s['p50']:.2f} ms, p99 {s['p99']:.2f} ms, longest {s['longest']:.0f} ms")
 
     def log_lines(self, name, lines):
-        """The first words of a program's own log about what befell it."""
+        """The first and the last words of a program's own log about what befell it."""
         self.say(f"            what {name} says: {len(lines)} lines")
-        for line in lines[:5]:
+        for line in lines if len(lines) < 7 else [*lines[:3], "...", *lines[-3:]]:
             self.say(f"              | {line[:180]}")
 
     def finish(self, series):

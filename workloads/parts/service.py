@@ -2,14 +2,15 @@
 
 import json
 import os
-import subprocess
 import urllib.request
 
-from .shell import BINARIES, Failure, Process, run, until
+from .shell import BINARIES, Failure, Process, outcome, run, until
 
 
 class Byokd:
     """A daemon with a state directory of its own; it may be killed and started again."""
+
+    environment = {}
 
     def __init__(self, stack, state, log, options=("--probe-interval", "1s"), prefix=()):
         self.stack, self.state, self.log, self.options, self.prefix = stack, state, log, options, prefix
@@ -17,7 +18,7 @@ class Byokd:
 
     def start(self):
         (self.state / "byokd.sock").unlink(missing_ok=True)
-        self.process = Process(self.stack, [*self.prefix, *self.command()], self.log)
+        self.process = Process(self.stack, [*self.prefix, *self.command()], self.log, env={**os.environ, **self.environment})
         until("byokd answers", lambda: self.process.ended() or self.call("status")[0] == 0)
         if self.process.ended():
             raise Failure(f"byokd ended with {self.process.child.returncode}; {self.log} says why")
@@ -28,8 +29,8 @@ class Byokd:
     def call(self, *args):
         """A command of byokctl: its exit code and its answer."""
         env = {**os.environ, "BYOKD_STATE_DIR": str(self.state), "BYOKD_SOCKET": str(self.state / "byokd.sock")}
-        done = subprocess.run([BINARIES / "byokctl", "--json", *map(str, args)], capture_output=True, text=True, env=env)
-        return done.returncode, json.loads(done.stdout) if done.stdout.startswith("{") else {"why": done.stdout + done.stderr}
+        code, said, errors = outcome(BINARIES / "byokctl", "--json", *args, env=env, seconds=60)
+        return code, json.loads(said) if said.startswith("{") else {"why": said + errors}
 
     def ctl(self, *args):
         code, answer = self.call(*args)

@@ -18,19 +18,41 @@ class Failure(Exception):
     """A story cannot go on: what was tried and what came of it."""
 
 
+def outcome(*command, seconds=600, **options):
+    """Runs a command: its exit code, what it printed, and what it printed as errors. subprocess.run would wait for ever for
+    one that hangs in a disk and cannot be killed."""
+    command = [str(c) for c in command]
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    try:
+        said, errors = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        wait(child)
+        raise Failure(f"{' '.join(command)} does not end within {seconds} s") from None
+    return child.returncode, said, errors
+
+
 def run(*command, **options):
     """Runs a command that has to succeed; gives what it printed."""
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
-    if done.returncode:
-        raise Failure(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stdout}{done.stderr}")
-    return done.stdout
+    code, said, errors = outcome(*command, **options)
+    if code:
+        raise Failure(f"{' '.join(map(str, command))} ended with {code}: {said}{errors}")
+    return said
 
 
 def does(*command, seconds=60):
     """Whether a command succeeds; for what may be done or not wanted any more."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return subprocess.run([str(c) for c in command], capture_output=True, timeout=seconds).returncode == 0
+    with contextlib.suppress(Failure):
+        return outcome(*command, seconds=seconds)[0] == 0
     return False
+
+
+def wait(child, seconds=60):
+    """For a process that has no more to do, or was killed."""
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        raise Failure(f"{child.args[0]} cannot be ended: after {seconds} s it is still there, which is what hanging in a disk looks like") from None
 
 
 def until(what, so, seconds=60):
@@ -59,7 +81,7 @@ class Process:
         """As a crash ends it: without a word."""
         if not self.ended():
             self.child.kill()
-        self.child.wait(60)
+        wait(self.child)
 
     def stop(self, seconds=60):
         """Asks it to end, and gives its exit code."""

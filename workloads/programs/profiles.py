@@ -9,10 +9,9 @@ the same words:
 import json
 import os
 import re
-import subprocess
 import time
 
-from parts.shell import ROOT, Failure, run
+from parts.shell import ROOT, Failure, outcome, run
 
 PROFILES = ROOT / "workloads" / "profiles"
 MIB = 1 << 20
@@ -66,11 +65,11 @@ class Fio:
         """Runs these sections; what fio found, by job."""
         command = ["fio", "--output-format=json", *(f"--section={name}" for name in sections), PROFILES / self.file]
         env = {**os.environ, "DIR": str(data), **{name: str(value) for name, value in {**self.sizes, **sizes}.items()}}
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        if done.returncode:
-            said = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith(("crc32c:", "verify:", "fio:"))]
-            raise Failure(f"fio, {self.file}, {' '.join(sections)} ended with {done.returncode}: {'; '.join(said[:2])}")
-        return {job["jobname"]: job for job in json.loads(done.stdout[done.stdout.index("{"):])["jobs"]}
+        code, said, errors = outcome(*command, env=env)
+        if code:
+            why = [line for line in (errors + said).splitlines() if line.startswith(("crc32c:", "verify:", "fio:"))]
+            raise Failure(f"fio, {self.file}, {' '.join(sections)} ended with {code}: {'; '.join(why[:2])}")
+        return {job["jobname"]: job for job in json.loads(said[said.index("{"):])["jobs"]}
 
 
 class Journal(Fio):

@@ -1,18 +1,18 @@
 """Programs that are their own load: the journal and RocksDB. One process appends until it is stopped."""
 
+import shutil
 import signal
-import subprocess
 import sys
 import time
 
 from parts import acks
-from parts.shell import FETCHED, ROOT, Failure, Process, until
+from parts.shell import FETCHED, ROOT, Failure, Process, outcome, until
 
 HERE = ROOT / "workloads" / "programs"
 
 
 class Writer:
-    volume_mib, tools = 4096, []
+    volume_mib, tools, patience, stops_within = 4096, [], 5, 10
     script, python, arguments = None, sys.executable, ()
 
     def __init__(self, stack, report_dir, seed):
@@ -20,10 +20,13 @@ class Writer:
         self.acks, self.log = report_dir / f"{self.name}.acks", report_dir / f"{self.name}.log"
         self.acks.unlink(missing_ok=True)
         self.log.unlink(missing_ok=True)
-        self.process = None
+        self.process, self.overlooked = None, 0
 
     def command(self, verb, data):
         return [self.python, HERE / self.script, verb, data / self.name, self.acks, self.seed, *self.arguments]
+
+    def hasten(self):
+        self.arguments = self.often
 
     def start(self, data):
         (data / self.name).mkdir(exist_ok=True)
@@ -39,37 +42,59 @@ class Writer:
     def stopped(self):
         return self.process.ended()
 
+    load_ended = stopped
+
     def halt(self):
         if self.process.ended():
             raise Failure(f"{self.name} ended by itself with {self.process.child.returncode}: {self.complaints()[-3:]}")
-        self.process.child.send_signal(signal.SIGKILL)
-        self.process.child.wait(60)
+        self.process.kill()
 
     def stop(self):
         pass
 
     def kill(self):
         self.process.kill()
+        self.overlooked = len(self._lines())
 
     def verify(self, data):
-        done = subprocess.run([str(c) for c in self.command("verify", data)], capture_output=True, text=True)
-        return done.returncode == 0, (done.stdout + done.stderr).strip()
+        code, said, errors = outcome(*self.command("verify", data))
+        return code == 0, (said + errors).strip()
 
     def complaints(self):
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        """All of its log: as long as all is well it says nothing."""
         code = self.process.child.returncode if self.process else None
-        if code == -signal.SIGBUS:
-            lines.append("ended by SIGBUS: a page of the mapped segment could not be had")
-        return lines[-1:] if lines else []
+        sigbus = ["ended by SIGBUS: a page of the mapped segment could not be had"] if code == -signal.SIGBUS else []
+        return self._lines()[self.overlooked:] + sigbus
+
+    def _lines(self):
+        return self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
 
 
 class Journal(Writer):
-    """Zeebe's journal, as a generator."""
+    """Zeebe's journal, as a generator. Its argument is the size of a segment."""
     name, purpose, script = "journal", "zeebe", "journal_writer.py"
-    arguments = (128,)
+    arguments, often = (128,), (4,)
 
 
 class RocksDb(Writer):
     """RocksDB itself."""
     name, purpose, script = "rocksdb", "zeebe", "rocksdb_writer.py"
     python = FETCHED / "venv" / "bin" / "python"
+    # Seconds from one checkpoint to the next.
+    arguments, often = (5,), (1,)
+
+    def __init__(self, stack, report_dir, seed):
+        super().__init__(stack, report_dir, seed)
+        self.own_logs = report_dir / "rocksdb.acks.logs"
+        (report_dir / "rocksdb.acks.checkpoints").unlink(missing_ok=True)
+        shutil.rmtree(self.own_logs, ignore_errors=True)
+
+    def kill(self):
+        super().kill()
+        if self.own_logs.exists():
+            self.own_logs.rename(f"{self.own_logs}.{time.monotonic():.0f}")
+
+    def complaints(self):
+        """And of RocksDB's own logs what is above the level of information."""
+        lines = [line for log in self.own_logs.glob("*LOG*") for line in log.read_text(errors="replace").splitlines()]
+        return super().complaints() + [line for line in lines if any(level in line for level in ("[WARN]", "[ERROR]", "[FATAL]"))]

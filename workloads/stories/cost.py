@@ -7,7 +7,7 @@ others use proves nothing in one minute. What passes or fails is that each progr
 from parts import acks
 from parts.disk import FileSystem
 
-from .setting import go_on_for, scratch_directory
+from .setting import go_on_for, mounted_anew, scratch_directory
 from .turns import compare, in_turn
 
 
@@ -30,14 +30,16 @@ def measure(stack, report, scratch, disk, name, make_program, seed, seconds):
     files = FileSystem(stack, disk, scratch / "mnt", make=True)
     program.start(files.directory)
     program.load()
-    going = go_on_for(program, seconds)
-    report.check(f"{name}: the load runs", going)
+    go_on_for(report, f"{name}: the load runs", program, seconds)
     program.halt()
-    whole, said = program.verify(files.directory)
-    report.check(f"{name}: {said}", whole)
     program.stop()
     rows = acks.read(program.acks)
     report.load(name, rows)
+    files = mounted_anew(report, name, files, scratch)
+    program.start(files.directory)
+    whole, said = program.verify(files.directory)
+    report.check(f"{name}: {said}", whole)
+    program.stop()
     files.unmount()
-    disk.close()
+    files.disk.close()
     return rows

@@ -4,12 +4,10 @@ the disk: what is read comes from there.
 
 Reported, not judged; what passes or fails is that everything flushed is there and the file system is clean."""
 
-import os
-
-from parts.disk import FileSystem, is_clean
+from parts.disk import FileSystem
 from parts.shell import Failure
 
-from .setting import scratch_directory
+from .setting import mounted_anew, scratch_directory
 from .turns import compare, in_turn
 
 FIGURES = {"throughput": "rate", "p50": "p50", "p99": "p99", "beside it": "beside", "checkpoint": "checkpoint"}
@@ -24,19 +22,18 @@ def story(stack, report, make_profile, seed, quick):
         profile = make_profile(report.directory, seed)
         files = FileSystem(inner, disk, scratch / "mnt", make=True)
         profile.lay(files.directory, mib)
-        files = mounted_anew(inner, files, scratch)
+        files = mounted_anew(report, f"{name}, laid out", files, scratch)
         found, rows = profile.run(files.directory, seconds)
         if not found["rate"]:
             raise Failure(f"{name}: {profile.name} did nothing")
         series.setdefault(name, []).extend(rows)
         report.numbers.setdefault(name, []).append(found)
         report.say(f"            {name}: {told(found, profile)}")
-        files = mounted_anew(inner, files, scratch)
+        files = mounted_anew(report, f"{name}, after the load", files, scratch)
         whole, said = profile.verify(files.directory)
         report.check(f"{name}: {said}", whole)
         files.unmount()
-        report.check(f"{name}: e2fsck finds nothing to mend", is_clean(disk.device))
-        disk.close()
+        files.disk.close()
         return found
 
     found = in_turn(stack, report, scratch, make_profile, rounds, measure)
@@ -53,14 +50,3 @@ def told(found, profile):
     if "checkpoint" in found:
         words += f"; a checkpoint {found['checkpoint']:.0f} ms"
     return words
-
-
-def mounted_anew(stack, files, scratch):
-    """The file system without what memory knows of it, be it here or in a server that has its file in the page cache."""
-    files.unmount()
-    for image in [*scratch.glob("*.img"), *scratch.glob("nbd/disk")]:
-        file = os.open(image, os.O_RDONLY)
-        os.fsync(file)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(file)
-    return FileSystem(stack, files.disk, files.directory)

@@ -7,7 +7,7 @@ import random
 import re
 
 from parts import acks
-from parts.disk import FileSystem, NbdDisk
+from parts.disk import NbdDisk
 from parts.shell import Process, until
 
 from .setting import Setting, go_on_for
@@ -19,14 +19,14 @@ LONGEST_MS = 15_000
 class Patient(Setting):
     """A setting whose client waits for a server that is gone."""
 
-    def mount(self, make=False):
+    def open_disk(self):
         socket = self.scratch / "patient.sock"
+        socket.unlink(missing_ok=True)
         command = ["nbdkit", "-f", "-U", socket, "--filter=retry", "nbd", f"uri={self.byokd.uri('v')}", "retries=20", "retry-delay=1",
                    "retry-exponential=no"]
         between = Process(self.stack, command, self.report.directory / "retry.log")
         until("nbdkit listens", lambda: socket.exists() or between.ended())
-        self.disk = NbdDisk(self.stack, f"nbd+unix:///?socket={socket}", self.scratch / "nbd")
-        self.files = FileSystem(self.stack, self.disk, self.data, make)
+        return NbdDisk(self.stack, f"nbd+unix:///?socket={socket}", self.scratch / "nbd")
 
 
 def story(stack, report, make_program, seed, quick):
@@ -37,8 +37,7 @@ def story(stack, report, make_program, seed, quick):
     s.begin()
     for turn in range(1, (2 if quick else 5) + 1):
         for name in ("restart", "crash"):
-            going = go_on_for(s.program, choose.uniform(1.5, 3 if quick else 8))
-            report.check(f"round {turn}: the load runs until the {name}", going)
+            go_on_for(report, f"round {turn}: the load runs until the {name}", s.program, choose.uniform(1.5, 3 if quick else 8))
             report.event(f"{name} {turn}")
             if name == "restart":
                 s.byokd.process.stop()
@@ -50,7 +49,7 @@ def story(stack, report, make_program, seed, quick):
             before = acks.last_time(s.program.acks)
             until("the load goes on", lambda: s.program.stopped() or acks.last_time(s.program.acks) > before, 30)
             report.check(f"round {turn}: the load goes on after the {name}", not s.program.stopped())
-    report.check("the load runs on", go_on_for(s.program, 3))
+    go_on_for(report, "the load runs on", s.program, 3)
     series = s.conclude()
     longest = acks.summary(series[s.program.name])["longest"]
     report.check(f"the longest wait for an acknowledgement was {longest / 1000:.1f} s, within {LONGEST_MS / 1000:.0f} s", longest <= LONGEST_MS)
