@@ -36,7 +36,7 @@ impl Daemon {
     }
 
     /// Whether an operator keeps the volume fenced.
-    async fn is_suspended(&self, name: &str) -> bool {
+    pub(super) async fn is_suspended(&self, name: &str) -> bool {
         let path = self.suspension(name);
         // Without a thread to look, it is as if he did.
         apart("suspended", move || path.exists()).await.unwrap_or(true)

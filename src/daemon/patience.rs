@@ -69,11 +69,13 @@ impl Daemon {
             let bounds = volume.with(|now| Bounds {
                 allowance: now.config.lease.policy(self.setup.policy).allowance,
                 grace: Duration::from_secs(now.config.dead_timeout()),
+                hold: now.config.hold().unwrap_or_default(),
             });
             let (pause, requests) = waiting.after(e.exit, fault, bounds);
             // The kernel may have made one, though not in time.
             if let (Some(device), Refuse::Now) = (volume.with(|now| now.device.clone()), requests) {
-                device.refuse(is_about_the_key(e.exit)).await;
+                let purge = is_about_the_key(e.exit) || self.is_suspended(&name).await;
+                device.refuse(purge).await;
             }
             if waiting.is_news(&e.why) {
                 if is_about_the_key(e.exit) {
@@ -118,6 +120,8 @@ struct Bounds {
     allowance: Allowance,
     /// While something else is the matter that may pass.
     grace: Duration,
+    /// When the key is denied or the allowance is over.
+    hold: Duration,
 }
 
 /// What the tries to attach a volume have come to.
@@ -128,6 +132,8 @@ struct Waiting {
     /// Since when it fails for another reason than KMS.
     faulty: Option<Moment>,
     denied: bool,
+    /// Since when the key may not be had.
+    fenced: Option<Moment>,
     said: Option<String>,
 }
 
@@ -141,7 +147,7 @@ impl Waiting {
         }
         match exit {
             ExitCode::KmsUnavailable => match bounds.allowance {
-                Allowance::For(limit) if now.since(since) >= limit => (RETRY, Refuse::Now),
+                Allowance::For(limit) if now.since(since) >= limit => self.held(now, bounds.hold),
                 Allowance::For(limit) => {
                     let left = limit.saturating_sub(now.since(since));
                     (RETRY.min(left), Refuse::NotYet)
@@ -152,7 +158,7 @@ impl Waiting {
             ExitCode::KeyDenied if !std::mem::replace(&mut self.denied, true) => {
                 (CONFIRM, Refuse::NotYet)
             }
-            ExitCode::KeyDenied => (RETRY, Refuse::Now),
+            ExitCode::KeyDenied => self.held(now, bounds.hold),
             ExitCode::Ok
             | ExitCode::Failed
             | ExitCode::Usage
@@ -168,6 +174,12 @@ impl Waiting {
         }
     }
 
+    /// When the key may not be had: requests are held for a while, if they are to be.
+    fn held(&mut self, now: Moment, hold: Duration) -> (Duration, Refuse) {
+        let left = hold.saturating_sub(now.since(*self.fenced.get_or_insert(now)));
+        if left.is_zero() { (RETRY, Refuse::Now) } else { (RETRY.min(left), Refuse::NotYet) }
+    }
+
     fn is_news(&mut self, why: &str) -> bool {
         let news = self.said.as_deref() != Some(why);
         self.said = Some(why.to_owned());
@@ -181,7 +193,8 @@ mod tests {
 
     #[test]
     fn requests_of_a_device_wait_for_kms_until_the_allowance_and_a_denial_is_confirmed() {
-        let bounds = |allowance| Bounds { allowance, grace: Duration::from_secs(90) };
+        let bounds =
+            |allowance| Bounds { allowance, grace: Duration::from_secs(90), hold: Duration::ZERO };
         let after = |waiting: &mut Waiting, exit, allowance| {
             waiting.after(exit, Fault::MayPass, bounds(allowance))
         };
@@ -204,6 +217,7 @@ mod tests {
         let grace = |seconds| Bounds {
             allowance: Allowance::For(Duration::ZERO),
             grace: Duration::from_secs(seconds),
+            hold: Duration::ZERO,
         };
         let mut waiting = Waiting::default();
         for exit in [ExitCode::Failed, ExitCode::WrongState, ExitCode::Usage] {
@@ -218,5 +232,18 @@ mod tests {
         // It has its own time, not what an outage of KMS has left of it.
         assert!(waiting.faulty.is_none());
         assert_eq!(waiting.after(ExitCode::Failed, Fault::MayPass, grace(90)).1, Refuse::NotYet);
+    }
+
+    #[test]
+    fn requests_of_a_device_are_held_when_the_key_is_denied_if_they_are_to_be() {
+        let hold = Duration::from_secs(60);
+        let (allowance, grace) = (Allowance::For(Duration::ZERO), Duration::ZERO);
+        let mut waiting = Waiting::default();
+        let mut after =
+            |exit, hold| waiting.after(exit, Fault::MayPass, Bounds { allowance, grace, hold });
+        assert_eq!(after(ExitCode::KeyDenied, hold), (CONFIRM, Refuse::NotYet));
+        assert_eq!(after(ExitCode::KeyDenied, hold), (RETRY, Refuse::NotYet));
+        assert_eq!(after(ExitCode::KmsUnavailable, hold), (RETRY, Refuse::NotYet));
+        assert_eq!(after(ExitCode::KeyDenied, Duration::ZERO), (RETRY, Refuse::Now));
     }
 }
