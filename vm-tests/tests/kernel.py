@@ -10,7 +10,7 @@ from harness.service import (LINK, another_daemon_serves, check_syncs, define, d
 # What the kernel says of a connection that it gives up and of requests that it sends again.
 TIMED_OUT = "Connection timed out, retrying"
 # `request_timeout` where stalls are measured, in seconds, and what they may be beyond what systemd and the kernel take,
-# in milliseconds.
+# in milliseconds; emulated beside other guests, three times that.
 PATIENCE = 10
 UPTIME = "cut -d' ' -f1 /proc/uptime"
 BEYOND = 2000
@@ -192,7 +192,8 @@ def stalls_have_their_bounds(case):
     # It is meant to hang.
     guest.run("sysctl -q kernel.hung_task_timeout_secs=120")
     ways = ("systemctl restart byokd", "systemctl kill -s KILL byokd")
-    # What systemd takes by itself, without a volume. Emulated, whatever else is done takes long as well: as long as that.
+    beyond = BEYOND if case.accelerator == "kvm" else 3 * BEYOND
+    # What systemd takes by itself, without a volume.
     alone = {how: max(up - begun for begun, _, up in (restarted(guest, how) for _ in range(3))) for how in ways}
     guest.run(f"byokctl volume create w --backing /var/lib/byokd/w.img --size 16M --key {key} --purpose zeebe")
     define(guest, f'request_timeout = "{PATIENCE}s"', "w")
@@ -221,18 +222,18 @@ def stalls_have_their_bounds(case):
         expect(status == 0, f"a write failed: {said[-500:]}")
         writes[name] = [tuple(map(int, line.split())) for line in guest.run(f"cat /run/probe-{name}").splitlines()]
     for how, begun, done, up in restarts:
-        crash, allowed = "KILL" in how, 2 * alone[how] + BEYOND
+        crash, allowed = "KILL" in how, alone[how] + beyond
         stalled = [(begin, end) for name in "vw" for begin, end in writes[name] if begin < up and end > begun]
         new = max((end - begun for begin, end in stalled if begin >= done or not crash), default=0)
         under_way = max((end - begin for begin, end in stalled if begin < done), default=0)
         case.say(f"{how}: alone {alone[how]:.0f} ms, now {up - begun:.0f}; writes until {new:.0f} ms after it, those under way for {under_way} ms")
         expect(new <= allowed, f"writes waited {new:.0f} ms of {allowed:.0f}: {how}")
-        allowed = max(allowed, PATIENCE * 1000 + BEYOND) if crash else allowed
+        allowed = max(allowed, PATIENCE * 1000 + beyond) if crash else allowed
         expect(under_way <= allowed, f"writes under way waited {under_way} ms of {allowed:.0f}: {how}")
     # A store that hangs is nothing to other volumes.
     longest = max(end - begin for begin, end in writes["w"] if begin > hangs_from)
     case.say(f"the other volume's longest write while the store hung: {longest} ms")
-    expect(longest <= 2 * BEYOND, f"a write waited {longest} ms for another volume's store")
+    expect(longest <= beyond, f"a write waited {longest} ms for another volume's store")
     guest.run("udevadm settle && byokctl detach v && byokctl detach w")
     guest.clean_dmesg(allowed=(TIMED_OUT,))
 
