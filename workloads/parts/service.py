@@ -4,7 +4,7 @@ import json
 import os
 import urllib.request
 
-from .shell import BINARIES, Failure, Process, outcome, run, until
+from .shell import BINARIES, Failure, Process, outcome, until
 
 
 class Byokd:

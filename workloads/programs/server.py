@@ -6,7 +6,7 @@ import threading
 import time
 
 from parts import acks
-from parts.shell import Failure, Process, until
+from parts.shell import Failure, until
 
 
 class Server:

@@ -1,10 +1,7 @@
 """e. A volume moves from node A to node B: two daemons in network namespaces of their own, each with its state directory,
 and one KMS between them. The program goes on where it stopped; both nodes at once are refused."""
 
-import shutil
-
 from parts.node import Node
-from parts.shell import Failure
 
 from .setting import Setting, go_on_for
 
