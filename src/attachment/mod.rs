@@ -683,11 +683,11 @@ impl Attending {
 
     /// Purges what the node has cached when the key may not be had any more, and not when it may.
     fn fence(&mut self, fenced: bool) {
-        let before = std::mem::replace(&mut self.fenced, fenced);
-        if !fenced {
-            self.purging.abort_all();
+        if std::mem::replace(&mut self.fenced, fenced) == fenced {
+            return;
         }
-        if before || !fenced {
+        self.purging.abort_all();
+        if !fenced {
             return;
         }
         self.state.purge.clear();
@@ -702,7 +702,6 @@ impl Attending {
             },
             done: self.purged.clone(),
         };
-        self.purging.abort_all();
         self.purging.spawn(carry_out(self.owner.plan.clone(), purging));
     }
 

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::attachment::purge::PurgePlan;
 use crate::attachment::{Attachment, Owner};
-use crate::config::{DeviceChoice, EndUsers, VolumeConfig};
+use crate::config::{DeviceChoice, EndUsers, VolumeConfig, is_volume_name};
 use crate::control::Problem;
 use crate::daemon::look::AT_A_TIME;
 use crate::daemon::refusals::{Answered, NotAttached, by_export, by_kernel, refused};
@@ -27,6 +27,7 @@ use crate::exit::ExitCode;
 use crate::export::ExportError;
 use crate::keeper::threads::apart;
 use crate::kernel::client::KernelClient;
+use crate::kernel::noted::{name_of, note_of};
 use crate::kernel::sysfs::{self, Device};
 use crate::kernel::{Connect, MAX_CONNECTIONS, PurgeStep};
 use crate::key::lease::FenceReason;
@@ -231,7 +232,7 @@ impl Daemon {
         let dir = self.devices_dir();
         std::fs::create_dir_all(&dir)?;
         let new = dir.join(format!("{volume}.new"));
-        std::fs::write(&new, format!("BYOKD_VOLUME={name}\n"))?;
+        std::fs::write(&new, note_of(name))?;
         std::fs::rename(&new, self.noted(volume))
     }
 
@@ -298,9 +299,8 @@ impl Daemon {
 
     /// The volume with that uuid, as noted.
     fn noted_for(&self, uuid: Uuid, all: &BTreeMap<String, Arc<Volume>>) -> Option<String> {
-        let noted = std::fs::read_to_string(self.noted(uuid)).ok()?;
-        let name = noted.trim().strip_prefix("BYOKD_VOLUME=")?;
-        all.contains_key(name).then(|| name.to_owned())
+        let name = name_of(&self.devices_dir(), uuid, is_volume_name).ok()?;
+        all.contains_key(&name).then_some(name)
     }
 
     /// Ends the service of volumes whose devices have gone by themselves. One whose store hangs keeps

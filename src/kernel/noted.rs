@@ -1,5 +1,5 @@
-//! What byokd notes of its devices, read by root for udev: nothing but a name comes of it, whatever
-//! the daemon's user has put there.
+//! What byokd notes of its devices, for the next daemon and for udev, for which root reads it: nothing
+//! but a name comes of it, whatever the daemon's user has put there.
 
 use std::fs::OpenOptions;
 use std::io::{self, Read};
@@ -14,6 +14,12 @@ const KEY: &str = "BYOKD_VOLUME=";
 
 /// More than any note has.
 const MOST: u64 = 128;
+
+/// What is noted of a device of the volume `name`.
+#[must_use]
+pub fn note_of(name: &str) -> String {
+    format!("{KEY}{name}\n")
+}
 
 /// The name of the volume `uuid`, as it is noted in `dir`, if it is one.
 ///
@@ -50,6 +56,7 @@ mod tests {
             name_of(dir.path(), uuid, is_volume_name)
         };
         assert_eq!(read("BYOKD_VOLUME=zeebe-1.data\n").unwrap(), "zeebe-1.data");
+        assert_eq!(read(&note_of("v")).unwrap(), "v");
         let long = format!("BYOKD_VOLUME={}\n", "a".repeat(200));
         let more = "BYOKD_VOLUME=v\nSYSTEMD_WANTS=debug-shell.service\n";
         for wrong in [
