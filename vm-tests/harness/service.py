@@ -83,12 +83,16 @@ def load(guest, seconds):
         --runtime={seconds} --output-format=json --error_dump=0""")
 
 
-def goes_on(guest):
-    """Writes are acknowledged again, and not only those from before."""
-    guest.until("writes go on", """
-        read -r _ _ _ _ now _ </sys/block/nbd0/stat
-        [ -e /run/then ] || echo $now >/run/then
-        [ $now -ge $(($(cat /run/then) + 30)) ] && rm /run/then""")
+# 30 writes more are acknowledged than when it first looked.
+GOES_ON = """
+    read -r _ _ _ _ now _ </sys/block/nbd0/stat
+    [ -e /run/then ] || echo $now >/run/then
+    [ $now -ge $(($(cat /run/then) + 30)) ] && rm /run/then"""
+
+
+def goes_on(guest, after=":"):
+    """Runs these commands, and waits until writes are acknowledged again, and not only those from before."""
+    guest.run_until(after, "writes go on", GOES_ON)
 
 
 def end_load(guest, running):

@@ -54,6 +54,36 @@ def on_xfs_who_maps_it_is_named_and_it_is_gone_with_them(case):
     guest.shut_down()
 
 
+def with_all_options_groups_mounts_and_the_device_go_as_well(case):
+    """By a daemon and a helper that are confined as their units say."""
+    definition = '[purge]\nstep_timeout = "60s"\nend = "groups"\nunmount = true\ndisconnect = true'
+    guest, kms, key = served(case, definition=definition)
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt && head -c 1M /dev/urandom >/mnt/canary")
+    guest.put("/run/pod", f"sleep infinity &\n{MAP}\n")
+    # One of a pod's two processes maps a file; who has the mount in a namespace of its own uses nothing of it.
+    guest.run("""systemd-run -q --unit=pod bash /run/pod
+        systemd-run -q --unit=elsewhere unshare --mount --propagation private sleep infinity
+        systemd-run -q --unit=bystander sleep infinity""")
+    syncs = record_syncs(guest)
+    guest.until("the load is under way", "[ -e /run/mapped ] && [ \"$(wc -l </run/syncs)\" -gt 20 ]")
+    there = "nsenter --mount --target $(systemctl show -p MainPID --value elsewhere) findmnt /mnt"
+    guest.run(there)
+    kms.disable(key)
+    guest.until("the device is gone", "[ ! -e /sys/block/nbd0/pid ] && ! findmnt /mnt")
+    expect(syncs.wait(timeout=60)[0] != 0, "the load saw no error")
+    guest.run("! systemctl is-active pod && systemctl is-active bystander elsewhere")
+    status, said = guest.attempt(there)
+    expect(status != 0, f"it is mounted elsewhere: {said}")
+    status, said = guest.attempt("byokctl attach v --device auto")
+    expect(status != 0 and "is disabled" in said, f"attached without its key: {said}")
+    kms.enable(key)
+    guest.run(f"byokctl attach v --device auto && {{ fsck.ext4 -p {LINK}; [ $? -le 1 ]; }} && mount {LINK} /mnt")
+    case.say(check_syncs(guest).strip())
+    guest.run("umount /mnt && udevadm settle && byokctl detach v")
+    expect("blocked for more than" not in guest.dmesg(), "a task hung")
+    guest.shut_down()
+
+
 def under_load(case, file_system, purge):
     """A volume with a canary on it, in use. Free memory is wiped, as docs/operations.md tells those who need it."""
     disk = case.disk("v", 400 << 20)
