@@ -4,6 +4,9 @@ filter, and by byokd; and on the disk's own file by a loop device. In turn, roun
 Compared are ratios of one round, of records acknowledged a second and of p99. There is no bound to pass: a machine that
 others use proves nothing in one minute. What passes or fails is that each program loses nothing anywhere."""
 
+import dataclasses
+import pathlib
+
 from parts import acks
 from parts.disk import FileSystem
 
@@ -26,6 +29,13 @@ def story(stack, report, make_program, seed, quick):
 
 
 def measure(stack, report, scratch, disk, name, make_program, seed, seconds):
+    loaded = load_on(stack, report, scratch, disk, name, make_program, seed, seconds)
+    loaded.prove_whole()
+    return loaded.rows
+
+
+def load_on(stack, report, scratch, disk, name, make_program, seed, seconds):
+    """A new file system with a program on it that has had its load, and is stopped."""
     program = make_program(stack, report.directory, seed)
     files = FileSystem(stack, disk, scratch / "mnt", make=True)
     program.start(files.directory)
@@ -35,11 +45,26 @@ def measure(stack, report, scratch, disk, name, make_program, seed, seconds):
     program.stop()
     rows = acks.read(program.acks)
     report.load(name, rows)
-    files = mounted_anew(report, name, files, scratch)
-    program.start(files.directory)
-    whole, said = program.verify(files.directory)
-    report.check(f"{name}: {said}", whole)
-    program.stop()
-    files.unmount()
-    files.disk.close()
-    return rows
+    return Loaded(report, scratch, name, program, files, rows)
+
+
+@dataclasses.dataclass
+class Loaded:
+    """What a load has left on a disk."""
+
+    report: object
+    scratch: pathlib.Path
+    name: str
+    program: object
+    files: FileSystem
+    rows: list
+
+    def prove_whole(self):
+        """Looks for everything that was acknowledged, and puts the disk away."""
+        files = mounted_anew(self.report, self.name, self.files, self.scratch)
+        self.program.start(files.directory)
+        whole, said = self.program.verify(files.directory)
+        self.report.check(f"{self.name}: {said}", whole)
+        self.program.stop()
+        files.unmount()
+        files.disk.close()

@@ -4,7 +4,7 @@ goes), for delays from none to some milliseconds.
 
 The way to ext4 is nbdfuse and a loop device in the two latter, and another time beneath. That costs as much as byokd, so
 byokd is to be compared with nbdkit. Reported, not judged; what passes or fails is that nothing is lost. byokd's own memory
-and processor time, from attaching to detaching, are for sizing a node."""
+and processor time, from attaching to the end of the load, are for sizing a node."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ from parts.peers import serve_clear
 from parts.service import Byokd
 from parts.slow import SlowDisk, prove_that_it_is_slow
 
-from .cost import measure
+from .cost import load_on
 from .setting import scratch_directory
 
 WAYS = ["plain", "nbdkit", "byokd", "byokd-cached"]
@@ -28,11 +28,18 @@ def story(stack, report, make_program, seed, quick):
             label = f"{name}, {ms} ms"
             report.event(label)
             with contextlib.ExitStack() as inner:
-                disk, used = open_disk(inner, name, ms, report, scratch, make_program)
-                rows = measure(inner, report, scratch, disk, label, make_program, seed, seconds)
-                used(acks.summary(rows))
-            series[label] = rows
-            found[label] = acks.summary(rows)
+                disk, server = open_disk(inner, name, ms, report, scratch, make_program)
+                begun = server.cpu_seconds() if server else 0
+                loaded = load_on(inner, report, scratch, disk, label, make_program, seed, seconds)
+                found[label] = acks.summary(loaded.rows)
+                if server:
+                    tell_use(report, label, server, server.cpu_seconds() - begun, found[label])
+                loaded.prove_whole()
+                if server:
+                    # While its disk is still there.
+                    server.ctl("detach", "v")
+                    server.process.stop()
+            series[label] = loaded.rows
         theirs = found[f"nbdkit, {ms} ms"]
         for name in WAYS[2:]:
             ours = found[f"{name}, {ms} ms"]
@@ -41,31 +48,27 @@ def story(stack, report, make_program, seed, quick):
     return series
 
 
+def tell_use(report, label, server, cpu_seconds, load):
+    report.number(f"{label}: processor time for 1,000 records", cpu_seconds * 1000 / max(load["records"], 1), "s")
+    report.number(f"{label}: of a core, while it lasted", cpu_seconds * load["rate"] / max(load["records"], 1), "")
+    report.number(f"{label}: resident at most", server.most_resident_mib(), "MiB")
+
+
 def open_disk(stack, name, ms, report, scratch, program):
-    """The disk, and who tells what its server used, if that is byokd."""
-    nothing = lambda _: None
+    """The disk, and byokd if that serves it."""
     # A little more than the volume, for its header.
     slow = SlowDisk(stack, scratch, program.volume_mib + 64, ms, report.directory / "slow.log")
     beneath = LoopDisk(stack, slow.file)
     if ms:
         report.number(f"{name}, {ms} ms: the disk by itself", prove_that_it_is_slow(beneath.device), "reads/s")
     if name == "plain":
-        return beneath, nothing
+        return beneath, None
     if name == "nbdkit":
         uri = serve_clear(stack, name, scratch, beneath.device, report.directory / f"{name}.log")
-        return NbdDisk(stack, uri, scratch / "nbd"), nothing
+        return NbdDisk(stack, uri, scratch / "nbd"), None
     byokd = Byokd(stack, scratch / f"{name}-{ms}", report.directory / f"{name}.log")
     byokd.create("v", beneath.device, "0", byokd.key(), program.purpose)
     if name == "byokd-cached":
         byokd.define("v", "direct", "off")
     byokd.ctl("attach", "v")
-    begun = byokd.cpu_seconds()
-
-    def used(load):
-        report.number(f"{name}, {ms} ms: processor time for 1,000 records", (byokd.cpu_seconds() - begun) * 1000 / max(load["records"], 1), "s")
-        report.number(f"{name}, {ms} ms: resident at most", byokd.most_resident_mib(), "MiB")
-        # While its disk is still there.
-        byokd.ctl("detach", "v")
-        byokd.process.stop()
-
-    return NbdDisk(stack, byokd.uri("v"), scratch / "nbd"), used
+    return NbdDisk(stack, byokd.uri("v"), scratch / "nbd"), byokd
