@@ -109,6 +109,8 @@ pub struct Export {
     clients: Mutex<Vec<Arc<Client>>>,
     changed: Condvar,
     stopping: AtomicBool,
+    /// The kernel's connections stop between two requests; changed with `clients` locked.
+    handing_over: AtomicBool,
     orphans: AtomicUsize,
     transition: Mutex<()>,
     /// Milliseconds since boot until which requests wait for a closed fence; 0: they do not.
@@ -186,6 +188,7 @@ impl Export {
             clients: Mutex::default(),
             changed: Condvar::new(),
             stopping: AtomicBool::new(false),
+            handing_over: AtomicBool::new(false),
             orphans: AtomicUsize::new(0),
             transition: Mutex::default(),
             held_until: AtomicU64::new(0),
@@ -468,13 +471,12 @@ impl Export {
     }
 
     /// Has every connection of the kernel's client stop between two requests, with everything
-    /// answered and its socket left open. Returns at once; requests go on being answered meanwhile.
+    /// answered and its socket left open: those that there are, and those whose threads have only been
+    /// started. Returns at once; requests go on being answered meanwhile.
     pub fn hand_over(&self) {
-        self.each_client(|client| {
-            if client.is_kernel() {
-                client.hand_over();
-            }
-        });
+        let clients = lock(&self.clients);
+        self.handing_over.store(true, Ordering::Relaxed);
+        clients.iter().filter(|client| client.is_kernel()).for_each(|client| client.hand_over());
     }
 
     /// Whether the kernel gave up another of its connections that is not done with what it was sent.
@@ -593,6 +595,9 @@ impl Export {
         let full = kind == PeerKind::Program && self.is_full(&clients);
         if self.is_stopping() || full {
             return Ok(None);
+        }
+        if kind == PeerKind::Kernel && self.handing_over.load(Ordering::Relaxed) {
+            client.hand_over();
         }
         clients.push(Arc::clone(&client));
         Ok(Some(client))

@@ -242,6 +242,21 @@ fn a_key_that_is_back_does_not_wait_for_a_connection_that_waits_for_it() {
     assert!(holds.read(0, 512) == [b'p'; 512]);
 }
 
+/// An attach may be that late, or whoever stood in for the volume until its key came.
+#[test]
+fn a_connection_of_the_kernel_that_joins_after_the_hand_over_has_begun_is_handed_over() {
+    let made = on_a_disk_that_hangs(None, DirectIo::Auto);
+    let Some((_dir, _disk, export)) = made else { return };
+    export.open_for_kernel().unwrap();
+    export.hand_over();
+    let (kernel, ours) = UnixStream::pair().unwrap();
+    let (tell, ended) = mpsc::channel();
+    let ends = move |ending| tell.send(ending).unwrap();
+    kernel::serve(ours, export, &ExportTable::new(), ends).unwrap();
+    assert_eq!(ended.recv_timeout(PATIENCE).unwrap(), Some(Ending::HandedOver));
+    drop(kernel);
+}
+
 /// Else the next daemon would not get it, and what the kernel sent on it would be lost.
 #[test]
 fn a_connection_of_the_kernel_that_begins_while_the_store_hangs_can_be_handed_over() {
