@@ -5,6 +5,7 @@
 //! fastest ([`Speed::Immediate`]); everything else goes through [`uring`], with `O_DIRECT` where
 //! the file system allows, because a disk may take its time and must not hold its caller.
 
+pub(crate) mod inflight;
 pub mod uring;
 
 use std::fs::{File, OpenOptions};
@@ -19,6 +20,7 @@ use nix::sys::statfs::{
     BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
 };
 use nix::unistd::{Whence, lseek64};
+use tracing::debug;
 
 use crate::buffer::{Buffer, Ciphertext, Pool};
 use crate::units::SectorRange;
@@ -137,6 +139,7 @@ impl Backing {
                 backing.file = cached;
             }
         }
+        backing.hold();
         Ok(backing)
     }
 
@@ -153,7 +156,19 @@ impl Backing {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         let file = OpenOptions::new().read(true).write(true).open(path)?;
         let Self { data_offset, speed, direct, read_only, block_device, waits, .. } = *self;
-        Ok(Some(Self { file, data_offset, speed, direct, read_only, block_device, waits }))
+        let one = Self { file, data_offset, speed, direct, read_only, block_device, waits };
+        one.hold();
+        Ok(Some(one))
+    }
+
+    /// Whatever is written stays known to whoever opens the volume next. Where that cannot be, the
+    /// volume's lock is all there is.
+    fn hold(&self) {
+        if !self.read_only
+            && let Err(error) = inflight::hold(&self.file)
+        {
+            debug!(%error, "no lock for what is in flight");
+        }
     }
 
     fn reads_one(&self, probe: SectorRange) -> bool {

@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Deref;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
@@ -13,8 +14,17 @@ use nix::sys::stat;
 
 use super::{Access, VolumeError};
 use crate::luks2::DATA_OFFSET;
+use crate::store::inflight;
 
-/// A store that no other byokd of this machine writes to, until it is dropped.
+/// How long what was in flight may take to end when its process has. Looking for it goes on until then.
+const TO_END: Duration = Duration::from_secs(2);
+
+/// Between two looks.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// A store that no other byokd of this machine writes to, until it is dropped. Nor does one that has
+/// ended: what the kernel still writes for it holds a lock of its own
+/// ([`inflight`]).
 ///
 /// A block device is claimed as well (`O_EXCL`), so that nobody mounts or maps it meanwhile. Its lock
 /// is one of its open file description: `flock` would be read as a word to udev, which puts off whatever
@@ -54,14 +64,42 @@ impl LockedFile {
                 Some(libc::EBUSY) => VolumeError::Busy(path.to_owned()),
                 _ => VolumeError::io("open", path, e),
             })?;
-        if on_device { Self::lock_device(file, access) } else { Self::lock_file(file, access) }
-            .map_err(|errno| {
-                if [Errno::EAGAIN, Errno::EACCES].contains(&errno) {
-                    VolumeError::Busy(path.to_owned())
-                } else {
-                    VolumeError::io("lock", path, errno)
-                }
-            })
+        let busy = |errno| match errno {
+            Errno::EAGAIN | Errno::EACCES => VolumeError::Busy(path.to_owned()),
+            _ => VolumeError::io("lock", path, errno),
+        };
+        let until = Instant::now() + TO_END;
+        let mut file = file;
+        loop {
+            // First: where a server has all locks, ours would look like another's. And whoever has
+            // none has nobody who could leave one.
+            let in_flight = inflight::is_held(&file).unwrap_or(false);
+            let locked = if on_device {
+                Self::lock_device(file, access)
+            } else {
+                Self::lock_file(file, access)
+            };
+            let locked = locked.map_err(busy)?;
+            if !in_flight {
+                return Ok(locked);
+            }
+            file = locked.unlocked().map_err(busy)?;
+            if Instant::now() > until {
+                return Err(VolumeError::InFlight(path.to_owned()));
+            }
+            pause();
+        }
+    }
+
+    fn unlocked(self) -> Result<File, Errno> {
+        match self {
+            Self::File(file) => file.unlock().map_err(|(_, errno)| errno),
+            Self::Device(file) => {
+                let lock = inflight::request(libc::F_UNLCK, 0, inflight::BYTE)?;
+                fcntl(&file, FcntlArg::F_OFD_SETLK(&lock))?;
+                Ok(file)
+            }
+        }
     }
 
     fn lock_file(file: File, access: Access) -> Result<Self, Errno> {
@@ -77,13 +115,15 @@ impl LockedFile {
             Access::ReadWrite => libc::F_WRLCK,
             Access::ReadOnly => libc::F_RDLCK,
         };
-        let short = |value| libc::c_short::try_from(value).map_err(|_| Errno::EINVAL);
-        // All of it: from the start, without an end.
-        let (l_type, l_whence) = (short(how)?, short(libc::SEEK_SET)?);
-        let lock = libc::flock { l_type, l_whence, l_start: 0, l_len: 0, l_pid: 0 };
+        let lock = inflight::request(how, 0, inflight::BYTE)?;
         fcntl(&file, FcntlArg::F_OFD_SETLK(&lock))?;
         Ok(Self::Device(file))
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "nobody is told when a lock of a dead process goes")]
+fn pause() {
+    std::thread::sleep(PAUSE);
 }
 
 /// Refuses a block device that the kernel does not write to: it lets one be opened for writing all

@@ -63,6 +63,9 @@ pub enum VolumeError {
     /// Someone has it open.
     #[error("{} is in use: another daemon or volume has it open, or it is mounted or part of another device", .0.display())]
     Busy(PathBuf),
+    /// What was written to it by a daemon that has ended has not.
+    #[error("{}: a write of a daemon that has ended is still under way", .0.display())]
+    InFlight(PathBuf),
     /// Its header is not the one that was read.
     #[error("the header of {} was changed by somebody else meanwhile", .0.display())]
     Changed(PathBuf),
@@ -138,7 +141,7 @@ impl VolumeError {
                 | HeaderError::Uuid(_) => VolumeErrorClass::Damaged,
                 HeaderError::Encode(_) | HeaderError::NoRandomness => VolumeErrorClass::Io,
             },
-            Self::Busy(_) => VolumeErrorClass::Busy,
+            Self::Busy(_) | Self::InFlight(_) => VolumeErrorClass::Busy,
             Self::Changed(_) => VolumeErrorClass::Changed,
             Self::TooSmall { .. } => VolumeErrorClass::TooSmall,
             Self::Overwritten { .. } => VolumeErrorClass::Damaged,
@@ -151,6 +154,9 @@ impl VolumeError {
     /// What to do about it, one sentence.
     #[must_use]
     pub fn remedy(&self) -> &'static str {
+        if matches!(self, Self::InFlight(_)) {
+            return "Look at the disk beneath it, and try again when it answers.";
+        }
         match self.class() {
             VolumeErrorClass::NotFound => "Check the path of the backing file or device.",
             VolumeErrorClass::NotAVolume => {

@@ -369,6 +369,23 @@ pub(crate) mod tests {
         assert_eq!(volume.geometry().capacity(), 1 << 20);
     }
 
+    /// As the kernel holds it for a process that was killed while it wrote.
+    #[test]
+    fn a_store_that_is_still_written_to_is_not_opened_although_its_lock_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v");
+        make(&path);
+        let volume = LockedVolume::open(&path, Access::ReadWrite).unwrap();
+        volume.open_store(DirectIo::Auto).unwrap();
+        let written_by = lock_mutex(&volume.store).take();
+        let another = written_by.as_ref().unwrap().for_one().unwrap();
+        drop(volume);
+        let error = LockedVolume::open(&path, Access::ReadWrite).unwrap_err();
+        assert!(matches!(error, VolumeError::InFlight(_)), "{error}");
+        drop((written_by, another));
+        LockedVolume::open(&path, Access::ReadWrite).unwrap();
+    }
+
     #[test]
     fn a_volume_abandoned_before_its_commit_leaves_no_trace() {
         let dir = tempfile::tempdir().unwrap();
