@@ -41,10 +41,13 @@ WantedBy=remote-fs.target
 
 
 def volumes_in_fstab_are_there_after_a_reboot(case):
-    guest, _, _ = served(case, definition='device = "auto"')
+    guest, _, key = served(case, definition='device = "auto"')
     guest.put("/etc/systemd/system/more.mount", MOUNT_UNIT)
+    # Another is mounted by hand, of which systemd knows nothing beforehand.
+    guest.run(f"byokctl volume create w --backing /var/lib/byokd/w.img --size 64M --key {key} --purpose zeebe")
     guest.run(f"""
         sed -i 's/^attach = .*/attach = "auto"/' /etc/byokd/volumes.d/v.toml
+        mkdir -p /var/log/journal && journalctl --flush
         systemctl enable -q byokd byokd-kernel.socket
         systemctl restart byokd && udevadm wait --timeout=60 {LINK}
         printf ',96M\\n,\\n' | sfdisk -q {LINK} && udevadm wait --settle --timeout=60 {LINK}-part1 {LINK}-part2
@@ -52,14 +55,20 @@ def volumes_in_fstab_are_there_after_a_reboot(case):
         echo "{LINK}-part1 /data ext4 _netdev,x-systemd.requires=byokd-attach@v.service 0 2" >/etc/fstab
         systemctl daemon-reload && systemctl enable -q more.mount
         systemctl start data.mount more.mount && findmnt /data && findmnt /more
-        echo one >/data/file && echo two >/more/file""")
-    for _ in range(case.times(1, 2)):
+        echo one >/data/file && echo two >/more/file
+        byokctl attach w --device auto && mkfs.ext4 -q /dev/byokd/w && mkdir /by-hand""")
+    for turn in range(case.times(1, 2)):
+        guest.run(f"mount /dev/byokd/w /by-hand && echo {turn} >/by-hand/file")
         guest.reboot()
         guest.until("both are mounted", "findmnt /data >/dev/null && findmnt /more >/dev/null")
         guest.run("grep one /data/file && grep two /more/file")
         guest.run("systemctl is-active byokd byokd-attach@v data.mount more.mount")
-        # They had been unmounted before the daemon went.
+        said = guest.run(f"byokctl attach w --device auto && mount /dev/byokd/w /by-hand && cat /by-hand/file && umount /by-hand")
+        expect(said.endswith(f"{turn}\n"), f"it is not what was written: {said}")
+        # They had been unmounted before the daemon went, and detached.
         expect("recovery complete" not in guest.dmesg(), "a journal had to be replayed")
+        said = guest.run("journalctl -b -1 --no-pager -u byokd -u byokd-attach@v")
+        expect('device disconnected volume="v"' in said and "ailed" not in said, f"the shutdown: {said[-3000:]}")
         # A restart is none of what is mounted.
         guest.run("""before=$(systemctl show -p ActiveEnterTimestampMonotonic data.mount)
             systemctl restart byokd && sync -f /data && findmnt /data &&
