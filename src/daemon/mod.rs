@@ -66,7 +66,7 @@ use crate::kms::dev::{DEV_REGION, DevKms, DevKmsError};
 use crate::listener::{Listener, Peers};
 use crate::metrics::counters::VolumeCounters;
 use crate::progress::Progress;
-use crate::systemd::{Systemd, Watchdog};
+use crate::systemd::{Notifier, Systemd, Watchdog};
 use crate::units::rfc3339;
 
 /// How soon the control socket is heard of first.
@@ -379,6 +379,9 @@ impl Volume {
     }
 }
 
+/// How long systemd waits for a daemon that stops, from each time that it is told to: the unit's `TimeoutStopSec=`.
+const STOPPING: Duration = Duration::from_secs(6);
+
 /// Runs a daemon until it is told to stop, and stops it cleanly.
 ///
 /// # Errors
@@ -485,6 +488,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     };
     info!("stopping: {by}");
     notifier.stopping(&format!("stopping: {}", daemon.summary()));
+    let stopping = tokio::spawn(takes_time(notifier.clone()));
     // Before anything is cut off: nothing else begins in its place.
     daemon.stopping.store(true, Ordering::SeqCst);
     reloading.abort();
@@ -498,8 +502,19 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     drop(watchdog);
     drop(dev);
     let _stopped = apart("audit-stop", move || audit.stop(by)).await;
+    stopping.abort();
     info!("stopped");
     Ok(())
+}
+
+/// Has systemd wait while the daemon stops. A process that has stopped may be kept by a store that
+/// hangs: for that one systemd does not wait long, since the next daemon has other volumes to serve.
+async fn takes_time(notifier: Notifier) {
+    let mut tick = tokio::time::interval(STOPPING / 3);
+    loop {
+        tick.tick().await;
+        notifier.extend_timeout(STOPPING);
+    }
 }
 
 /// Makes a directory that is not there. Others may pass through it to the sockets that are theirs

@@ -119,6 +119,8 @@ fn ready_with_its_volumes_and_a_word_for_each_change(manager: &Manager) {
     manager.hears_line("STATUS=1 volume serving");
     assert!(daemon.terminate().success());
     manager.hears_line("STOPPING=1");
+    // Else systemd would end it soon.
+    manager.hears_line("EXTEND_TIMEOUT_USEC=");
 }
 
 #[test]

@@ -245,6 +245,33 @@ def stalls_have_their_bounds(case):
     guest.clean_dmesg(allowed=(TIMED_OUT,))
 
 
+def a_restart_while_a_store_hangs_costs_other_volumes_no_error(case):
+    disk = ServedDisk(case, 128 << 20)
+    disk.turn_on()
+    guest, _, key = served(case, backing="/dev/vdc", size="0", disks=[disk.drive])
+    # It is meant to hang.
+    guest.run("sysctl -q kernel.hung_task_timeout_secs=300")
+    guest.run(f"byokctl volume create w --backing /var/lib/byokd/w.img --size 16M --key {key} --purpose zeebe")
+    guest.run("byokctl attach v --device auto && byokctl attach w --device auto")
+    probes = {name: guest.start(f"exec /payload/stall-probe /dev/byokd/{name} /run/probe-{name}") for name in "vw"}
+    goes_on(guest)
+    disk.stop()
+    # The old daemon's last flush hangs, and keeps its process.
+    guest.run("sleep 1; systemctl restart --no-block byokd")
+    guest.until("the other volume is served", """byokctl status w 2>/dev/null | grep -q serving &&
+        [ "$(systemctl show -p SubState --value byokd)" = running ]""")
+    disk.go_on()
+    goes_on(guest)
+    guest.run("pkill -TERM -f [s]tall-probe")
+    for name, probe in probes.items():
+        status, said = probe.wait(timeout=60)
+        expect(status == 0, f"a write failed: {said[-500:]}")
+        writes = [tuple(map(int, line.split())) for line in guest.run(f"cat /run/probe-{name}").splitlines()]
+        case.say(f"{name}: the longest write {max(end - begin for begin, end in writes)} ms")
+    guest.run("udevadm settle && byokctl detach v && byokctl detach w")
+    guest.clean_dmesg(allowed=(TIMED_OUT,))
+
+
 def restarted(guest, how):
     """When it was ended so, when that was done, and when there was another one, in milliseconds since the boot."""
     pid = "$(systemctl show -p MainPID --value byokd)"
