@@ -111,6 +111,8 @@ pub struct Export {
     stopping: AtomicBool,
     /// The kernel's connections stop between two requests; changed with `clients` locked.
     handing_over: AtomicBool,
+    /// What the kernel's client was told is written may not be.
+    unflushed: AtomicBool,
     orphans: AtomicUsize,
     transition: Mutex<()>,
     /// Milliseconds since boot until which requests wait for a closed fence; 0: they do not.
@@ -189,6 +191,7 @@ impl Export {
             changed: Condvar::new(),
             stopping: AtomicBool::new(false),
             handing_over: AtomicBool::new(false),
+            unflushed: AtomicBool::new(false),
             orphans: AtomicUsize::new(0),
             transition: Mutex::default(),
             held_until: AtomicU64::new(0),
@@ -477,6 +480,23 @@ impl Export {
         let clients = lock(&self.clients);
         self.handing_over.store(true, Ordering::Relaxed);
         clients.iter().filter(|client| client.is_kernel()).for_each(|client| client.hand_over());
+    }
+
+    /// The last flush of a daemon before this one failed: what the kernel had written until then may be
+    /// lost, and nobody has told it. Its next flush fails, whatever the store says of it: the store has
+    /// said it to the other daemon, and says it once.
+    pub fn owe_a_failed_flush(&self) {
+        self.unflushed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the kernel has not flushed since.
+    pub fn owes_a_failed_flush(&self) -> bool {
+        self.unflushed.load(Ordering::Relaxed)
+    }
+
+    /// The same, once.
+    pub(crate) fn pay_a_failed_flush(&self) -> bool {
+        self.owes_a_failed_flush() && self.unflushed.swap(false, Ordering::Relaxed)
     }
 
     /// Whether the kernel gave up another of its connections that is not done with what it was sent.

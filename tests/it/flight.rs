@@ -18,11 +18,12 @@ use tempfile::TempDir;
 use crate::backing::HangingDisk;
 use crate::hold::{export, key, make, open, serve_in};
 use crate::mounts::can_mount;
-use crate::raw::{DISC, READ, Raw, WRITE, WRITE_ZEROES, request};
+use crate::raw::{DISC, FLUSH, READ, Raw, WRITE, WRITE_ZEROES, request};
 use crate::support::{PATIENCE, until};
 
 const SECTOR: u64 = 4096;
 const PERM: u32 = 1;
+const IO: u32 = 5;
 const SHUTDOWN: u32 = 108;
 
 /// The store as it is when nothing changes in it any more.
@@ -240,6 +241,22 @@ fn a_key_that_is_back_does_not_wait_for_a_connection_that_waits_for_it() {
     until("the key is back", || export.restore(key()).is_ok());
     assert_eq!(holds.simple_reply(1), 0);
     assert!(holds.read(0, 512) == [b'p'; 512]);
+}
+
+/// The store told the daemon before this one, and tells it once.
+#[test]
+fn the_kernels_first_flush_after_a_failed_last_one_fails_and_no_other() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let export = export(dir.path(), None);
+    export.owe_a_failed_flush();
+    let mut kernel = of_the_kernel(&export, &ExportTable::new());
+    kernel.send(&[request(0, WRITE, 1, 0, 4096), vec![b'a'; 4096]].concat());
+    assert_eq!(kernel.simple_reply(1), 0);
+    for (id, said) in [(2, IO), (3, 0)] {
+        kernel.send(&request(0, FLUSH, id, 0, 0));
+        assert_eq!(kernel.simple_reply(id), said);
+    }
+    assert!(!export.owes_a_failed_flush());
 }
 
 /// An attach may be that late, or whoever stood in for the volume until its key came.

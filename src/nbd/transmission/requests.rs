@@ -144,6 +144,14 @@ impl Transmission {
         if self.export.options().read_only {
             return self.reply(Reply::Head(Head::done(self.modes.style, &request)));
         }
+        if self.client.is_kernel() && self.export.pay_a_failed_flush() {
+            error!(
+                volume = self.export.name(),
+                "what was written before the last start may be lost"
+            );
+            self.count(&request, Errno::Io);
+            return self.reply(Reply::Head(Head::error(self.modes.style, &request, Errno::Io)));
+        }
         let Ok(nothing) = self.export.geometry().sectors(0, 0) else {
             return Err(TransmissionError::CutReply);
         };
