@@ -50,6 +50,8 @@ pub(super) struct AttachHow {
     pub(super) read_only: bool,
     pub(super) device: Option<DeviceChoice>,
     pub(super) connections: Option<usize>,
+    /// The daemon does it by itself: not once an operator has taken the volume out of service.
+    pub(super) by_itself: bool,
 }
 
 impl AttachHow {
@@ -67,7 +69,7 @@ impl AttachHow {
             let why = format!("a device has between 1 and {MAX_CONNECTIONS} connections");
             return Err(refused(ExitCode::Usage, what, why, "Mend --connections."));
         }
-        Ok(Self { read_only, device, connections })
+        Ok(Self { read_only, device, connections, by_itself: false })
     }
 }
 

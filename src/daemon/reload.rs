@@ -96,9 +96,7 @@ impl Daemon {
                 }
             }
             if is_auto && !tried {
-                let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
-                while tries.try_join_next().is_some() {}
-                tries.spawn(Arc::clone(self).attach_patiently(name, None));
+                self.start_tries(name, volume, None);
             }
         }
         self.drop_removed(&names, &mut reloaded).await;
