@@ -8,6 +8,7 @@ pub mod args;
 mod audited;
 mod create;
 mod devices;
+mod in_kernel;
 mod keys;
 mod look;
 mod patience;
@@ -608,6 +609,9 @@ impl Daemon {
                 {
                     Ok(how) => {
                         let attached = self.attach(&name, how).await;
+                        if attached.is_err() {
+                            self.try_on(&name);
+                        }
                         attached.map(Answer::Volume).map_err(|not| not.error)
                     }
                     Err(refused) => Err(refused),

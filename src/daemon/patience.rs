@@ -63,6 +63,16 @@ impl Daemon {
         tries.spawn(Arc::clone(self).attach_patiently(name, volume, tried));
     }
 
+    /// The same for a volume whose device waits, though it was found only now.
+    pub(super) fn try_on(self: &Arc<Self>, name: &str) {
+        let volume = self.volumes().get(name).cloned();
+        if let Some(volume) = volume
+            && volume.with(|now| now.device.is_some() && is_wanted(now))
+        {
+            self.start_tries(name.to_owned(), volume, None);
+        }
+    }
+
     async fn attach_patiently(
         self: Arc<Self>,
         name: String,

@@ -306,6 +306,7 @@ impl Daemon {
         let opening = open(what, volume, config.backing.clone(), access, direct);
         let locked = until.or(what, opening).await?;
         let header = locked.header();
+        self.adopt(what, name, volume, header.uuid())?;
         let locked = Apart::new(locked);
         let wrapped = header.token().wrapped.clone();
         let role = config.role();

@@ -92,6 +92,31 @@ def a_reload_takes_what_is_right_and_names_what_is_wrong(case):
     guest.clean_dmesg()
 
 
+def a_definition_that_is_mended_brings_its_device_back(case):
+    guest, kms, _ = served(case, definition='request_timeout = "6s"\ndead_timeout = "120s"')
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
+    guest.run("cp /etc/byokd/volumes.d/v.toml /run/good")
+    syncs, running = record_syncs(guest), load(guest, 100000)
+    # Told to read it, or asked for the volume.
+    for how in ("byokctl reload", "byokctl attach v"):
+        goes_on(guest)
+        guest.run("echo 'trimm = false' >>/etc/byokd/volumes.d/v.toml && systemctl restart byokd")
+        guest.until("it is skipped", "byokctl status | grep -q trimm")
+        kms.fault(fault="reset")
+        guest.run("cp /run/good /etc/byokd/volumes.d/v.toml")
+        guest.attempt(how)
+        # Whatever KMS says, its requests are heard.
+        guest.until("they wait", "byokctl status v | grep -q 'wait for the key'")
+        kms.no_faults()
+        guest.until("it serves", "byokctl status v | grep -q serving")
+        expect(not running.ended() and not syncs.ended(), f"the load ended: {how}")
+    end_load(guest, running)
+    guest.run(f"umount /mnt && udevadm settle && fsck.ext4 -fn {LINK} && mount {LINK} /mnt")
+    case.say(check_syncs(guest).strip())
+    guest.run("umount /mnt && udevadm settle && byokctl detach v")
+    guest.clean_dmesg(allowed=("Connection timed out, retrying",))
+
+
 def no_end_of_the_daemon_costs_what_is_mounted_an_error(case):
     guest, _, _ = served(case, definition='request_timeout = "6s"\ndead_timeout = "90s"')
     guest.put("/run/systemd/system/byokd.service.d/quick.conf", "[Service]\nWatchdogSec=4s\n")
