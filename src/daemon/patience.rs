@@ -14,7 +14,6 @@ use crate::daemon::devices::AttachHow;
 use crate::daemon::refusals::{Fault, NotAttached};
 use crate::daemon::{Daemon, Now, Service, Tries, Volume};
 use crate::exit::ExitCode;
-use crate::kernel::sysfs;
 use crate::key::lease::{Allowance, Moment};
 
 /// How long to wait before a volume that should be attached is tried again.
@@ -83,9 +82,7 @@ impl Daemon {
         let mut taken_out = volume.taken_out.subscribe();
         // It may have been forgotten meanwhile.
         while self.is_known(&name, &volume) && volume.with(goes_on) {
-            let device = volume.with(|now| now.device.clone());
-            let read_only = device.as_ref().is_some_and(|d| sysfs::is_read_only(d.device().index));
-            let how = AttachHow { read_only, by_itself: true, ..AttachHow::default() };
+            let how = AttachHow { by_itself: true, ..AttachHow::default() };
             let attached = self.attach(&name, how).await;
             volume.with(|now| now.awaited = false);
             let Err(NotAttached { error: e, fault }) = attached else {

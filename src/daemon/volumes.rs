@@ -21,6 +21,7 @@ use crate::clock::now;
 use crate::config::{Auto, VolumeConfig, is_volume_name, load_volume, load_volume_with_hash};
 use crate::control::{Problem, VolumeStatus};
 use crate::daemon::devices::AttachHow;
+use crate::daemon::in_kernel::{in_force, put_in_force};
 use crate::daemon::refusals::{
     Answered, NotAttached, by_export, by_panic, by_service, by_volume, refused,
 };
@@ -240,11 +241,10 @@ impl Daemon {
                 return Err(refused(ExitCode::Usage, &what, why, remedy).into());
             }
         };
-        self.while_known(&what, name, &volume, |now| {
-            now.config = config.clone();
-            now.at_next_attach = Vec::new();
-            now.service = Service::Attaching(None);
-        })?;
+        let first = in_force(&what, name, &volume, &config, how.read_only)
+            .map_err(NotAttached::for_good)?;
+        self.while_known(&what, name, &volume, |now| now.service = Service::Attaching(None))?;
+        put_in_force(&volume, &first, &config);
         let unlocked = self.unlock(&what, name, &volume, &config, how.read_only, &mut until).await;
         let done = match unlocked {
             Ok(attached) => {
@@ -290,23 +290,32 @@ impl Daemon {
         what: &str,
         name: &str,
         volume: &Volume,
-        config: &VolumeConfig,
+        definition: &VolumeConfig,
         read_only: bool,
         until: &mut TakenOut,
     ) -> Result<Attached, NotAttached> {
-        let peers = self.peers_of(config).map_err(|e| {
+        let peers = self.peers_of(definition).map_err(|e| {
             refused(ExitCode::Usage, what, e, "Mend `owner` and `group` of the definition.")
         })?;
-        let read_only = read_only || config.read_only;
-        let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
-        let direct = match config.direct {
+        let direct = match definition.direct {
             Auto::Auto => DirectIo::Auto,
             Auto::Off => DirectIo::Off,
         };
-        let opening = open(what, volume, config.backing.clone(), access, direct);
-        let locked = until.or(what, opening).await?;
+        let opening = |config: &VolumeConfig| {
+            let read_only = read_only || config.read_only;
+            let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+            open(what, volume, definition.backing.clone(), access, direct)
+        };
+        let mut config = volume.with(|now| now.config.clone());
+        let mut locked = until.or(what, opening(&config)).await?;
+        if self.adopt(what, name, volume, locked.header().uuid())? {
+            config = in_force(what, name, volume, definition, read_only)
+                .map_err(NotAttached::for_good)?;
+            close(locked).await;
+            locked = until.or(what, opening(&config)).await?;
+        }
+        let (config, read_only) = (&config, read_only || config.read_only);
         let header = locked.header();
-        self.adopt(what, name, volume, header.uuid())?;
         let locked = Apart::new(locked);
         let wrapped = header.token().wrapped.clone();
         let role = config.role();
