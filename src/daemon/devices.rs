@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::attachment::purge::PurgePlan;
 use crate::attachment::{Attachment, Owner};
-use crate::config::{DeviceChoice, EndUsers, VolumeConfig, is_volume_name};
+use crate::config::{DeviceChoice, EndUsers, VolumeConfig};
 use crate::control::Problem;
 use crate::daemon::look::AT_A_TIME;
 use crate::daemon::refusals::{Answered, NotAttached, by_export, by_kernel, refused};
@@ -27,7 +27,7 @@ use crate::exit::ExitCode;
 use crate::export::ExportError;
 use crate::keeper::threads::apart;
 use crate::kernel::client::KernelClient;
-use crate::kernel::noted::{name_of, note_of};
+use crate::kernel::noted::note_of;
 use crate::kernel::sysfs::{self, Device};
 use crate::kernel::{Connect, MAX_CONNECTIONS, PurgeStep};
 use crate::key::lease::FenceReason;
@@ -50,6 +50,8 @@ pub(super) struct AttachHow {
     pub(super) read_only: bool,
     pub(super) device: Option<DeviceChoice>,
     pub(super) connections: Option<usize>,
+    /// The daemon does it by itself: not once an operator has taken the volume out of service.
+    pub(super) by_itself: bool,
 }
 
 impl AttachHow {
@@ -67,12 +69,12 @@ impl AttachHow {
             let why = format!("a device has between 1 and {MAX_CONNECTIONS} connections");
             return Err(refused(ExitCode::Usage, what, why, "Mend --connections."));
         }
-        Ok(Self { read_only, device, connections })
+        Ok(Self { read_only, device, connections, by_itself: false })
     }
 }
 
 impl Daemon {
-    fn owner(&self, name: &str, config: &VolumeConfig) -> Owner {
+    pub(super) fn owner(&self, name: &str, config: &VolumeConfig) -> Owner {
         Owner {
             name: name.to_owned(),
             client: KernelClient::new(self.setup.config.kernel_socket.clone()),
@@ -105,16 +107,6 @@ impl Daemon {
         self.goes_into_service(what)?;
         let uuid = export.volume().header().uuid();
         let connections = how.connections.or(config.connections).unwrap_or(1);
-        if volume.with(|now| now.device.is_none())
-            && self.whose_device_is_of(uuid).is_none()
-            && let Some(device) = sysfs::devices().into_iter().find(|d| d.volume == uuid)
-        {
-            let owner = self.owner(name, config);
-            let resumed = Attachment::resume(owner, device, Vec::new(), connections);
-            let resumed = resumed
-                .map_err(|e| refused(ExitCode::Failed, what, e, "Raise the limits of byokd."))?;
-            volume.with(|now| now.device = Some(Arc::new(resumed)));
-        }
         let device = volume.with(|now| now.device.clone());
         let choice = how.device.or(config.device);
         if device.is_none() && choice.is_none() {
@@ -177,7 +169,7 @@ impl Daemon {
     }
 
     /// The volume that has a device with that uuid.
-    fn whose_device_is_of(&self, uuid: Uuid) -> Option<String> {
+    pub(super) fn whose_device_is_of(&self, uuid: Uuid) -> Option<String> {
         let has = |now: &mut Now| now.device.as_ref().is_some_and(|d| d.device().volume == uuid);
         let volumes = self.volumes();
         volumes.iter().find(|(_, volume)| volume.with(has)).map(|(name, _)| name.clone())
@@ -223,12 +215,12 @@ impl Daemon {
         self.devices_dir().join(volume.to_string())
     }
 
-    fn devices_dir(&self) -> PathBuf {
+    pub(super) fn devices_dir(&self) -> PathBuf {
         let dir = self.setup.config.control_socket.parent().map(PathBuf::from).unwrap_or_default();
         dir.join("devices")
     }
 
-    fn note(&self, name: &str, volume: Uuid) -> io::Result<()> {
+    pub(super) fn note(&self, name: &str, volume: Uuid) -> io::Result<()> {
         let dir = self.devices_dir();
         std::fs::create_dir_all(&dir)?;
         let new = dir.join(format!("{volume}.new"));
@@ -254,53 +246,20 @@ impl Daemon {
                 None => warn!(name, "closed a descriptor that nobody knows"),
             }
         }
-        let devices = sysfs::devices();
         let all = self.volumes().clone();
-        let noted: BTreeMap<_, _> = devices
-            .iter()
-            .filter_map(|device| Some((device.volume, self.noted_for(device.volume, &all)?)))
-            .collect();
-        let mut owners = BTreeMap::new();
-        if devices.iter().any(|device| !noted.contains_key(&device.volume)) {
-            owners = by_headers(&all).await;
-        }
-        owners.extend(noted);
-        for device in devices {
+        for (device, owner) in self.devices_of(&all).await {
             let Device { index, volume: uuid } = device;
             let path = format!("/dev/nbd{index}");
-            let owner = owners.get(&uuid).and_then(|name| Some((name.clone(), all.get(name)?)));
-            let Some((name, volume)) = owner else {
-                warn!(device = path, volume = %uuid, "a device of no volume that is known; put its definition back, or: nbd-client -d {path}");
+            let owner = owner.and_then(|name| Some((all.get(&name)?, name)));
+            let Some((volume, name)) = owner else {
+                warn!(device = path, volume = %uuid, "a device of no volume that is known; put its definition back or mend it, then: byokctl reload; or: nbd-client -d {path}");
                 continue;
             };
-            let config = volume.with(|now| now.config.clone());
             let sockets = handed_over.remove(&index).unwrap_or_default();
-            let (count, wanted) = (sockets.len(), config.connections.unwrap_or(1));
-            let wanted = if count > 0 { count } else { wanted };
-            match Attachment::resume(self.owner(&name, &config), device, sockets, wanted) {
-                Ok(resumed) => {
-                    info!(
-                        volume = name,
-                        device = path,
-                        handed_over = count,
-                        "found again; its requests wait for the key"
-                    );
-                    if let Err(error) = self.note(&name, uuid) {
-                        warn!(volume = name, %error, "udev will not find the name of the device");
-                    }
-                    volume.with(|now| now.device = Some(Arc::new(resumed)));
-                }
-                Err(error) => {
-                    error!(volume = name, device = path, %error, "a device cannot be taken over")
-                }
+            if let Err(error) = self.take_over(&name, volume, device, sockets) {
+                error!(volume = name, device = path, %error, "a device cannot be taken over");
             }
         }
-    }
-
-    /// The volume with that uuid, as noted.
-    fn noted_for(&self, uuid: Uuid, all: &BTreeMap<String, Arc<Volume>>) -> Option<String> {
-        let name = name_of(&self.devices_dir(), uuid, is_volume_name).ok()?;
-        all.contains_key(&name).then_some(name)
     }
 
     /// Ends the service of volumes whose devices have gone by themselves. One whose store hangs keeps
@@ -333,7 +292,7 @@ impl Daemon {
 }
 
 /// The names of volumes by the uuids in their headers, as far as these can be read within [`MATCH`].
-async fn by_headers(all: &BTreeMap<String, Arc<Volume>>) -> BTreeMap<Uuid, String> {
+pub(super) async fn by_headers(all: &BTreeMap<String, Arc<Volume>>) -> BTreeMap<Uuid, String> {
     let (mut reads, places) = (JoinSet::new(), Arc::new(Semaphore::new(AT_A_TIME)));
     for (name, volume) in all {
         let (name, places) = (name.clone(), Arc::clone(&places));

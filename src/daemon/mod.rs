@@ -8,6 +8,7 @@ pub mod args;
 mod audited;
 mod create;
 mod devices;
+mod in_kernel;
 mod keys;
 mod look;
 mod patience;
@@ -44,7 +45,8 @@ use crate::audit::chain::Hash;
 use crate::audit::record::Peer;
 use crate::audit::{Audit, AuditOpenError, AuditSettings};
 use crate::config::{
-    AuditConfig, Config, ConfigErrors, HttpConfig, SecretMemory, VolumeConfig, load_each_volume,
+    AuditConfig, Config, ConfigError, ConfigErrors, Definitions, HttpConfig, SecretMemory,
+    VolumeConfig, load_each_volume,
 };
 use crate::control::server::ControlServer;
 use crate::control::{API_VERSION, Answer, Problem, Request, VolumeStatus};
@@ -236,7 +238,7 @@ pub struct Daemon {
     creating: Mutex<BTreeSet<String>>,
     /// One after the other: what was read first is not to be in force last.
     reloading: tokio::sync::Mutex<()>,
-    /// Attaches volumes that a reload said should be.
+    /// Attach volumes that should be.
     tries: Mutex<JoinSet<()>>,
     /// No volume goes into service any more.
     stopping: AtomicBool,
@@ -256,6 +258,8 @@ struct Volume {
     changing: tokio::sync::Mutex<()>,
     /// Counts how often an operator took it out of service: whoever attaches it gives up.
     taken_out: tokio::sync::watch::Sender<u64>,
+    /// Has the daemon's next try to attach it begin.
+    try_now: tokio::sync::Notify,
     /// The store that was opened last. Held while it is, however long that takes: one that hangs
     /// holds one thread.
     opening: Mutex<(PathBuf, Arc<tokio::sync::Mutex<()>>)>,
@@ -282,6 +286,16 @@ struct Now {
     at_next_attach: Vec<&'static str>,
     /// The daemon is to attach it, and has not tried yet.
     awaited: bool,
+    tries: Tries,
+}
+
+/// What the daemon does by itself to attach a volume.
+#[derive(Default)]
+struct Tries {
+    /// Until an operator takes it out of service.
+    wanted: bool,
+    /// A task makes them; it alone ends this.
+    running: bool,
 }
 
 /// Whether a volume is in service.
@@ -337,10 +351,12 @@ impl Volume {
             problem: None,
             at_next_attach: Vec::new(),
             awaited: false,
+            tries: Tries::default(),
         };
         Self {
             changing: tokio::sync::Mutex::default(),
             taken_out: tokio::sync::watch::Sender::default(),
+            try_now: tokio::sync::Notify::new(),
             opening: Mutex::default(),
             left: tokio::sync::Notify::new(),
             rewrapping: tokio::sync::Mutex::default(),
@@ -426,27 +442,8 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     setup.kms.observer = Some(Arc::new(move |call| calls.called(&call)));
     let kms = Arc::new(AwsKms::connect(setup.kms.clone()).await?);
     audited::start(&audit, &setup, &kms, &volumes, &skipped);
-    let known = volumes.into_iter().map(|(name, config)| (name, Arc::new(Volume::new(config))));
-    let (gone, devices_gone) = mpsc::unbounded_channel();
-    let daemon = Arc::new(Daemon {
-        kms,
-        roles: tokio::sync::Mutex::default(),
-        groups: Groups::new(setup.plan),
-        table,
-        progress: Progress::default(),
-        audit: Arc::clone(&audit),
-        gone,
-        volumes: Mutex::new(known.collect()),
-        creating: Mutex::default(),
-        reloading: tokio::sync::Mutex::default(),
-        tries: Mutex::default(),
-        stopping: AtomicBool::new(false),
-        started: rfc3339(Timestamp::now()),
-        at_restart: Mutex::default(),
-        skipped: Mutex::new(skipped.into_iter().map(reload::skipped).collect()),
-        resumed: tokio::sync::watch::Sender::new(false),
-        setup,
-    });
+    let (daemon, devices_gone) =
+        Daemon::new(setup, kms, table, Arc::clone(&audit), volumes, skipped);
     let mut term =
         signal(SignalKind::terminate()).map_err(StartError::io("watch signals for", &control))?;
     let mut int =
@@ -474,12 +471,12 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     daemon.resume_devices(passed.take(devices::is_stored), &notifier).await;
     passed.close_rest(&notifier);
     let devices = tokio::spawn(Arc::clone(&daemon).watch_devices(devices_gone));
-    daemon.await_wanted();
-    daemon.resumed.send_replace(true);
     // Whether it is ready, volumes that are to be attached decide.
     info!(control = %control.display(), version = env!("CARGO_PKG_VERSION"), "started");
     let (tried, each_was_tried) = mpsc::channel(1);
-    let attaching = tokio::spawn(Arc::clone(&daemon).attach_all(tried));
+    daemon.attach_all(tried);
+    // Whoever detaches a volume from here on finds that it is tried.
+    daemon.resumed.send_replace(true);
     let reloading = tokio::spawn(Arc::clone(&daemon).reload_when_told(hup));
     let by = tokio::select! {
         _ = term.recv() => "SIGTERM",
@@ -492,10 +489,8 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     // Before anything is cut off: nothing else begins in its place.
     daemon.stopping.store(true, Ordering::SeqCst);
     reloading.abort();
-    daemon.tries.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
-    attaching.abort();
-    // It was cut off, or had nothing left to do.
-    let _ended = attaching.await;
+    let tries = std::mem::take(&mut *daemon.tries.lock().unwrap_or_else(PoisonError::into_inner));
+    { tries }.shutdown().await;
     drop((server, tcp, http));
     daemon.stop(&notifier).await;
     devices.abort();
@@ -551,6 +546,39 @@ async fn start_dev(dir: &Path, kms: &mut AwsSettings) -> Result<DevKms, StartErr
 }
 
 impl Daemon {
+    /// One that serves nothing yet, and what hears the names of volumes whose kernel devices have gone.
+    fn new(
+        setup: Setup,
+        kms: Arc<AwsKms>,
+        table: ExportTable,
+        audit: Arc<Audit>,
+        volumes: Definitions,
+        skipped: Vec<ConfigError>,
+    ) -> (Arc<Self>, mpsc::UnboundedReceiver<String>) {
+        let known = volumes.into_iter().map(|(name, config)| (name, Arc::new(Volume::new(config))));
+        let (gone, devices_gone) = mpsc::unbounded_channel();
+        let daemon = Self {
+            kms,
+            roles: tokio::sync::Mutex::default(),
+            groups: Groups::new(setup.plan),
+            table,
+            progress: Progress::default(),
+            audit,
+            gone,
+            volumes: Mutex::new(known.collect()),
+            creating: Mutex::default(),
+            reloading: tokio::sync::Mutex::default(),
+            tries: Mutex::default(),
+            stopping: AtomicBool::new(false),
+            started: rfc3339(Timestamp::now()),
+            at_restart: Mutex::default(),
+            skipped: Mutex::new(skipped.into_iter().map(reload::skipped).collect()),
+            resumed: tokio::sync::watch::Sender::new(false),
+            setup,
+        };
+        (Arc::new(daemon), devices_gone)
+    }
+
     /// Answers one request of the control API; `by` asks.
     pub async fn answer(self: &Arc<Self>, request: Request, by: Peer) -> Answer {
         self.has_resumed().await;
@@ -596,6 +624,9 @@ impl Daemon {
                 {
                     Ok(how) => {
                         let attached = self.attach(&name, how).await;
+                        if attached.is_err() {
+                            self.try_on(&name);
+                        }
                         attached.map(Answer::Volume).map_err(|not| not.error)
                     }
                     Err(refused) => Err(refused),
@@ -646,14 +677,6 @@ impl Daemon {
     #[must_use]
     pub fn audit(&self) -> &Arc<Audit> {
         &self.audit
-    }
-
-    /// Until these were tried, the daemon is not ready.
-    fn await_wanted(&self) {
-        for volume in self.volumes().values() {
-            let wanted = patience::is_wanted(volume);
-            volume.with(|now| now.awaited = wanted);
-        }
     }
 
     fn volumes(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Volume>>> {

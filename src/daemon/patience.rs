@@ -1,21 +1,19 @@
 //! Volumes that should be attached: tried again and again, whatever is the matter, until an operator
 //! takes them out of service.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::sleep;
 use tracing::{error, warn};
 
 use crate::clock::now;
 use crate::config::AttachWhen;
 use crate::daemon::devices::AttachHow;
 use crate::daemon::refusals::{Fault, NotAttached};
-use crate::daemon::{Daemon, Service, Volume};
+use crate::daemon::{Daemon, Now, Service, Tries, Volume};
 use crate::exit::ExitCode;
-use crate::kernel::sysfs;
 use crate::key::lease::{Allowance, Moment};
 
 /// How long to wait before a volume that should be attached is tried again.
@@ -28,42 +26,70 @@ const AGAIN: Duration = Duration::from_secs(1);
 const CONFIRM: Duration = Duration::from_millis(500);
 
 impl Daemon {
-    /// Attaches what should be attached and what has a device in the kernel. Dropping this ends the
-    /// tries.
-    /// `tried` is dropped when each has been tried once.
-    pub(super) async fn attach_all(self: Arc<Self>, tried: mpsc::Sender<()>) {
-        let mut tries = JoinSet::new();
+    /// Begins to try to attach what should be attached and what has a device in the kernel. `tried` is
+    /// dropped when each has been tried once.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "each try has its own, and none is left here"
+    )]
+    pub(super) fn attach_all(self: &Arc<Self>, tried: mpsc::Sender<()>) {
         for (name, volume) in self.volumes().clone() {
-            if is_wanted(&volume) {
-                tries.spawn(Arc::clone(&self).attach_patiently(name, Some(tried.clone())));
+            if volume.with(|now| is_wanted(now)) {
+                volume.with(|now| now.awaited = true);
+                self.start_tries(name, volume, Some(tried.clone()));
             }
         }
-        drop(tried);
-        while tries.join_next().await.is_some() {}
     }
 
-    pub(super) async fn attach_patiently(
+    /// Tries to attach a volume, at once and again and again. Where that is done already, the next try
+    /// is at once.
+    pub(super) fn start_tries(
+        self: &Arc<Self>,
+        name: String,
+        volume: Arc<Volume>,
+        tried: Option<mpsc::Sender<()>>,
+    ) {
+        let running = volume.with(|now| {
+            now.tries.wanted = true;
+            std::mem::replace(&mut now.tries.running, true)
+        });
+        if running {
+            volume.try_now.notify_one();
+            return;
+        }
+        let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
+        while tries.try_join_next().is_some() {}
+        tries.spawn(Arc::clone(self).attach_patiently(name, volume, tried));
+    }
+
+    /// The same for a volume whose device waits, though it was found only now.
+    pub(super) fn try_on(self: &Arc<Self>, name: &str) {
+        let volume = self.volumes().get(name).cloned();
+        if let Some(volume) = volume
+            && volume.with(|now| now.device.is_some() && is_wanted(now))
+        {
+            self.start_tries(name.to_owned(), volume, None);
+        }
+    }
+
+    async fn attach_patiently(
         self: Arc<Self>,
         name: String,
+        volume: Arc<Volume>,
         mut tried: Option<mpsc::Sender<()>>,
     ) {
         let mut waiting = Waiting::default();
-        loop {
-            // An operator may have attached or forgotten it meanwhile, or taken its device away.
-            let Some(volume) = self.volumes().get(&name).cloned() else { return };
-            if !is_wanted(&volume) {
-                volume.with(|now| now.awaited = false);
-                return;
-            }
-            let mut taken_out = volume.taken_out.subscribe();
-            let device = volume.with(|now| now.device.clone());
-            let read_only = device.as_ref().is_some_and(|d| sysfs::is_read_only(d.device().index));
-            let how = AttachHow { read_only, ..AttachHow::default() };
+        let mut taken_out = volume.taken_out.subscribe();
+        // It may have been forgotten meanwhile.
+        while self.is_known(&name, &volume) && volume.with(goes_on) {
+            let how = AttachHow { by_itself: true, ..AttachHow::default() };
             let attached = self.attach(&name, how).await;
             volume.with(|now| now.awaited = false);
-            let Err(NotAttached { error: e, fault }) = attached else { return };
-            // Somebody else did it meanwhile.
-            if !is_wanted(&volume) {
+            let Err(NotAttached { error: e, fault }) = attached else {
+                volume.with(|now| now.tries = Tries::default());
+                return;
+            };
+            if !volume.with(goes_on) {
                 return;
             }
             let bounds = volume.with(|now| Bounds {
@@ -85,20 +111,32 @@ impl Daemon {
                 }
             }
             drop(tried.take());
-            // At once, if that is so already.
-            if timeout(pause, taken_out.changed()).await.is_ok() {
-                return;
+            tokio::select! {
+                // At once, if that is so already.
+                _ = taken_out.changed() => {}
+                () = volume.try_now.notified() => {}
+                () = sleep(pause) => {}
             }
         }
     }
 }
 
 /// Whether a volume should be in service and is not.
-pub(super) fn is_wanted(volume: &Volume) -> bool {
-    volume.with(|now| {
-        let wanted = now.device.is_some() || now.config.attach == AttachWhen::Auto;
-        wanted && !matches!(now.service, Service::Attached(_))
-    })
+fn is_wanted(now: &Now) -> bool {
+    let wanted = now.device.is_some() || now.config.attach == AttachWhen::Auto;
+    wanted && !matches!(now.service, Service::Attached(_))
+}
+
+/// Whether the daemon goes on trying. If not, that has ended with this: whoever wants it later begins
+/// anew.
+fn goes_on(now: &mut Now) -> bool {
+    // An operator may have attached it or taken it out of service meanwhile, or taken its device away.
+    let goes_on = now.tries.wanted && is_wanted(now);
+    if !goes_on {
+        now.tries = Tries::default();
+        now.awaited = false;
+    }
+    goes_on
 }
 
 /// Whether a volume is not attached because its key may not be had.
@@ -190,6 +228,59 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::audit::Audit;
+    use crate::config::VolumeConfig;
+    use crate::daemon::Setup;
+    use crate::export::ExportTable;
+    use crate::kms::aws::AwsKms;
+    use tokio::time::timeout;
+
+    /// A daemon with a volume `v` whose store is missing.
+    async fn daemon() -> (Arc<Daemon>, Arc<Volume>) {
+        let mut setup = Setup::dev("/nowhere".as_ref(), Duration::from_secs(1), 0);
+        setup.kms.endpoint = Some("http://127.0.0.1:9".to_owned());
+        let kms = Arc::new(AwsKms::connect(setup.kms.clone()).await.unwrap());
+        let volumes = vec![("v".to_owned(), VolumeConfig::new("/nowhere/v.img".into()))];
+        let (table, audit) = (ExportTable::new(), Audit::in_memory());
+        let (daemon, _gone) = Daemon::new(setup, kms, table, audit, volumes, Vec::new());
+        let volume = Arc::clone(&daemon.volumes()["v"]);
+        (daemon, volume)
+    }
+
+    #[tokio::test]
+    async fn a_try_that_waits_for_a_detach_to_end_does_not_undo_it() {
+        let (daemon, volume) = daemon().await;
+        for force in [false, true] {
+            volume.with(|now| now.tries = Tries { wanted: true, running: true });
+            let busy = volume.changing.lock().await;
+            let mut detach = Box::pin(daemon.detach("v", force));
+            assert!(timeout(Duration::ZERO, &mut detach).await.is_err(), "it waits for its turn");
+            let how = AttachHow { by_itself: true, ..AttachHow::default() };
+            let mut again = Box::pin(daemon.attach("v", how));
+            assert!(timeout(Duration::ZERO, &mut again).await.is_err(), "it waits behind it");
+            drop(busy);
+            let (detached, again) = tokio::join!(detach, again);
+            detached.unwrap();
+            let NotAttached { error, fault } = again.err().unwrap();
+            assert_eq!((error.why.as_str(), fault), ("it was detached meanwhile", Fault::Stays));
+            assert!(!volume.with(goes_on));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_volume_that_is_tried_already_is_tried_once_and_at_once() {
+        let (daemon, volume) = daemon().await;
+        volume.with(|now| now.config.attach = AttachWhen::Auto);
+        for _ in 0..3 {
+            daemon.start_tries("v".to_owned(), Arc::clone(&volume), None);
+        }
+        assert_eq!(daemon.tries.lock().unwrap().len(), 1);
+        volume.with(|now| now.tries.wanted = false);
+        volume.try_now.notify_one();
+        let tries = std::mem::take(&mut *daemon.tries.lock().unwrap());
+        tries.join_all().await;
+        assert!(!volume.with(|now| now.tries.running), "another may begin");
+    }
 
     #[test]
     fn requests_of_a_device_wait_for_kms_until_the_allowance_and_a_denial_is_confirmed() {

@@ -62,7 +62,7 @@ impl Daemon {
         if let Some(settings) = settings {
             reloaded.at_restart = self.differing(&settings);
         }
-        let mut names = BTreeSet::new();
+        let (mut names, mut tries) = (BTreeSet::new(), Vec::new());
         for (name, config) in definitions {
             let is_auto = config.attach == AttachWhen::Auto;
             let (known, volume, mut tried) = {
@@ -96,12 +96,19 @@ impl Daemon {
                 }
             }
             if is_auto && !tried {
-                let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
-                while tries.try_join_next().is_some() {}
-                tries.spawn(Arc::clone(self).attach_patiently(name, None));
+                tries.push((name, volume));
             }
         }
         self.drop_removed(&names, &mut reloaded).await;
+        // Before it is tried: what waits for a volume is told whatever KMS says.
+        for name in self.find_devices().await {
+            if !tries.iter().any(|(tried, _)| *tried == name) {
+                self.try_on(&name);
+            }
+        }
+        for (name, volume) in tries {
+            self.start_tries(name, volume, None);
+        }
         for (change, names) in [("defined", &reloaded.added), ("removed", &reloaded.removed)] {
             for name in names {
                 let event = Event::new(Kind::ConfigChange).volume(name);

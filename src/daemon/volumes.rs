@@ -3,6 +3,7 @@
 //! Each volume has one lock that orders these; none is held while another volume is asked for, so
 //! that one whose KMS is slow never delays another.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
@@ -20,6 +21,7 @@ use crate::clock::now;
 use crate::config::{Auto, VolumeConfig, is_volume_name, load_volume, load_volume_with_hash};
 use crate::control::{Problem, VolumeStatus};
 use crate::daemon::devices::AttachHow;
+use crate::daemon::in_kernel::{in_force, put_in_force};
 use crate::daemon::refusals::{
     Answered, NotAttached, by_export, by_panic, by_service, by_volume, refused,
 };
@@ -125,12 +127,16 @@ impl Daemon {
         act: impl FnOnce(&mut Now),
     ) -> Answered<()> {
         let volumes = self.volumes();
-        if volumes.get(name).is_some_and(|known| Arc::ptr_eq(known, volume)) {
+        if is_this(&volumes, name, volume) {
             volume.with(act);
             return Ok(());
         }
         let why = "it was forgotten meanwhile";
         Err(refused(ExitCode::WrongState, what, why, "Try again if it is back."))
+    }
+
+    pub(super) fn is_known(&self, name: &str, volume: &Arc<Volume>) -> bool {
+        is_this(&self.volumes(), name, volume)
     }
 
     pub(super) async fn forget(&self, name: &str) -> Answered<()> {
@@ -196,6 +202,13 @@ impl Daemon {
         let mut until = TakenOut(volume.taken_out.subscribe());
         self.goes_into_service(&what)?;
         self.while_known(&what, name, &volume, |_| ())?;
+        // It may have waited for whoever took it out of service.
+        if how.by_itself && !volume.with(|now| now.tries.wanted) {
+            let why = "it was detached meanwhile";
+            let remedy = format!("If it is to be served: byokctl attach {name}");
+            let refusal = refused(ExitCode::WrongState, &what, why, remedy);
+            return Err(NotAttached::for_good(refusal));
+        }
         if volume.with(|now| matches!(now.service, Service::Attached(_))) {
             let why = "it is attached already";
             let remedy = format!("See `byokctl status {name}`.");
@@ -228,11 +241,10 @@ impl Daemon {
                 return Err(refused(ExitCode::Usage, &what, why, remedy).into());
             }
         };
-        self.while_known(&what, name, &volume, |now| {
-            now.config = config.clone();
-            now.at_next_attach = Vec::new();
-            now.service = Service::Attaching(None);
-        })?;
+        let first = in_force(&what, name, &volume, &config, how.read_only)
+            .map_err(NotAttached::for_good)?;
+        self.while_known(&what, name, &volume, |now| now.service = Service::Attaching(None))?;
+        put_in_force(&volume, &first, &config);
         let unlocked = self.unlock(&what, name, &volume, &config, how.read_only, &mut until).await;
         let done = match unlocked {
             Ok(attached) => {
@@ -278,21 +290,31 @@ impl Daemon {
         what: &str,
         name: &str,
         volume: &Volume,
-        config: &VolumeConfig,
+        definition: &VolumeConfig,
         read_only: bool,
         until: &mut TakenOut,
     ) -> Result<Attached, NotAttached> {
-        let peers = self.peers_of(config).map_err(|e| {
+        let peers = self.peers_of(definition).map_err(|e| {
             refused(ExitCode::Usage, what, e, "Mend `owner` and `group` of the definition.")
         })?;
-        let read_only = read_only || config.read_only;
-        let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
-        let direct = match config.direct {
+        let direct = match definition.direct {
             Auto::Auto => DirectIo::Auto,
             Auto::Off => DirectIo::Off,
         };
-        let opening = open(what, volume, config.backing.clone(), access, direct);
-        let locked = until.or(what, opening).await?;
+        let opening = |config: &VolumeConfig| {
+            let read_only = read_only || config.read_only;
+            let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+            open(what, volume, definition.backing.clone(), access, direct)
+        };
+        let mut config = volume.with(|now| now.config.clone());
+        let mut locked = until.or(what, opening(&config)).await?;
+        if self.adopt(what, name, volume, locked.header().uuid())? {
+            config = in_force(what, name, volume, definition, read_only)
+                .map_err(NotAttached::for_good)?;
+            close(locked).await;
+            locked = until.or(what, opening(&config)).await?;
+        }
+        let (config, read_only) = (&config, read_only || config.read_only);
         let header = locked.header();
         let locked = Apart::new(locked);
         let wrapped = header.token().wrapped.clone();
@@ -408,11 +430,18 @@ impl Daemon {
         let what = format!("detach volume {name}");
         let volume = self.find(&what, name).await?;
         let attaching = volume.with(|now| matches!(now.service, Service::Attaching(_)));
+        let no_more_tries = |now: &mut Now| std::mem::take(&mut now.tries.wanted);
+        // Nothing refuses it then: not even a try that is about to begin holds it up.
+        let cut_short = force && volume.with(no_more_tries);
         let alone = if force { cut_in(&volume).await } else { Some(volume.changing.lock().await) };
         let had_device = self.take_from_kernel(&what, name, &volume, force).await?;
-        if had_device {
-            // Nor does a later try bring it back.
-            volume.taken_out.send_modify(|times| *times += 1);
+        // Nor does one that waits for its turn, or for its time, bring it back.
+        let was_tried = volume.with(no_more_tries) || cut_short;
+        volume.taken_out.send_modify(|times| *times += 1);
+        if was_tried {
+            // Nobody wants it attached.
+            volume.with(|now| now.problem = None);
+            info!(volume = name, "not tried any more");
         }
         if alone.is_none() {
             warn!(volume = name, "not waited for: something that is being done to it does not end");
@@ -428,7 +457,7 @@ impl Daemon {
             )
         })?;
         let cut_off = force && attaching;
-        if !(ended || had_device || cut_off) {
+        if !(ended || had_device || was_tried || cut_off) {
             return Err(refused(
                 ExitCode::WrongState,
                 &what,
@@ -438,6 +467,10 @@ impl Daemon {
         }
         Ok(Box::new(status(name, &volume).await))
     }
+}
+
+fn is_this(known: &BTreeMap<String, Arc<Volume>>, name: &str, volume: &Arc<Volume>) -> bool {
+    known.get(name).is_some_and(|known| Arc::ptr_eq(known, volume))
 }
 
 /// Opens a volume's store, in bounded time. What a store that hangs gives later is closed again.

@@ -55,6 +55,15 @@ pub fn is_read_only(index: u32) -> bool {
     read_to_string(dir(index).join("ro")).is_ok_and(|text| text.trim() == "1")
 }
 
+/// Whether a device was made so that blocks of it can be given back. Not what is set for it now, which
+/// may be less and can be raised again.
+#[must_use]
+pub fn takes_trim(index: u32) -> bool {
+    let most = read_to_string(dir(index).join("queue/discard_max_hw_bytes"));
+    // Unknown: whoever asks for it is not to see an error.
+    !most.is_ok_and(|text| text.trim() == "0")
+}
+
 /// Whether a device is connected at all.
 pub(super) fn is_connected(index: u32) -> bool {
     dir(index).join("pid").exists()

@@ -1,9 +1,11 @@
 //! Settings and definitions are read anew: all that is right at once, or nothing.
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::metrics::{address, scrape, value};
 use crate::support::{Daemon, have, nbdsh, output, run, until};
 
 const USAGE: i32 = 2;
@@ -108,6 +110,38 @@ fn a_definition_that_cannot_be_read_at_a_start_costs_its_own_volume_alone() {
     assert_eq!(daemon.ok(&["reload"])["added"], json!(["w"]));
     assert_eq!(daemon.ok(&["status"])["problems"], Value::Null, "it is mended");
     until("it is served as well", || daemon.state("w") == "serving");
+}
+
+#[test]
+fn a_volume_that_is_tried_is_tried_no_more_often_for_reloads_that_change_it() {
+    let daemon = Daemon::start();
+    let key = daemon.key();
+    daemon.create("v", "1M", &key);
+    daemon.ok(&["dev", "key", "disable", &key]);
+    let address = address(&daemon);
+    let denied = || {
+        let page = scrape(&address);
+        let sample = "byokd_kms_requests_total{operation=\"Decrypt\",outcome=\"denied\"}";
+        if page.contains(sample) { value(&page, sample) } else { 0.0 }
+    };
+    let another = || {
+        let before = denied();
+        until("KMS is asked again", || denied() > before);
+    };
+    for connections in 1..=4 {
+        until("no try is under way", || daemon.state("v") == "detached");
+        daemon.define("v", &format!("attach = \"auto\"\nconnections = {connections}"));
+        let before = denied();
+        assert_eq!(daemon.ok(&["reload"])["changed"], json!(["v"]));
+        until("it is tried at once", || denied() > before);
+    }
+    // What confirms the first denial comes soon.
+    another();
+    let began = Instant::now();
+    another();
+    another();
+    let took = began.elapsed();
+    assert!(took > Duration::from_secs(8), "three tries in {took:?}, one each 5 s");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use byokd::kms::dev::{Fault, FaultKind};
 use serde_json::Value;
@@ -326,4 +327,37 @@ fn a_trial_serves_http_where_it_is_told_to() {
     let endpoint = dir.path().join("http-endpoint");
     until("it says where", || endpoint.exists() && TcpStream::connect(free).is_ok());
     assert_eq!(std::fs::read_to_string(endpoint).unwrap().trim(), format!("http://{free}"));
+}
+
+#[test]
+fn a_volume_that_cannot_be_attached_yet_is_detached_for_good() {
+    let mut daemon = Daemon::start();
+    let key = daemon.key();
+    let (wanted, unwanted) = ("wanted", ["plainly", "byforce"]);
+    let dir = daemon.dir.path().to_owned();
+    let away = |name: &str| dir.join(format!("{name}.away"));
+    for name in [&[wanted][..], &unwanted].concat() {
+        daemon.create(name, "1M", &key);
+        daemon.define(name, "attach = \"auto\"");
+        std::fs::rename(daemon.backing(name), away(name)).unwrap();
+    }
+    daemon.crash_and_restart();
+    let problem = |name: &str| daemon.status(name)["problem"].clone();
+    for (name, detach) in unwanted.iter().zip([&["detach"][..], &["detach", "--force"]]) {
+        until("it was tried", || !problem(name).is_null());
+        daemon.ok(&[detach, &[name]].concat());
+        assert!(problem(name).is_null(), "nobody wants it attached");
+        let again = daemon.ctl(&[detach, &[name]].concat());
+        assert_eq!(again.0, WRONG_STATE, "nothing is left to end: {}", again.1);
+        std::fs::rename(away(name), daemon.backing(name)).unwrap();
+    }
+    std::fs::rename(away(wanted), daemon.backing(wanted)).unwrap();
+    let back = Instant::now();
+    until("the other one is served", || daemon.state(wanted) == "serving");
+    until("each would have been tried again", || {
+        for name in unwanted {
+            assert_eq!(daemon.state(name), "detached", "{name}");
+        }
+        back.elapsed() > Duration::from_secs(6)
+    });
 }

@@ -3,7 +3,7 @@
 import json
 
 from harness.case import expect
-from harness.service import LINK, another_daemon_serves, check_syncs, end_load, goes_on, load, record_syncs, served
+from harness.service import LINK, another_daemon_serves, check_syncs, end_load, goes_on, load, record_syncs, served, volume
 
 
 def the_units_are_sound_and_the_daemon_is_confined(case):
@@ -99,6 +99,74 @@ def a_reload_takes_what_is_right_and_names_what_is_wrong(case):
     expect(guest.run("systemctl show -p MainPID --value byokd").strip() == before, "the daemon goes on")
     guest.run("grep there /mnt/file && umount /mnt && udevadm settle && byokctl detach v")
     guest.clean_dmesg()
+
+
+def what_a_definition_says_since_waits_for_the_next_attach_over_restarts(case):
+    guest, kms, _ = served(case, definition='request_timeout = "6s"\ndead_timeout = "90s"')
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
+    syncs, running = record_syncs(guest), load(guest, 100000)
+    guest.run("""sed -i 's/^read_only = .*/read_only = true/; s/^trim = .*/trim = false/' /etc/byokd/volumes.d/v.toml
+        systemctl reload byokd""")
+
+    def waits():
+        waiting = volume(guest)["at_next_attach"]
+        expect(sorted(waiting) == ["read_only", "trim"], f"at next attach: {waiting}")
+
+    waits()
+    for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd"):
+        goes_on(guest)
+        another_daemon_serves(guest, how)
+        goes_on(guest)
+        # Its blocks can still be given back.
+        guest.run("fstrim /mnt")
+        expect(not running.ended() and not syncs.ended(), f"the load ended: {how}")
+        waits()
+    # An operator who wants it otherwise is refused, and it goes on as it was.
+    kms.fault(fault="reset")
+    guest.run("systemctl restart byokd")
+    guest.until("it waits for KMS", "byokctl status v | grep -q 'wait for the key'")
+    waits()
+    status, said = guest.attempt("byokctl attach v --read-only")
+    expect(status == 5 and "can be written to" in said, f"{status} {said}")
+    kms.no_faults()
+    guest.until("it serves", "byokctl status v | grep -q serving")
+    end_load(guest, running)
+    guest.run(f"umount /mnt && udevadm settle && fsck.ext4 -fn {LINK} && byokctl detach v && byokctl attach v --device auto")
+    guest.run(f"device=$(basename $(readlink -f {LINK})) && test $(cat /sys/block/$device/ro) = 1 && mount -o ro {LINK} /mnt")
+    expect(volume(guest)["at_next_attach"] == [], "this was the next attach")
+    case.say(check_syncs(guest).strip())
+    # As one that was made without trim is told from one with it.
+    guest.run("""umount /mnt && udevadm settle && byokctl detach v
+        sed -i 's/^read_only = .*/read_only = false/' /etc/byokd/volumes.d/v.toml && byokctl attach v --device auto
+        sed -i 's/^trim = .*/trim = true/' /etc/byokd/volumes.d/v.toml && systemctl restart byokd""")
+    expect(volume(guest)["at_next_attach"] == ["trim"], "the device takes no trim")
+    guest.run("udevadm settle && byokctl detach v")
+    guest.clean_dmesg(allowed=("Connection timed out, retrying",))
+
+
+def a_definition_that_is_mended_brings_its_device_back(case):
+    guest, kms, _ = served(case, definition='request_timeout = "6s"\ndead_timeout = "120s"')
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
+    guest.run("cp /etc/byokd/volumes.d/v.toml /run/good")
+    syncs, running = record_syncs(guest), load(guest, 100000)
+    # Told to read it, or asked for the volume.
+    for how in ("byokctl reload", "byokctl attach v"):
+        goes_on(guest)
+        guest.run("echo 'trimm = false' >>/etc/byokd/volumes.d/v.toml && systemctl restart byokd")
+        guest.until("it is skipped", "byokctl status | grep -q trimm")
+        kms.fault(fault="reset")
+        guest.run("cp /run/good /etc/byokd/volumes.d/v.toml")
+        guest.attempt(how)
+        # Whatever KMS says, its requests are heard.
+        guest.until("they wait", "byokctl status v | grep -q 'wait for the key'")
+        kms.no_faults()
+        guest.until("it serves", "byokctl status v | grep -q serving")
+        expect(not running.ended() and not syncs.ended(), f"the load ended: {how}")
+    end_load(guest, running)
+    guest.run(f"umount /mnt && udevadm settle && fsck.ext4 -fn {LINK} && mount {LINK} /mnt")
+    case.say(check_syncs(guest).strip())
+    guest.run("umount /mnt && udevadm settle && byokctl detach v")
+    guest.clean_dmesg(allowed=("Connection timed out, retrying",))
 
 
 def no_end_of_the_daemon_costs_what_is_mounted_an_error(case):
