@@ -15,6 +15,7 @@
 //! | `passing.rs` | a line with descriptors over a unix socket |
 //! | `netlink.rs` | generic netlink, family `nbd` |
 //! | `sysfs.rs` | which devices there are and whose they are |
+//! | `records.rs` | which devices the helper made, by its own word |
 //! | `noted.rs` | the names of volumes, for udev |
 //! | `mounts.rs` | the mounts of what lies on a device, each told from every other |
 //! | `holders.rs` | who has a device mounted, open or mapped |
@@ -31,6 +32,7 @@ mod netlink;
 pub mod noted;
 mod passing;
 mod purge;
+pub mod records;
 pub mod server;
 pub mod sysfs;
 #[cfg(test)]
@@ -241,6 +243,8 @@ pub enum KernelErrorClass {
     Slow,
     /// There is no such device any more, or it is somebody else's.
     NotOurs,
+    /// It was disconnected, and whoever has it mounted or open keeps it from going.
+    Disconnected,
     /// Anything else.
     Other,
 }

@@ -228,7 +228,15 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("cli::nbd_client", &["nbd::handshake", "nbd::wire"]),
     (
         "bin::byokd-kernel",
-        &["config", "exit", "kernel::args", "kernel::noted", "kernel::server", "log"],
+        &[
+            "config",
+            "exit",
+            "kernel::args",
+            "kernel::noted",
+            "kernel::records",
+            "kernel::server",
+            "log",
+        ],
     ),
     ("bin::byokctl", &["cli::*", "control", "exit", "harden"]),
     (

@@ -86,6 +86,40 @@ def wrong_devices_are_refused_and_leave_nothing(case):
     guest.run("udevadm settle; byokctl attach v --device auto && byokctl detach v")
 
 
+# What byokd asks, asked by somebody who has become its user.
+ASK = """runuser -u byokd -- python3 -c '
+import json, socket, sys
+ask = json.loads(sys.argv[1]) | {"index": 0, "volume": open("/sys/block/nbd0/backend").read().strip()}
+helper = socket.socket(socket.AF_UNIX)
+helper.connect("/run/byokd-kernel/kernel.sock")
+helper.sendall(json.dumps(ask).encode() + b"\\n")
+print(helper.makefile().readline())'"""
+ASKS = ('{"ask": "disconnect"}', '{"ask": "reconfigure", "size": null}', '{"ask": "holders", "mapped": true}',
+        '{"ask": "damaged"}', '{"ask": "purge", "step": "shut-down"}', '{"ask": "purge", "step": "end-groups"}')
+
+
+def devices_of_others_are_left_alone_and_those_from_before_are_adopted(case):
+    records = "/run/byokd-kernel/devices"
+    guest, _, _ = served(case)
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
+    expect(guest.run(f"cat {records}/0").split() == [volume(guest)["uuid"]], "what is recorded")
+    guest.run(f"! runuser -u byokd -- ls {records}")
+    # Without its record it is as any device of others that has a uuid: everybody can read that.
+    guest.run(f"rm {records}/0")
+    for ask in ASKS:
+        said = guest.run(f"{ASK} '{ask}'")
+        expect("not-ours" in said, f"{ask}: {said}")
+    guest.run("echo there >/mnt/file && sync && grep there /mnt/file")
+    # As an upgrade from a version without records finds it.
+    guest.run(f"rm -r {records}; systemctl kill -s KILL byokd")
+    guest.until("its connections wait for that", "journalctl -q -u byokd | grep -q 'byokd-kernel --adopt'")
+    guest.run("byokd-kernel --adopt")
+    guest.until("it serves", "byokctl status v | grep -q serving")
+    guest.run(f"dd if={LINK} of=/dev/null bs=4k count=1 iflag=direct && echo on >>/mnt/file && sync && umount /mnt")
+    guest.run(f"udevadm settle; byokctl detach v && byokctl attach v --device auto && [ $(ls {records}) = 0 ] && byokctl detach v")
+    guest.clean_dmesg()
+
+
 def restarts_and_crashes_under_load_cost_no_error(case):
     # What was under way at a crash waits for this; a slow guest needs some of it as well.
     guest, _, _ = served(case, definition='request_timeout = "6s"')
