@@ -38,7 +38,7 @@ use crate::exit::ExitCode;
 use crate::export::{Export, ExportTable};
 use crate::keeper::KeyReport;
 use crate::kernel::client::KernelClient;
-use crate::kernel::sysfs::Device;
+use crate::kernel::sysfs::{self, Device};
 use crate::kernel::{Ask, Connect, Holder, KernelError, KernelErrorClass, Told};
 use crate::nbd::stand_in::StandIn;
 use crate::nbd::transmission::Ending;
@@ -64,6 +64,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// How long the helper may take to say who holds a device: udev is waited for.
 const LOOK: Duration = Duration::from_secs(10);
+
+/// How long the helper may take to say whether a device is still connected.
+const PROBE: Duration = Duration::from_secs(3);
 
 /// Whom a device belongs to and who looks after it.
 #[derive(Clone)]
@@ -306,19 +309,50 @@ impl Attachment {
     /// # Errors
     /// The helper does not say.
     pub async fn holders(&self) -> Result<Vec<Holder>, KernelError> {
-        let Device { index, volume } = self.device;
-        let look = Ask::Holders { index, volume, mapped: false };
-        match ask(&self.client, look, Vec::new(), LOOK).await? {
-            Told::Holders { holders } => Ok(holders),
-            Told::Done | Told::Device { .. } | Told::Purged { .. } | Told::Failed(_) => {
-                Err(unexpected())
-            }
-        }
+        holders(&self.client, self.device).await
     }
 
     async fn tell(&self, command: Command) {
         // The task ends with the device; then there is nothing to be told.
         let _told = self.commands.send(command).await;
+    }
+}
+
+/// Who has a device mounted or open.
+///
+/// # Errors
+/// The helper does not say.
+pub async fn holders(client: &KernelClient, device: Device) -> Result<Vec<Holder>, KernelError> {
+    let Device { index, volume } = device;
+    let look = Ask::Holders { index, volume, mapped: false };
+    match ask(client, look, Vec::new(), LOOK).await? {
+        Told::Holders { holders } => Ok(holders),
+        Told::Done | Told::Device { .. } | Told::Purged { .. } | Told::Failed(_) => {
+            Err(unexpected())
+        }
+    }
+}
+
+/// That a device that is there is connected, and not just held by who has it mounted or open.
+///
+/// # Errors
+/// It is not, or the helper does not say.
+pub async fn probe(client: &KernelClient, device: Device) -> Result<(), KernelError> {
+    let Device { index, volume } = device;
+    // It changes nothing.
+    let reconfigure = Ask::Reconfigure { index, volume, size: None };
+    ask(client, reconfigure, Vec::new(), PROBE).await.map(drop)
+}
+
+/// Has the kernel let go of what is left of a device, for good: nothing connects it again.
+///
+/// # Errors
+/// The kernel or the helper did not.
+pub async fn let_go(client: &KernelClient, device: Device) -> Result<(), KernelError> {
+    let Device { index, volume } = device;
+    match ask(client, Ask::Disconnect { index, volume }, Vec::new(), DISCONNECT).await {
+        Err(error) if error.class == KernelErrorClass::NotOurs => Ok(()),
+        asked => asked.map(drop),
     }
 }
 
@@ -631,7 +665,9 @@ impl Attending {
                     warn!(volume = self.owner.name, device = self.path(), %error, "the device may be left without connections");
                 }
             }
-            Err(error) if error.class == KernelErrorClass::NotOurs => {}
+            Err(error)
+                if error.class == KernelErrorClass::NotOurs
+                    && sysfs::backend(index) != Some(volume) => {}
             Err(error) => {
                 self.ending = false;
                 for at in 0..self.links.len() {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::attachment::purge::PurgePlan;
-use crate::attachment::{Attachment, Owner};
+use crate::attachment::{Attachment, Owner, holders, let_go, probe};
 use crate::config::{DeviceChoice, EndUsers, VolumeConfig, is_volume_name};
 use crate::control::Problem;
 use crate::daemon::look::AT_A_TIME;
@@ -27,9 +27,9 @@ use crate::exit::ExitCode;
 use crate::export::ExportError;
 use crate::keeper::threads::apart;
 use crate::kernel::client::KernelClient;
-use crate::kernel::noted::{name_of, note_of};
+use crate::kernel::noted::{Mark, name_of, note_of};
 use crate::kernel::sysfs::{self, Device};
-use crate::kernel::{Connect, MAX_CONNECTIONS, PurgeStep};
+use crate::kernel::{Connect, Holder, KernelError, KernelErrorClass, MAX_CONNECTIONS, PurgeStep};
 use crate::key::lease::FenceReason;
 use crate::systemd::Notifier;
 use crate::units::rfc3339;
@@ -72,10 +72,14 @@ impl AttachHow {
 }
 
 impl Daemon {
+    fn helper(&self) -> KernelClient {
+        KernelClient::new(self.setup.config.kernel_socket.clone())
+    }
+
     fn owner(&self, name: &str, config: &VolumeConfig) -> Owner {
         Owner {
             name: name.to_owned(),
-            client: KernelClient::new(self.setup.config.kernel_socket.clone()),
+            client: self.helper(),
             table: self.table.clone(),
             audit: Arc::clone(&self.audit),
             plan: plan(config),
@@ -108,6 +112,7 @@ impl Daemon {
         if volume.with(|now| now.device.is_none())
             && self.whose_device_is_of(uuid).is_none()
             && let Some(device) = sysfs::devices().into_iter().find(|d| d.volume == uuid)
+            && self.may_be_served(what, name, device).await?
         {
             let owner = self.owner(name, config);
             let resumed = Attachment::resume(owner, device, Vec::new(), connections);
@@ -164,6 +169,7 @@ impl Daemon {
             request_timeout: config.request_timeout(),
             dead_timeout: config.dead_timeout(),
         };
+        Mark::ALL.iter().for_each(|mark| mark.clear(&self.devices_dir(), uuid));
         let owner = self.owner(name, config);
         let connected = Attachment::connect(owner, connect, connections, export, reports).await;
         let device = connected.map_err(|e| by_kernel(what, &e))?;
@@ -174,6 +180,33 @@ impl Daemon {
         );
         volume.with(|now| now.device = Some(Arc::new(device)));
         Ok(())
+    }
+
+    /// Whether a device that is there may be served; not one that has gone meanwhile. What is left of
+    /// one that was disconnected may not: whoever has it mounted would write to a store that may
+    /// have been in service elsewhere since.
+    async fn may_be_served(&self, what: &str, name: &str, device: Device) -> Answered<bool> {
+        let client = self.helper();
+        let Err(error) = still_connected(&self.devices_dir(), &client, device).await else {
+            return Ok(true);
+        };
+        // It waits for udev; who does not say it keeps nothing from being said.
+        let holders = if error.class == KernelErrorClass::Disconnected {
+            holders(&client, device).await.unwrap_or_default()
+        } else {
+            Vec::new()
+        };
+        if sysfs::backend(device.index) != Some(device.volume) {
+            return Ok(false);
+        }
+        let mut refusal = by_kernel(what, &error);
+        if error.class == KernelErrorClass::Disconnected {
+            if !holders.is_empty() {
+                refusal.why = format!("{error}: {}", all_of(&holders));
+            }
+            refusal.remedy = what_frees(device, name);
+        }
+        Err(refusal)
     }
 
     /// The volume that has a device with that uuid.
@@ -193,14 +226,17 @@ impl Daemon {
     ) -> Answered<bool> {
         let Some(device) = volume.with(|now| now.device.clone()) else { return Ok(false) };
         if !force {
-            let holders = device.holders().await.map_err(|e| by_kernel(what, &e))?;
+            let holders = match device.holders().await {
+                // It has gone.
+                Err(error) if error.class == KernelErrorClass::NotOurs => Vec::new(),
+                holders => holders.map_err(|e| by_kernel(what, &e))?,
+            };
             if !holders.is_empty() {
-                let all: Vec<_> = holders.iter().map(ToString::to_string).collect();
                 let path = device.device().index;
                 return Err(refused(
                     ExitCode::WrongState,
                     what,
-                    format!("/dev/nbd{path} is in use: {}", all.join("; ")),
+                    format!("/dev/nbd{path} is in use: {}", all_of(&holders)),
                     "Unmount it and end what uses it; or detach --force, which loses what is not written yet.",
                 ));
             }
@@ -211,6 +247,9 @@ impl Daemon {
             }
             warn!(volume = name, %error, remedy = error.remedy, "the device cannot be taken away; closing its connections");
             device.abandon().await;
+            if let Err(error) = Mark::Abandoned.set(&self.devices_dir(), device.device().volume) {
+                warn!(volume = name, %error, "the next attach may go on with the device");
+            }
         }
         volume.with(|now| now.device = None);
         // A leftover does no harm: it is read for devices that are there.
@@ -265,6 +304,10 @@ impl Daemon {
             owners = by_headers(&all).await;
         }
         owners.extend(noted);
+        let orphans = devices.iter().filter(|device| {
+            owners.contains_key(&device.volume) && !handed_over.contains_key(&device.index)
+        });
+        let left = left_behind(&self.devices_dir(), &self.helper(), orphans).await;
         for device in devices {
             let Device { index, volume: uuid } = device;
             let path = format!("/dev/nbd{index}");
@@ -273,6 +316,11 @@ impl Daemon {
                 warn!(device = path, volume = %uuid, "a device of no volume that is known; put its definition back, or: nbd-client -d {path}");
                 continue;
             };
+            if let Some(error) = left.get(&index) {
+                let (why, remedy) = (&error.why, what_frees(device, &name));
+                warn!(volume = name, device = path, why, remedy, "left alone");
+                continue;
+            }
             let config = volume.with(|now| now.config.clone());
             let sockets = handed_over.remove(&index).unwrap_or_default();
             let (count, wanted) = (sockets.len(), config.connections.unwrap_or(1));
@@ -322,14 +370,76 @@ impl Daemon {
         let device = volume.with(|now| now.device.take_if(|d| d.state().gone.is_some()));
         let Some(device) = device else { return };
         let why = device.state().gone.unwrap_or_default();
+        let known = device.device();
         // Before the volume's end: whoever drops its export last closes the store.
         drop(device);
         // What failed was logged.
         let _ended = self.end(name, volume, FenceReason::Detached, DRAIN).await;
+        // Whoever disconnected it: while somebody holds it, nothing brings it back.
+        if let Err(error) = let_go(&self.helper(), known).await {
+            warn!(volume = name, %error, "what is left of its device may be connected again");
+        }
         let at = rfc3339(Timestamp::now());
-        let remedy = format!("byokctl attach {name}");
+        let remedy = if sysfs::backend(known.index) == Some(known.volume) {
+            what_frees(known, name)
+        } else {
+            format!("byokctl attach {name}")
+        };
         volume.with(|now| now.problem = Some(Problem { at, why, remedy }));
     }
+}
+
+/// That a device that is there may be served again.
+async fn still_connected(
+    notes: &Path,
+    client: &KernelClient,
+    device: Device,
+) -> Result<(), KernelError> {
+    if Mark::Abandoned.is_set(notes, device.volume) {
+        let_go(client, device).await?;
+        Mark::Abandoned.clear(notes, device.volume);
+    }
+    probe(client, device).await
+}
+
+/// Which of these devices are not to be served again, by number: they were disconnected and are held,
+/// or are not ours.
+async fn left_behind(
+    notes: &Path,
+    client: &KernelClient,
+    devices: impl Iterator<Item = &Device>,
+) -> BTreeMap<u32, KernelError> {
+    let mut probes = JoinSet::new();
+    for device in devices.copied() {
+        let (notes, client) = (notes.to_owned(), client.clone());
+        probes.spawn(async move {
+            let abandoned = Mark::Abandoned.is_set(&notes, device.volume);
+            let error = still_connected(&notes, &client, device).await.err()?;
+            // Else it goes on, and its connections are made when the helper is there.
+            let left = abandoned
+                || matches!(
+                    error.class,
+                    KernelErrorClass::Disconnected | KernelErrorClass::NotOurs
+                );
+            left.then_some((device.index, error))
+        });
+    }
+    let mut left = BTreeMap::new();
+    while let Some(probed) = probes.join_next().await {
+        left.extend(probed.ok().flatten());
+    }
+    left
+}
+
+fn all_of(holders: &[Holder]) -> String {
+    let all: Vec<_> = holders.iter().map(ToString::to_string).collect();
+    all.join("; ")
+}
+
+/// What to do about what is left of a device.
+fn what_frees(device: Device, name: &str) -> String {
+    let Device { index, .. } = device;
+    format!("Unmount /dev/nbd{index} and end what uses it, then: byokctl attach {name}")
 }
 
 /// The names of volumes by the uuids in their headers, as far as these can be read within [`MATCH`].

@@ -60,7 +60,8 @@ pub enum Ask {
     Connect(Connect),
     /// Gives a device that is there sockets for those that died, if there are any along:
     /// answered with [`Told::Done`]. The kernel says yes even if it takes none; then they are
-    /// closed when the answer comes.
+    /// closed when the answer comes. Without sockets and size nothing is changed, but asked whether
+    /// it is still connected.
     Reconfigure {
         /// Which.
         index: u32,

@@ -4,7 +4,7 @@
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::libc;
 use uuid::Uuid;
@@ -14,6 +14,46 @@ const KEY: &str = "BYOKD_VOLUME=";
 
 /// More than any note has.
 const MOST: u64 = 128;
+
+/// What is noted of a device besides its name, if it is so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// It was to be taken away, and nobody was there who could.
+    Abandoned,
+}
+
+impl Mark {
+    /// All of them.
+    pub const ALL: [Self; 1] = [Self::Abandoned];
+
+    fn path(self, dir: &Path, uuid: Uuid) -> PathBuf {
+        let word = match self {
+            Self::Abandoned => "abandoned",
+        };
+        dir.join(format!("{uuid}.{word}"))
+    }
+
+    /// Whether it is so.
+    #[must_use]
+    pub fn is_set(self, dir: &Path, uuid: Uuid) -> bool {
+        self.path(dir, uuid).exists()
+    }
+
+    /// Notes it.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn set(self, dir: &Path, uuid: Uuid) -> io::Result<()> {
+        std::fs::create_dir_all(dir)?;
+        std::fs::write(self.path(dir, uuid), "")
+    }
+
+    /// It is not so any more.
+    pub fn clear(self, dir: &Path, uuid: Uuid) {
+        // It need not be there.
+        let _gone = std::fs::remove_file(self.path(dir, uuid));
+    }
+}
 
 /// What is noted of a device of the volume `name`.
 #[must_use]

@@ -20,7 +20,8 @@ use tracing::{info, warn};
 
 use super::records::{Record, Records, still_held};
 use super::{
-    Ask, Connect, KernelError, MAX_CONNECTIONS, Told, holders, netlink, passing, purge, sysfs,
+    Ask, Connect, KernelError, KernelErrorClass, MAX_CONNECTIONS, Told, holders, netlink, passing,
+    purge, sysfs,
 };
 use crate::exit::ExitCode;
 
@@ -195,10 +196,15 @@ pub(super) fn carry_out(
             Ok(Told::Device { index })
         }
         Ask::Reconfigure { index, volume, size } => {
-            if records.check(index, volume)?.disconnected {
+            let record = records.check(index, volume)?;
+            if record.disconnected {
                 return Err(still_held(index));
             }
-            netlink::reconfigure(index, volume, size, &sockets)?;
+            let asked = netlink::reconfigure(index, volume, size, &sockets);
+            if sockets.is_empty() && size.is_none() {
+                return asked.map(|()| Told::Done).map_err(|e| probed(index, record, records, e));
+            }
+            asked?;
             info!(device = format!("/dev/nbd{index}"), %volume, ?size, "reconfigured");
             Ok(Told::Done)
         }
@@ -240,6 +246,18 @@ fn make(connect: &Connect, sockets: &[OwnedFd], records: &Records) -> Result<u32
         return Err(KernelError::new(ExitCode::Failed, why, "Check /run/byokd-kernel."));
     }
     Ok(index)
+}
+
+/// Why a device that was made here takes nothing at all: who disconnected it was somebody else. Some
+/// kernels would connect it again all the same (before 6.13, and fixes for earlier ones).
+fn probed(index: u32, record: Record, records: &Records, error: KernelError) -> KernelError {
+    if error.class != KernelErrorClass::NotOurs {
+        return error;
+    }
+    if let Err(error) = records.disconnected(index, Record { disconnected: true, ..record }) {
+        warn!(device = format!("/dev/nbd{index}"), %error, "not recorded as disconnected");
+    }
+    still_held(index)
 }
 
 /// Has the kernel let go of a device. It is recorded before: whoever holds it may keep the kernel

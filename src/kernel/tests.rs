@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::holders::{holders, users};
 use super::mounts::mounts;
 use super::purge::{damaged, purge};
-use super::records::Records;
+use super::records::{Record, Records};
 use super::server::carry_out;
 use super::sysfs::stack;
 use super::{Ask, HeldBy, KernelErrorClass, PurgeStep, Told};
@@ -380,4 +380,24 @@ fn a_device_that_was_not_made_here_is_left_alone_whoever_knows_its_uuid() {
     let looked = Ask::Damaged { index: one, volume: ours };
     let told = carry_out(looked, Vec::new(), &records).unwrap();
     assert_eq!(told, Told::Purged { what: vec![], failed: vec![] });
+}
+
+#[test]
+fn a_device_that_was_disconnected_takes_no_connection_while_it_is_held() {
+    let node = tempfile::tempdir().unwrap();
+    let records = Records::of(node.path().join("records"), node.path().join("block"));
+    let (index, volume) = (4_000_000, Uuid::from_u128(1));
+    let device = node.path().join(format!("block/nbd{index}"));
+    std::fs::create_dir_all(&device).unwrap();
+    std::fs::write(device.join("backend"), volume.to_string()).unwrap();
+    records.made(index, volume).unwrap();
+    records.disconnected(index, Record { volume, disconnected: true }).unwrap();
+    let (_ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    for (sockets, size) in [(vec![theirs.into()], None), (vec![], Some(1 << 20)), (vec![], None)] {
+        let asked = Ask::Reconfigure { index, volume, size };
+        let error = carry_out(asked, sockets, &records).unwrap_err();
+        assert_eq!(error.class, KernelErrorClass::Disconnected, "{error}");
+    }
+    // What has it mounted is still looked for, and purged.
+    carry_out(Ask::Damaged { index, volume }, Vec::new(), &records).unwrap();
 }

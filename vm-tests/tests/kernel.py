@@ -120,6 +120,46 @@ def devices_of_others_are_left_alone_and_those_from_before_are_adopted(case):
     guest.clean_dmesg()
 
 
+def what_is_left_of_a_disconnected_device_is_not_served_again(case):
+    guest, kms, key = served(case, definition="[purge]\ndisconnect = true")
+    mount = f"byokctl attach v --device auto && {{ fsck.ext4 -p {LINK}; [ $? -le 1 ]; }} && mount {LINK} /mnt && grep there /mnt/file"
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt && echo there >/mnt/file && sync")
+    guest.run("byokctl detach v --force")
+    is_left_alone(guest)
+    for again in ("systemctl restart byokd", "systemctl kill -s KILL byokd", "systemctl stop byokd byokd-kernel.service && systemctl start byokd"):
+        guest.run_until(f"before=$(systemctl show -p MainPID --value byokd)\n{again}", "there is another daemon",
+                        "[ $(systemctl show -p MainPID --value byokd) != $before ] && byokctl status v >/dev/null 2>&1")
+        is_left_alone(guest)
+    guest.run(f"umount /mnt && udevadm settle && {mount}")
+    # By somebody else.
+    guest.run("nbd-client -d /dev/nbd0")
+    guest.until("that is noticed", "byokctl status v | grep -q 'disconnected by someone else'")
+    guest.until("what to do is said", "byokctl status v | grep -q 'Unmount /dev/nbd0'")
+    is_left_alone(guest)
+    guest.run(f"umount /mnt && udevadm settle && {mount}")
+    # By the purge, as configured.
+    kms.disable(key)
+    guest.until("it is disconnected", "byokctl status v | grep -q 'disconnected after the fence'")
+    kms.enable(key)
+    is_left_alone(guest)
+    guest.run(f"umount /mnt && udevadm settle && {mount} && umount /mnt && udevadm settle && byokctl detach v")
+    # Nobody is there who could disconnect it.
+    guest.run(f"{mount} && systemctl stop byokd-kernel.socket byokd-kernel.service && byokctl detach v --force")
+    guest.run("systemctl start byokd-kernel.socket && systemctl restart byokd")
+    is_left_alone(guest)
+    guest.run(f"umount /mnt && udevadm settle && {mount} && umount /mnt && udevadm settle && byokctl detach v")
+    expect("blocked for more than" not in guest.dmesg(), "a task hung")
+
+
+def is_left_alone(guest):
+    for how in ("", " --device auto"):
+        status, said = guest.attempt(f"byokctl attach v{how}", timeout=60)
+        expect(status == 5 and "still held" in said and "mounted on /mnt" in said, f"not refused: {status} {said}")
+    expect(volume(guest)["state"] == "detached", "it is served")
+    status, said = guest.attempt("timeout 20 dd if=/dev/nbd0 of=/dev/null bs=4k count=1 iflag=direct")
+    expect(status == 1, f"somebody answers: {status} {said}")
+
+
 def restarts_and_crashes_under_load_cost_no_error(case):
     # What was under way at a crash waits for this; a slow guest needs some of it as well.
     guest, _, _ = served(case, definition='request_timeout = "6s"')
