@@ -21,6 +21,7 @@ pub mod purge;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -34,10 +35,12 @@ use crate::attachment::link::{Link, Repaired, pair, repair};
 use crate::attachment::purge::{PurgePlan, Purging, carry_out};
 use crate::audit::Audit;
 use crate::audit::record::{Event, Kind};
+use crate::clock::now;
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportTable};
 use crate::keeper::KeyReport;
 use crate::kernel::client::KernelClient;
+use crate::kernel::noted::Mark;
 use crate::kernel::sysfs::{self, Device};
 use crate::kernel::{Ask, Connect, Holder, KernelError, KernelErrorClass, Told};
 use crate::nbd::stand_in::StandIn;
@@ -81,6 +84,8 @@ pub struct Owner {
     pub audit: Arc<Audit>,
     /// What is done after a fence.
     pub plan: PurgePlan,
+    /// Where the next daemon finds what is noted of devices.
+    pub notes: PathBuf,
     /// Hears the volume's name when its device has gone by itself.
     pub gone: mpsc::UnboundedSender<String>,
 }
@@ -719,6 +724,7 @@ impl Attending {
 
     /// Purges what the node has cached when the key may not be had any more, and not when it may.
     fn fence(&mut self, fenced: bool) {
+        self.note(fenced);
         if std::mem::replace(&mut self.fenced, fenced) == fenced {
             return;
         }
@@ -739,6 +745,16 @@ impl Attending {
             done: self.purged.clone(),
         };
         self.purging.spawn(carry_out(self.owner.plan.clone(), purging));
+    }
+
+    /// Notes it for the next daemon, which may not be able to ask KMS.
+    fn note(&self, fenced: bool) {
+        let (notes, uuid) = (&self.owner.notes, self.device.volume);
+        if !fenced {
+            Mark::Fenced.clear(notes, uuid);
+        } else if let Err(error) = Mark::Fenced.set(notes, uuid, now().0) {
+            warn!(volume = self.owner.name, device = self.path(), %error, "the next daemon will not know of the fence");
+        }
     }
 
     /// Looks for file systems that do not work any more.

@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::attachment::purge::PurgePlan;
 use crate::attachment::{Attachment, Owner, holders, let_go, probe};
+use crate::clock::now;
 use crate::config::{DeviceChoice, EndUsers, VolumeConfig, is_volume_name};
 use crate::control::Problem;
 use crate::daemon::look::AT_A_TIME;
@@ -30,7 +31,7 @@ use crate::kernel::client::KernelClient;
 use crate::kernel::noted::{Mark, name_of, note_of};
 use crate::kernel::sysfs::{self, Device};
 use crate::kernel::{Connect, Holder, KernelError, KernelErrorClass, MAX_CONNECTIONS, PurgeStep};
-use crate::key::lease::FenceReason;
+use crate::key::lease::{FenceReason, Moment};
 use crate::systemd::Notifier;
 use crate::units::rfc3339;
 use crate::volume::inspect;
@@ -83,6 +84,7 @@ impl Daemon {
             table: self.table.clone(),
             audit: Arc::clone(&self.audit),
             plan: plan(config),
+            notes: self.devices_dir(),
             gone: self.gone.clone(),
         }
     }
@@ -247,7 +249,9 @@ impl Daemon {
             }
             warn!(volume = name, %error, remedy = error.remedy, "the device cannot be taken away; closing its connections");
             device.abandon().await;
-            if let Err(error) = Mark::Abandoned.set(&self.devices_dir(), device.device().volume) {
+            if let Err(error) =
+                Mark::Abandoned.set(&self.devices_dir(), device.device().volume, now().0)
+            {
                 warn!(volume = name, %error, "the next attach may go on with the device");
             }
         }
@@ -260,6 +264,11 @@ impl Daemon {
     /// Where udev's rule finds the name of the volume that a device belongs to.
     fn noted(&self, volume: Uuid) -> PathBuf {
         self.devices_dir().join(volume.to_string())
+    }
+
+    /// Since when the key of the volume with that device may not be had, as its last daemon knew.
+    pub(super) fn fenced_since(&self, device: Device) -> Option<Moment> {
+        Mark::Fenced.since(&self.devices_dir(), device.volume).map(Moment)
     }
 
     fn devices_dir(&self) -> PathBuf {
@@ -395,7 +404,7 @@ async fn still_connected(
     client: &KernelClient,
     device: Device,
 ) -> Result<(), KernelError> {
-    if Mark::Abandoned.is_set(notes, device.volume) {
+    if Mark::Abandoned.since(notes, device.volume).is_some() {
         let_go(client, device).await?;
         Mark::Abandoned.clear(notes, device.volume);
     }
@@ -413,7 +422,7 @@ async fn left_behind(
     for device in devices.copied() {
         let (notes, client) = (notes.to_owned(), client.clone());
         probes.spawn(async move {
-            let abandoned = Mark::Abandoned.is_set(&notes, device.volume);
+            let abandoned = Mark::Abandoned.since(&notes, device.volume).is_some();
             let error = still_connected(&notes, &client, device).await.err()?;
             // Else it goes on, and its connections are made when the helper is there.
             let left = abandoned

@@ -106,6 +106,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &[
             "audit",
             "audit::record",
+            "clock",
             "exit",
             "export",
             "keeper",

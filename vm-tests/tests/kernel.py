@@ -217,6 +217,37 @@ def a_denied_key_is_errors_at_once_until_it_is_back(case):
         guest.shut_down()
 
 
+def a_denial_outlives_the_daemon_while_kms_is_away(case):
+    guest, kms, key = served(case, definition='request_timeout = "6s"')
+    direct = f"dd if={LINK} of=/dev/null bs=4k count=1 iflag=direct"
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt && echo canary >/mnt/file && sync")
+    kms.disable(key)
+    guest.until("errors", f"! {direct} 2>/dev/null")
+    kms.fault(fault="reset")
+    for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd"):
+        guest.run_until(f"before=$(systemctl show -p MainPID --value byokd)\n{how}", "there is another daemon",
+                        "[ $(systemctl show -p MainPID --value byokd) != $before ] && byokctl status v >/dev/null 2>&1")
+        status, said = guest.attempt(f"timeout 5 {direct}")
+        expect(status == 1 and "Input/output error" in said, f"not refused at once: {status} {said}")
+        guest.until("the purge is complete", "byokctl status v | grep -q still-mapped")
+        for step in ("shut-down", "flush-device", "drop-caches"):
+            expect(step in guest.run("byokctl status v"), f"without {step}")
+        status, said = guest.attempt("timeout 20 cat /mnt/file")
+        expect(status == 1 and "error" in said, f"the cached file is still read: {status} {said}")
+    kms.no_faults()
+    kms.enable(key)
+    guest.until("it serves again", "byokctl status v | grep -q serving")
+    guest.run(f"umount /mnt && {{ fsck.ext4 -p {LINK}; [ $? -le 1 ]; }} && mount {LINK} /mnt && grep canary /mnt/file")
+    # Nor does it outlive its end: trouble of KMS is just that again.
+    kms.fault(fault="reset")
+    guest.run("systemctl restart byokd")
+    guest.until("it waits", "byokctl status v | grep -q 'wait for the key'")
+    kms.no_faults()
+    guest.until("it serves", "byokctl status v | grep -q serving")
+    guest.run("grep canary /mnt/file && umount /mnt && udevadm settle && byokctl detach v")
+    expect("blocked for more than" not in guest.dmesg(), "a task hung")
+
+
 def requests_wait_for_kms_within_the_allowance(case):
     guest, kms, _ = served(case, definition='request_timeout = "3s"\n[lease]\nfail_closed_after = "40s"')
     guest.run("byokctl attach v --device auto")
