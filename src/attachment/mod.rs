@@ -42,7 +42,7 @@ use crate::keeper::KeyReport;
 use crate::kernel::client::KernelClient;
 use crate::kernel::noted::Mark;
 use crate::kernel::sysfs::{self, Device};
-use crate::kernel::{Ask, Connect, Holder, KernelError, KernelErrorClass, Told};
+use crate::kernel::{Ask, Connect, Holder, KernelError, KernelErrorClass, NAMING, Told};
 use crate::nbd::stand_in::StandIn;
 use crate::nbd::transmission::Ending;
 
@@ -51,6 +51,7 @@ const CONNECT: Duration = Duration::from_secs(20);
 
 /// How long it may take to let go of a device before our ends are closed, which frees it.
 const DISCONNECT: Duration = Duration::from_secs(5);
+const _: () = assert!(DISCONNECT.as_secs() > NAMING.as_secs(), "udev is waited for in it");
 
 /// How long it may take after that.
 const LET_GO: Duration = Duration::from_secs(5);

@@ -38,6 +38,8 @@ pub mod sysfs;
 #[cfg(test)]
 mod tests;
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -51,6 +53,10 @@ const MAX_LINE: usize = 1 << 20;
 
 /// Most connections of one device; each is a descriptor that travels.
 pub const MAX_CONNECTIONS: usize = 16;
+
+/// How long the helper waits for udev to name a device, or to look at one. Whoever asks for that has to
+/// wait longer: what the kernel did at once is not to look as if it had not.
+pub const NAMING: Duration = Duration::from_secs(3);
 
 /// What the helper is asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -20,8 +20,8 @@ use tracing::{info, warn};
 
 use super::records::{Record, Records, still_held};
 use super::{
-    Ask, Connect, KernelError, KernelErrorClass, MAX_CONNECTIONS, Told, holders, netlink, passing,
-    purge, sysfs,
+    Ask, Connect, KernelError, KernelErrorClass, MAX_CONNECTIONS, NAMING, Told, holders, netlink,
+    passing, purge, sysfs,
 };
 use crate::exit::ExitCode;
 
@@ -30,9 +30,6 @@ const ARRIVAL: Duration = Duration::from_secs(5);
 
 /// Requests at a time. Those beyond are refused: that many hang, and more would not help.
 const MOST_AT_A_TIME: usize = 64;
-
-/// How long udev has to name a device.
-const NAMING: Duration = Duration::from_secs(5);
 
 static AT_A_TIME: AtomicUsize = AtomicUsize::new(0);
 

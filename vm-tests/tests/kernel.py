@@ -402,5 +402,15 @@ def a_forced_detach_ends_whatever_hangs(case):
     expect("blocked for more than" not in guest.dmesg(), "a task hung")
 
 
+def a_busy_udev_is_no_kernel_that_does_not_let_go(case):
+    guest, _, _ = served(case)
+    guest.run("byokctl attach v --device auto && udevadm settle && udevadm control --stop-exec-queue")
+    guest.run("byokctl detach v && [ ! -e /sys/block/nbd0/backend ]", timeout=60)
+    said = guest.run("journalctl -q -u byokd")
+    expect("device disconnected" in said, "it is not said")
+    expect("does not let go" not in said and "may be left" not in said, "a false alarm")
+    guest.run(f"udevadm control --start-exec-queue && udevadm settle && [ ! -e {LINK} ]")
+
+
 restarts_and_crashes_under_load_cost_no_error.time_limit = 700
 a_denied_key_is_errors_at_once_until_it_is_back.time_limit = 600
