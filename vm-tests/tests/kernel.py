@@ -1,5 +1,6 @@
 """Volumes as /dev/nbdX: attached by byokd-kernel, over restarts and crashes, and revoked."""
 
+import pathlib
 import time
 
 from harness.case import expect
@@ -14,6 +15,8 @@ TIMED_OUT = "Connection timed out, retrying"
 PATIENCE = 10
 UPTIME = "cut -d' ' -f1 /proc/uptime"
 BEYOND = 2000
+# What Debian's package does before it is removed.
+PRERM = pathlib.Path(__file__).parents[2] / "packaging/debian/prerm"
 
 
 def a_volume_is_attached_used_and_detached(case):
@@ -104,6 +107,9 @@ def devices_of_others_are_left_alone_and_those_from_before_are_adopted(case):
     guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
     expect(guest.run(f"cat {records}/0").split() == [volume(guest)["uuid"]], "what is recorded")
     guest.run(f"! runuser -u byokd -- ls {records}")
+    guest.put("/run/prerm", PRERM.read_text())
+    status, said = guest.attempt("sh /run/prerm remove")
+    expect(status == 1 and "byokctl detach" in said, f"the package is removed from under it: {status} {said}")
     # Without its record it is as any device of others that has a uuid: everybody can read that.
     guest.run(f"rm {records}/0")
     for ask in ASKS:
@@ -118,6 +124,7 @@ def devices_of_others_are_left_alone_and_those_from_before_are_adopted(case):
     guest.run(f"dd if={LINK} of=/dev/null bs=4k count=1 iflag=direct && echo on >>/mnt/file && sync && umount /mnt")
     guest.run(f"udevadm settle; byokctl detach v && byokctl attach v --device auto && [ $(ls {records}) = 0 ] && byokctl detach v")
     guest.clean_dmesg()
+    guest.run(f"byokctl attach v --device auto && rm {records}/0 && sh /run/prerm remove && ! systemctl is-active byokd byokd-kernel")
 
 
 def what_is_left_of_a_disconnected_device_is_not_served_again(case):
