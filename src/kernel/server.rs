@@ -246,7 +246,7 @@ fn make(connect: &Connect, sockets: &[OwnedFd], records: &Records) -> Result<u32
 }
 
 /// Why a device that was made here takes nothing at all: who disconnected it was somebody else. Some
-/// kernels would connect it again all the same (before 6.13, and fixes for earlier ones).
+/// kernels would connect it again all the same (before 6.14, but for longterm ones with the fix).
 fn probed(index: u32, record: Record, records: &Records, error: KernelError) -> KernelError {
     if error.class != KernelErrorClass::NotOurs {
         return error;
