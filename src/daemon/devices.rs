@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,10 +15,11 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::attachment::purge::PurgePlan;
-use crate::attachment::{Attachment, Owner, holders, let_go, probe};
+use crate::attachment::{Attachment, Owner, let_go};
 use crate::clock::now;
 use crate::config::{DeviceChoice, EndUsers, VolumeConfig, is_volume_name};
 use crate::control::Problem;
+use crate::daemon::left::{all_of, left_behind, what_frees};
 use crate::daemon::look::AT_A_TIME;
 use crate::daemon::refusals::{Answered, NotAttached, by_export, by_kernel, refused};
 use crate::daemon::stop::DRAIN;
@@ -30,7 +31,7 @@ use crate::keeper::threads::apart;
 use crate::kernel::client::KernelClient;
 use crate::kernel::noted::{Mark, name_of, note_of};
 use crate::kernel::sysfs::{self, Device};
-use crate::kernel::{Connect, Holder, KernelError, KernelErrorClass, MAX_CONNECTIONS, PurgeStep};
+use crate::kernel::{Connect, KernelErrorClass, MAX_CONNECTIONS, PurgeStep};
 use crate::key::lease::{FenceReason, Moment};
 use crate::systemd::Notifier;
 use crate::units::rfc3339;
@@ -73,7 +74,7 @@ impl AttachHow {
 }
 
 impl Daemon {
-    fn helper(&self) -> KernelClient {
+    pub(super) fn helper(&self) -> KernelClient {
         KernelClient::new(self.setup.config.kernel_socket.clone())
     }
 
@@ -184,33 +185,6 @@ impl Daemon {
         Ok(())
     }
 
-    /// Whether a device that is there may be served; not one that has gone meanwhile. What is left of
-    /// one that was disconnected may not: whoever has it mounted would write to a store that may
-    /// have been in service elsewhere since.
-    async fn may_be_served(&self, what: &str, name: &str, device: Device) -> Answered<bool> {
-        let client = self.helper();
-        let Err(error) = still_connected(&self.devices_dir(), &client, device).await else {
-            return Ok(true);
-        };
-        // It waits for udev; who does not say it keeps nothing from being said.
-        let holders = if error.class == KernelErrorClass::Disconnected {
-            holders(&client, device).await.unwrap_or_default()
-        } else {
-            Vec::new()
-        };
-        if sysfs::backend(device.index) != Some(device.volume) {
-            return Ok(false);
-        }
-        let mut refusal = by_kernel(what, &error);
-        if error.class == KernelErrorClass::Disconnected {
-            if !holders.is_empty() {
-                refusal.why = format!("{error}: {}", all_of(&holders));
-            }
-            refusal.remedy = what_frees(device, name);
-        }
-        Err(refusal)
-    }
-
     /// The volume that has a device with that uuid.
     fn whose_device_is_of(&self, uuid: Uuid) -> Option<String> {
         let has = |now: &mut Now| now.device.as_ref().is_some_and(|d| d.device().volume == uuid);
@@ -271,7 +245,7 @@ impl Daemon {
         Mark::Fenced.since(&self.devices_dir(), device.volume).map(Moment)
     }
 
-    fn devices_dir(&self) -> PathBuf {
+    pub(super) fn devices_dir(&self) -> PathBuf {
         let dir = self.setup.config.control_socket.parent().map(PathBuf::from).unwrap_or_default();
         dir.join("devices")
     }
@@ -396,59 +370,6 @@ impl Daemon {
         };
         volume.with(|now| now.problem = Some(Problem { at, why, remedy }));
     }
-}
-
-/// That a device that is there may be served again.
-async fn still_connected(
-    notes: &Path,
-    client: &KernelClient,
-    device: Device,
-) -> Result<(), KernelError> {
-    if Mark::Abandoned.since(notes, device.volume).is_some() {
-        let_go(client, device).await?;
-        Mark::Abandoned.clear(notes, device.volume);
-    }
-    probe(client, device).await
-}
-
-/// Which of these devices are not to be served again, by number: they were disconnected and are held,
-/// or are not ours.
-async fn left_behind(
-    notes: &Path,
-    client: &KernelClient,
-    devices: impl Iterator<Item = &Device>,
-) -> BTreeMap<u32, KernelError> {
-    let mut probes = JoinSet::new();
-    for device in devices.copied() {
-        let (notes, client) = (notes.to_owned(), client.clone());
-        probes.spawn(async move {
-            let abandoned = Mark::Abandoned.since(&notes, device.volume).is_some();
-            let error = still_connected(&notes, &client, device).await.err()?;
-            // Else it goes on, and its connections are made when the helper is there.
-            let left = abandoned
-                || matches!(
-                    error.class,
-                    KernelErrorClass::Disconnected | KernelErrorClass::NotOurs
-                );
-            left.then_some((device.index, error))
-        });
-    }
-    let mut left = BTreeMap::new();
-    while let Some(probed) = probes.join_next().await {
-        left.extend(probed.ok().flatten());
-    }
-    left
-}
-
-fn all_of(holders: &[Holder]) -> String {
-    let all: Vec<_> = holders.iter().map(ToString::to_string).collect();
-    all.join("; ")
-}
-
-/// What to do about what is left of a device.
-fn what_frees(device: Device, name: &str) -> String {
-    let Device { index, .. } = device;
-    format!("Unmount /dev/nbd{index} and end what uses it, then: byokctl attach {name}")
 }
 
 /// The names of volumes by the uuids in their headers, as far as these can be read within [`MATCH`].

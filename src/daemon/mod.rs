@@ -9,6 +9,7 @@ mod audited;
 mod create;
 mod devices;
 mod keys;
+mod left;
 mod look;
 mod patience;
 mod refusals;
