@@ -144,6 +144,10 @@ def what_is_left_of_a_disconnected_device_is_not_served_again(case):
     guest.until("what to do is said", "byokctl status v | grep -q 'Unmount /dev/nbd0'")
     is_left_alone(guest)
     guest.run(f"umount /mnt && udevadm settle && {mount}")
+    # By somebody else while no byokd is there: the kernel tells.
+    guest.run("systemctl stop byokd; nbd-client -d /dev/nbd0; systemctl start byokd")
+    is_left_alone(guest)
+    guest.run(f"umount /mnt && udevadm settle && {mount}")
     # By the purge, as configured.
     kms.disable(key)
     guest.until("it is disconnected", "byokctl status v | grep -q 'disconnected after the fence'")
