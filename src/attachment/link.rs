@@ -17,7 +17,7 @@ use super::{StandIn, ask};
 use crate::export::{Export, ExportTable};
 use crate::kernel::client::KernelClient;
 use crate::kernel::sysfs::{self, Device};
-use crate::kernel::{Ask, KernelErrorClass};
+use crate::kernel::{Ask, KernelError, KernelErrorClass};
 use crate::nbd::kernel;
 use crate::nbd::transmission::Ending;
 
@@ -245,9 +245,10 @@ pub(super) async fn repair(
                     }
                     // The kernel says yes also when it has no place for it.
                     Ok(_) => "the kernel has not noticed yet that the old one ended".to_owned(),
-                    Err(error) if error.class == KernelErrorClass::NotOurs => {
-                        return Repaired::Gone;
-                    }
+                    Err(KernelError {
+                        class: KernelErrorClass::NotOurs | KernelErrorClass::Disconnected,
+                        ..
+                    }) => return Repaired::Gone,
                     Err(error) => {
                         pause = LONGEST_PAUSE;
                         format!("{error}. {}", error.remedy)

@@ -21,6 +21,7 @@ pub mod purge;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -34,12 +35,14 @@ use crate::attachment::link::{Link, Repaired, pair, repair};
 use crate::attachment::purge::{PurgePlan, Purging, carry_out};
 use crate::audit::Audit;
 use crate::audit::record::{Event, Kind};
+use crate::clock::now;
 use crate::exit::ExitCode;
 use crate::export::{Export, ExportTable};
 use crate::keeper::KeyReport;
 use crate::kernel::client::KernelClient;
-use crate::kernel::sysfs::Device;
-use crate::kernel::{Ask, Connect, Holder, KernelError, KernelErrorClass, Told};
+use crate::kernel::noted::Mark;
+use crate::kernel::sysfs::{self, Device};
+use crate::kernel::{Ask, Connect, Holder, KernelError, KernelErrorClass, NAMING, Told};
 use crate::nbd::stand_in::StandIn;
 use crate::nbd::transmission::Ending;
 
@@ -48,6 +51,7 @@ const CONNECT: Duration = Duration::from_secs(20);
 
 /// How long it may take to let go of a device before our ends are closed, which frees it.
 const DISCONNECT: Duration = Duration::from_secs(5);
+const _: () = assert!(DISCONNECT.as_secs() > NAMING.as_secs(), "udev is waited for in it");
 
 /// How long it may take after that.
 const LET_GO: Duration = Duration::from_secs(5);
@@ -65,6 +69,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// How long the helper may take to say who holds a device: udev is waited for.
 const LOOK: Duration = Duration::from_secs(10);
 
+/// How long the helper may take to say whether a device is still connected.
+const PROBE: Duration = Duration::from_secs(3);
+
 /// Whom a device belongs to and who looks after it.
 #[derive(Clone)]
 pub struct Owner {
@@ -78,6 +85,8 @@ pub struct Owner {
     pub audit: Arc<Audit>,
     /// What is done after a fence.
     pub plan: PurgePlan,
+    /// Where the next daemon finds what is noted of devices.
+    pub notes: PathBuf,
     /// Hears the volume's name when its device has gone by itself.
     pub gone: mpsc::UnboundedSender<String>,
 }
@@ -306,19 +315,50 @@ impl Attachment {
     /// # Errors
     /// The helper does not say.
     pub async fn holders(&self) -> Result<Vec<Holder>, KernelError> {
-        let Device { index, volume } = self.device;
-        let look = Ask::Holders { index, volume, mapped: false };
-        match ask(&self.client, look, Vec::new(), LOOK).await? {
-            Told::Holders { holders } => Ok(holders),
-            Told::Done | Told::Device { .. } | Told::Purged { .. } | Told::Failed(_) => {
-                Err(unexpected())
-            }
-        }
+        holders(&self.client, self.device).await
     }
 
     async fn tell(&self, command: Command) {
         // The task ends with the device; then there is nothing to be told.
         let _told = self.commands.send(command).await;
+    }
+}
+
+/// Who has a device mounted or open.
+///
+/// # Errors
+/// The helper does not say.
+pub async fn holders(client: &KernelClient, device: Device) -> Result<Vec<Holder>, KernelError> {
+    let Device { index, volume } = device;
+    let look = Ask::Holders { index, volume, mapped: false };
+    match ask(client, look, Vec::new(), LOOK).await? {
+        Told::Holders { holders } => Ok(holders),
+        Told::Done | Told::Device { .. } | Told::Purged { .. } | Told::Failed(_) => {
+            Err(unexpected())
+        }
+    }
+}
+
+/// That a device that is there is connected, and not just held by who has it mounted or open.
+///
+/// # Errors
+/// It is not, or the helper does not say.
+pub async fn probe(client: &KernelClient, device: Device) -> Result<(), KernelError> {
+    let Device { index, volume } = device;
+    // It changes nothing.
+    let reconfigure = Ask::Reconfigure { index, volume, size: None };
+    ask(client, reconfigure, Vec::new(), PROBE).await.map(drop)
+}
+
+/// Has the kernel let go of what is left of a device, for good: nothing connects it again.
+///
+/// # Errors
+/// The kernel or the helper did not.
+pub async fn let_go(client: &KernelClient, device: Device) -> Result<(), KernelError> {
+    let Device { index, volume } = device;
+    match ask(client, Ask::Disconnect { index, volume }, Vec::new(), DISCONNECT).await {
+        Err(error) if error.class == KernelErrorClass::NotOurs => Ok(()),
+        asked => asked.map(drop),
     }
 }
 
@@ -631,7 +671,9 @@ impl Attending {
                     warn!(volume = self.owner.name, device = self.path(), %error, "the device may be left without connections");
                 }
             }
-            Err(error) if error.class == KernelErrorClass::NotOurs => {}
+            Err(error)
+                if error.class == KernelErrorClass::NotOurs
+                    && sysfs::backend(index) != Some(volume) => {}
             Err(error) => {
                 self.ending = false;
                 for at in 0..self.links.len() {
@@ -683,6 +725,7 @@ impl Attending {
 
     /// Purges what the node has cached when the key may not be had any more, and not when it may.
     fn fence(&mut self, fenced: bool) {
+        self.note(fenced);
         if std::mem::replace(&mut self.fenced, fenced) == fenced {
             return;
         }
@@ -703,6 +746,16 @@ impl Attending {
             done: self.purged.clone(),
         };
         self.purging.spawn(carry_out(self.owner.plan.clone(), purging));
+    }
+
+    /// Notes it for the next daemon, which may not be able to ask KMS.
+    fn note(&self, fenced: bool) {
+        let (notes, uuid) = (&self.owner.notes, self.device.volume);
+        if !fenced {
+            Mark::Fenced.clear(notes, uuid);
+        } else if let Err(error) = Mark::Fenced.set(notes, uuid, now().0) {
+            warn!(volume = self.owner.name, device = self.path(), %error, "the next daemon will not know of the fence");
+        }
     }
 
     /// Looks for file systems that do not work any more.

@@ -7,6 +7,7 @@ use byokd::config::is_volume_name;
 use byokd::exit::ExitCode;
 use byokd::kernel::args::Args;
 use byokd::kernel::noted::name_of;
+use byokd::kernel::records::Records;
 use byokd::kernel::server::Helper;
 use byokd::log;
 use clap::Parser;
@@ -16,13 +17,20 @@ fn main() -> Code {
     if let Some(uuid) = args.name_of {
         return tell(name_of(&args.notes, uuid, is_volume_name));
     }
+    let records = Records::new(args.records);
+    if args.adopt {
+        return match records.adopt(&args.notes, is_volume_name) {
+            Ok(_adopted) => ExitCode::Ok.into(),
+            Err(error) => fail(&error),
+        };
+    }
     let _log = match log::start(args.log, "byokd-kernel") {
         Ok(log) => log,
         Err(error) => return fail(&error),
     };
     let helper = match passed_socket() {
-        Some(socket) => Helper::on(socket, args.user.as_deref()),
-        None => Helper::at(&args.listen, args.user.as_deref()),
+        Some(socket) => Helper::on(socket, args.user.as_deref(), records),
+        None => Helper::at(&args.listen, args.user.as_deref(), records),
     };
     match helper.and_then(|helper| helper.run()) {
         Ok(()) => ExitCode::Ok.into(),

@@ -15,9 +15,11 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::attachment::purge::PurgePlan;
-use crate::attachment::{Attachment, Owner};
+use crate::attachment::{Attachment, Owner, let_go};
+use crate::clock::now;
 use crate::config::{DeviceChoice, EndUsers, VolumeConfig};
 use crate::control::Problem;
+use crate::daemon::left::{all_of, left_behind, what_frees};
 use crate::daemon::look::AT_A_TIME;
 use crate::daemon::refusals::{Answered, NotAttached, by_export, by_kernel, refused};
 use crate::daemon::stop::DRAIN;
@@ -27,10 +29,10 @@ use crate::exit::ExitCode;
 use crate::export::ExportError;
 use crate::keeper::threads::apart;
 use crate::kernel::client::KernelClient;
-use crate::kernel::noted::note_of;
+use crate::kernel::noted::{Mark, note_of};
 use crate::kernel::sysfs::{self, Device};
-use crate::kernel::{Connect, MAX_CONNECTIONS, PurgeStep};
-use crate::key::lease::FenceReason;
+use crate::kernel::{Connect, KernelErrorClass, MAX_CONNECTIONS, PurgeStep};
+use crate::key::lease::{FenceReason, Moment};
 use crate::systemd::Notifier;
 use crate::units::rfc3339;
 use crate::volume::inspect;
@@ -74,13 +76,18 @@ impl AttachHow {
 }
 
 impl Daemon {
+    pub(super) fn helper(&self) -> KernelClient {
+        KernelClient::new(self.setup.config.kernel_socket.clone())
+    }
+
     pub(super) fn owner(&self, name: &str, config: &VolumeConfig) -> Owner {
         Owner {
             name: name.to_owned(),
-            client: KernelClient::new(self.setup.config.kernel_socket.clone()),
+            client: self.helper(),
             table: self.table.clone(),
             audit: Arc::clone(&self.audit),
             plan: plan(config),
+            notes: self.devices_dir(),
             gone: self.gone.clone(),
         }
     }
@@ -156,6 +163,7 @@ impl Daemon {
             request_timeout: config.request_timeout(),
             dead_timeout: config.dead_timeout(),
         };
+        Mark::ALL.iter().for_each(|mark| mark.clear(&self.devices_dir(), uuid));
         let owner = self.owner(name, config);
         let connected = Attachment::connect(owner, connect, connections, export, reports).await;
         let device = connected.map_err(|e| by_kernel(what, &e))?;
@@ -185,14 +193,17 @@ impl Daemon {
     ) -> Answered<bool> {
         let Some(device) = volume.with(|now| now.device.clone()) else { return Ok(false) };
         if !force {
-            let holders = device.holders().await.map_err(|e| by_kernel(what, &e))?;
+            let holders = match device.holders().await {
+                // It has gone.
+                Err(error) if error.class == KernelErrorClass::NotOurs => Vec::new(),
+                holders => holders.map_err(|e| by_kernel(what, &e))?,
+            };
             if !holders.is_empty() {
-                let all: Vec<_> = holders.iter().map(ToString::to_string).collect();
                 let path = device.device().index;
                 return Err(refused(
                     ExitCode::WrongState,
                     what,
-                    format!("/dev/nbd{path} is in use: {}", all.join("; ")),
+                    format!("/dev/nbd{path} is in use: {}", all_of(&holders)),
                     "Unmount it and end what uses it; or detach --force, which loses what is not written yet.",
                 ));
             }
@@ -203,6 +214,11 @@ impl Daemon {
             }
             warn!(volume = name, %error, remedy = error.remedy, "the device cannot be taken away; closing its connections");
             device.abandon().await;
+            if let Err(error) =
+                Mark::Abandoned.set(&self.devices_dir(), device.device().volume, now().0)
+            {
+                warn!(volume = name, %error, "the next attach may go on with the device");
+            }
         }
         volume.with(|now| now.device = None);
         // A leftover does no harm: it is read for devices that are there.
@@ -213,6 +229,11 @@ impl Daemon {
     /// Where udev's rule finds the name of the volume that a device belongs to.
     fn noted(&self, volume: Uuid) -> PathBuf {
         self.devices_dir().join(volume.to_string())
+    }
+
+    /// Since when the key of the volume with that device may not be had, as its last daemon knew.
+    pub(super) fn fenced_since(&self, device: Device) -> Option<Moment> {
+        Mark::Fenced.since(&self.devices_dir(), device.volume).map(Moment)
     }
 
     pub(super) fn devices_dir(&self) -> PathBuf {
@@ -247,7 +268,13 @@ impl Daemon {
             }
         }
         let all = self.volumes().clone();
-        for (device, owner) in self.devices_of(&all).await {
+        let devices = self.devices_of(&all).await;
+        let orphans = devices
+            .iter()
+            .filter(|(device, owner)| owner.is_some() && !handed_over.contains_key(&device.index))
+            .map(|(device, _)| *device);
+        let left = left_behind(&self.devices_dir(), &self.helper(), orphans).await;
+        for (device, owner) in devices {
             let Device { index, volume: uuid } = device;
             let path = format!("/dev/nbd{index}");
             let owner = owner.and_then(|name| Some((all.get(&name)?, name)));
@@ -255,6 +282,11 @@ impl Daemon {
                 warn!(device = path, volume = %uuid, "a device of no volume that is known; put its definition back or mend it, then: byokctl reload; or: nbd-client -d {path}");
                 continue;
             };
+            if let Some(error) = left.get(&index) {
+                let (why, remedy) = (&error.why, what_frees(device, &name));
+                warn!(volume = name, device = path, why, remedy, "left alone");
+                continue;
+            }
             let sockets = handed_over.remove(&index).unwrap_or_default();
             if let Err(error) = self.take_over(&name, volume, device, sockets) {
                 error!(volume = name, device = path, %error, "a device cannot be taken over");
@@ -281,12 +313,21 @@ impl Daemon {
         let device = volume.with(|now| now.device.take_if(|d| d.state().gone.is_some()));
         let Some(device) = device else { return };
         let why = device.state().gone.unwrap_or_default();
+        let known = device.device();
         // Before the volume's end: whoever drops its export last closes the store.
         drop(device);
         // What failed was logged.
         let _ended = self.end(name, volume, FenceReason::Detached, DRAIN).await;
+        // Whoever disconnected it: while somebody holds it, nothing brings it back.
+        if let Err(error) = let_go(&self.helper(), known).await {
+            warn!(volume = name, %error, "what is left of its device may be connected again");
+        }
         let at = rfc3339(Timestamp::now());
-        let remedy = format!("byokctl attach {name}");
+        let remedy = if sysfs::backend(known.index) == Some(known.volume) {
+            what_frees(known, name)
+        } else {
+            format!("byokctl attach {name}")
+        };
         volume.with(|now| now.problem = Some(Problem { at, why, remedy }));
     }
 }

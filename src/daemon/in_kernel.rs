@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::attachment::Attachment;
 use crate::config::{VolumeConfig, is_volume_name};
 use crate::daemon::devices::by_headers;
+use crate::daemon::left::{left_behind, what_frees};
 use crate::daemon::refusals::{Answered, refused};
 use crate::daemon::{Daemon, Service, Volume};
 use crate::exit::ExitCode;
@@ -135,7 +136,7 @@ impl Daemon {
     }
 
     /// Takes a device over that has the uuid which the store's header has; says whether there was one.
-    pub(super) fn adopt(
+    pub(super) async fn adopt(
         &self,
         what: &str,
         name: &str,
@@ -147,6 +148,9 @@ impl Daemon {
         });
         let found = self.nobodys().into_iter().find(|device| device.volume == uuid);
         let (true, Some(device)) = (meant, found) else { return Ok(false) };
+        if !self.may_be_served(what, name, device).await? {
+            return Ok(false);
+        }
         let taken = self.take_over(name, volume, device, Vec::new());
         taken.map_err(|e| refused(ExitCode::Failed, what, e, "Raise the limits of byokd."))?;
         Ok(true)
@@ -160,9 +164,17 @@ impl Daemon {
             return found;
         }
         let all = self.volumes().clone();
-        for (device, owner) in self.devices_of(&all).await {
+        let devices = self.devices_of(&all).await;
+        let owned = devices.iter().filter(|(_, owner)| owner.is_some()).map(|(device, _)| *device);
+        let left = left_behind(&self.devices_dir(), &self.helper(), owned).await;
+        for (device, owner) in devices {
             let owner = owner.and_then(|name| Some((all.get(&name)?, name)));
             let Some((volume, name)) = owner else { continue };
+            if let Some(error) = left.get(&device.index) {
+                let (why, remedy) = (&error.why, what_frees(device, &name));
+                warn!(volume = name, device = device.index, why, remedy, "left alone");
+                continue;
+            }
             // Whoever is at it finds its device as well.
             let Ok(_alone) = volume.changing.try_lock() else { continue };
             let without =

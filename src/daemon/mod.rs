@@ -10,6 +10,7 @@ mod create;
 mod devices;
 mod in_kernel;
 mod keys;
+mod left;
 mod look;
 mod patience;
 mod refusals;

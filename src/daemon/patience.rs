@@ -82,6 +82,9 @@ impl Daemon {
         let mut taken_out = volume.taken_out.subscribe();
         // It may have been forgotten meanwhile.
         while self.is_known(&name, &volume) && volume.with(goes_on) {
+            if waiting.fenced.is_none() {
+                self.stays_fenced(&volume, &mut waiting).await;
+            }
             let how = AttachHow { by_itself: true, ..AttachHow::default() };
             let attached = self.attach(&name, how).await;
             volume.with(|now| now.awaited = false);
@@ -117,6 +120,18 @@ impl Daemon {
                 () = volume.try_now.notified() => {}
                 () = sleep(pause) => {}
             }
+        }
+    }
+
+    /// What KMS said to an earlier daemon holds, as it may be out of reach by now: requests of a device
+    /// that was fenced are refused, and not only once KMS says it again.
+    async fn stays_fenced(&self, volume: &Volume, waiting: &mut Waiting) {
+        let Some(device) = volume.with(|now| now.device.clone()) else { return };
+        let Some(since) = self.fenced_since(device.device()) else { return };
+        waiting.fenced = Some(since);
+        let hold = volume.with(|now| now.config.hold().unwrap_or_default());
+        if waiting.held(now(), hold).1 == Refuse::Now {
+            device.refuse(true).await;
         }
     }
 }
@@ -184,6 +199,10 @@ impl Waiting {
             self.faulty = None;
         }
         match exit {
+            // Once it may not be had, no trouble of KMS is a reason to wait for it.
+            ExitCode::KmsUnavailable | ExitCode::KeyDenied if self.fenced.is_some() => {
+                self.held(now, bounds.hold)
+            }
             ExitCode::KmsUnavailable => match bounds.allowance {
                 Allowance::For(limit) if now.since(since) >= limit => self.held(now, bounds.hold),
                 Allowance::For(limit) => {
@@ -296,11 +315,29 @@ mod tests {
         assert_eq!(after(&mut waiting, ExitCode::KeyDenied, hour), (RETRY, Refuse::Now));
         let over = Allowance::For(Duration::ZERO);
         assert_eq!(after(&mut waiting, ExitCode::KmsUnavailable, over), (RETRY, Refuse::Now));
+        // Denied once, it stays so until KMS allows it.
+        assert_eq!(after(&mut waiting, ExitCode::KmsUnavailable, hour), (RETRY, Refuse::Now));
         let never = Allowance::Never;
+        let mut waiting = Waiting::default();
         assert_eq!(after(&mut waiting, ExitCode::KmsUnavailable, never), (RETRY, Refuse::NotYet));
         let short = Allowance::For(Duration::from_secs(3));
         let (pause, refuse) = after(&mut Waiting::default(), ExitCode::KmsUnavailable, short);
         assert!(pause <= Duration::from_secs(3) && refuse == Refuse::NotYet);
+    }
+
+    #[test]
+    fn requests_of_a_device_whose_key_was_denied_to_an_earlier_daemon_do_not_wait_for_kms() {
+        let bounds = |hold| Bounds {
+            allowance: Allowance::For(Duration::from_secs(3600)),
+            grace: Duration::from_secs(90),
+            hold: Duration::from_secs(hold),
+        };
+        for exit in [ExitCode::KmsUnavailable, ExitCode::KeyDenied] {
+            let denied = || Waiting { fenced: Some(now()), ..Waiting::default() };
+            let after = |hold| denied().after(exit, Fault::MayPass, bounds(hold));
+            assert_eq!(after(0), (RETRY, Refuse::Now));
+            assert_eq!(after(60), (RETRY, Refuse::NotYet), "held, as long as it is to be");
+        }
     }
 
     #[test]

@@ -308,7 +308,9 @@ impl Daemon {
         };
         let mut config = volume.with(|now| now.config.clone());
         let mut locked = until.or(what, opening(&config)).await?;
-        if self.adopt(what, name, volume, locked.header().uuid())? {
+        // It asks byokd-kernel, which takes its time.
+        let adopting = self.adopt(what, name, volume, locked.header().uuid());
+        if until.or(what, async { Ok(adopting.await?) }).await? {
             config = in_force(what, name, volume, definition, read_only)
                 .map_err(NotAttached::for_good)?;
             close(locked).await;

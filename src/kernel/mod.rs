@@ -15,6 +15,7 @@
 //! | `passing.rs` | a line with descriptors over a unix socket |
 //! | `netlink.rs` | generic netlink, family `nbd` |
 //! | `sysfs.rs` | which devices there are and whose they are |
+//! | `records.rs` | which devices the helper made, by its own word |
 //! | `noted.rs` | the names of volumes, for udev |
 //! | `mounts.rs` | the mounts of what lies on a device, each told from every other |
 //! | `holders.rs` | who has a device mounted, open or mapped |
@@ -31,10 +32,13 @@ mod netlink;
 pub mod noted;
 mod passing;
 mod purge;
+pub mod records;
 pub mod server;
 pub mod sysfs;
 #[cfg(test)]
 mod tests;
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -50,6 +54,10 @@ const MAX_LINE: usize = 1 << 20;
 /// Most connections of one device; each is a descriptor that travels.
 pub const MAX_CONNECTIONS: usize = 16;
 
+/// How long the helper waits for udev to name a device, or to look at one. Whoever asks for that has to
+/// wait longer: what the kernel did at once is not to look as if it had not.
+pub const NAMING: Duration = Duration::from_secs(3);
+
 /// What the helper is asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "kebab-case", deny_unknown_fields)]
@@ -58,7 +66,8 @@ pub enum Ask {
     Connect(Connect),
     /// Gives a device that is there sockets for those that died, if there are any along:
     /// answered with [`Told::Done`]. The kernel says yes even if it takes none; then they are
-    /// closed when the answer comes.
+    /// closed when the answer comes. Without sockets and size nothing is changed, but asked whether
+    /// it is still connected.
     Reconfigure {
         /// Which.
         index: u32,
@@ -241,6 +250,8 @@ pub enum KernelErrorClass {
     Slow,
     /// There is no such device any more, or it is somebody else's.
     NotOurs,
+    /// It was disconnected, and whoever has it mounted or open keeps it from going.
+    Disconnected,
     /// Anything else.
     Other,
 }

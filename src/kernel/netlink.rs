@@ -16,7 +16,8 @@ use neli::utils::Groups;
 use nix::errno::Errno;
 use uuid::Uuid;
 
-use super::{Connect, KernelError, KernelErrorClass, sysfs};
+use super::records::not_ours;
+use super::{Connect, KernelError, sysfs};
 use crate::exit::ExitCode;
 
 #[neli::neli_enum(serialized_type = "u8")]
@@ -99,7 +100,7 @@ pub(super) fn connect(connect: &Connect, sockets: &[OwnedFd]) -> Result<u32, Ker
     })?;
     // Set by the kernel from 5.14 on; without it nobody could tell whose the device is.
     if sysfs::backend(index) != Some(connect.volume) {
-        let undone = disconnect_any(index);
+        let undone = disconnect(index);
         let why = match undone {
             Ok(()) => "this kernel is too old: it does not know backend identifiers".to_owned(),
             Err(error) => format!("this kernel is too old, and {error}"),
@@ -161,20 +162,8 @@ pub(super) fn reconfigure(
     })
 }
 
-/// Takes a device away that is this volume's.
-pub(super) fn disconnect(index: u32, volume: Uuid) -> Result<(), KernelError> {
-    is_nobody_elses(index, volume)?;
-    if sysfs::is_connected(index) { disconnect_any(index) } else { Ok(()) }
-}
-
-/// That a device is this volume's, or not connected any more: what is left of it may still be
-/// mounted.
-pub(super) fn is_nobody_elses(index: u32, volume: Uuid) -> Result<(), KernelError> {
-    let ours = sysfs::backend(index) == Some(volume) || !sysfs::is_connected(index);
-    if ours { Ok(()) } else { Err(not_ours(index, volume)) }
-}
-
-fn disconnect_any(index: u32) -> Result<(), KernelError> {
+/// Takes a device away, whosever it is.
+pub(super) fn disconnect(index: u32) -> Result<(), KernelError> {
     let mut attrs = Attrs::new();
     put(&mut attrs, Attr::Index, index)?;
     let done = ask(Command::Disconnect, attrs)?;
@@ -263,12 +252,6 @@ fn refused(errno: Errno, device: &str) -> KernelError {
         "See the kernel's log (dmesg)."
     };
     KernelError::new(ExitCode::Failed, format!("the kernel refused {device}: {errno}"), remedy)
-}
-
-fn not_ours(index: u32, volume: Uuid) -> KernelError {
-    let why = format!("/dev/nbd{index} is not connected to volume {volume} any more");
-    KernelError::new(ExitCode::WrongState, why, "Attach the volume again.")
-        .of(KernelErrorClass::NotOurs)
 }
 
 #[cfg(test)]

@@ -4,7 +4,8 @@
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::libc;
 use uuid::Uuid;
@@ -14,6 +15,56 @@ const KEY: &str = "BYOKD_VOLUME=";
 
 /// More than any note has.
 const MOST: u64 = 128;
+
+/// What is noted of a device besides its name, if it is so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// It was to be taken away, and nobody was there who could.
+    Abandoned,
+    /// The key may not be had: its requests are refused.
+    Fenced,
+}
+
+impl Mark {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Abandoned, Self::Fenced];
+
+    fn path(self, dir: &Path, uuid: Uuid) -> PathBuf {
+        let word = match self {
+            Self::Abandoned => "abandoned",
+            Self::Fenced => "fenced",
+        };
+        dir.join(format!("{uuid}.{word}"))
+    }
+
+    /// Since when it is so, from the machine's start, if it is; for ever if that cannot be read.
+    #[must_use]
+    pub fn since(self, dir: &Path, uuid: Uuid) -> Option<Duration> {
+        match std::fs::read_to_string(self.path(dir, uuid)) {
+            Ok(text) => Some(Duration::from_millis(text.trim().parse().unwrap_or_default())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(_) => Some(Duration::ZERO),
+        }
+    }
+
+    /// Notes that it is so since then, unless it has been before.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn set(self, dir: &Path, uuid: Uuid, since: Duration) -> io::Result<()> {
+        if self.since(dir, uuid).is_some() {
+            return Ok(());
+        }
+        std::fs::create_dir_all(dir)?;
+        std::fs::write(self.path(dir, uuid), format!("{}\n", since.as_millis()))
+    }
+
+    /// It is not so any more.
+    pub fn clear(self, dir: &Path, uuid: Uuid) {
+        // It need not be there.
+        let _gone = std::fs::remove_file(self.path(dir, uuid));
+    }
+}
 
 /// What is noted of a device of the volume `name`.
 #[must_use]
@@ -45,6 +96,23 @@ pub fn name_of(dir: &Path, uuid: Uuid, is_name: fn(&str) -> bool) -> io::Result<
 mod tests {
     use super::*;
     use crate::config::is_volume_name;
+
+    #[test]
+    fn a_mark_keeps_since_when_it_is_so_until_it_is_cleared() {
+        let dir = tempfile::tempdir().unwrap();
+        let notes = dir.path().join("devices");
+        let uuid = Uuid::from_u128(7);
+        assert_eq!(Mark::Fenced.since(&notes, uuid), None);
+        Mark::Fenced.set(&notes, uuid, Duration::from_millis(1500)).unwrap();
+        Mark::Fenced.set(&notes, uuid, Duration::from_secs(9)).unwrap();
+        assert_eq!(Mark::Fenced.since(&notes, uuid), Some(Duration::from_millis(1500)));
+        assert_eq!(Mark::Abandoned.since(&notes, uuid), None);
+        Mark::Fenced.clear(&notes, uuid);
+        assert_eq!(Mark::Fenced.since(&notes, uuid), None);
+        // Cut off as it was written: nothing is forgotten for that.
+        std::fs::write(notes.join(format!("{uuid}.fenced")), "").unwrap();
+        assert_eq!(Mark::Fenced.since(&notes, uuid), Some(Duration::ZERO));
+    }
 
     #[test]
     fn a_note_gives_a_name_and_nothing_else() {

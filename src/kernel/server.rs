@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -17,7 +18,11 @@ use nix::sys::socket::sockopt::PeerCredentials;
 use nix::unistd::{Uid, User};
 use tracing::{info, warn};
 
-use super::{Ask, KernelError, MAX_CONNECTIONS, Told, holders, netlink, passing, purge, sysfs};
+use super::records::{Record, Records, still_held};
+use super::{
+    Ask, Connect, KernelError, KernelErrorClass, MAX_CONNECTIONS, NAMING, Told, holders, netlink,
+    passing, purge, sysfs,
+};
 use crate::exit::ExitCode;
 
 /// How long a request may take to arrive.
@@ -26,15 +31,13 @@ const ARRIVAL: Duration = Duration::from_secs(5);
 /// Requests at a time. Those beyond are refused: that many hang, and more would not help.
 const MOST_AT_A_TIME: usize = 64;
 
-/// How long udev has to name a device.
-const NAMING: Duration = Duration::from_secs(5);
-
 static AT_A_TIME: AtomicUsize = AtomicUsize::new(0);
 
 /// The helper's socket, and whom it serves besides root.
 pub struct Helper {
     listener: UnixListener,
     user: Option<Uid>,
+    records: Arc<Records>,
     /// Removed at the end, unless systemd made it.
     path: Option<PathBuf>,
 }
@@ -53,15 +56,16 @@ impl Helper {
     ///
     /// # Errors
     /// There is no such user.
-    pub fn on(socket: OwnedFd, user: Option<&str>) -> io::Result<Self> {
-        Ok(Self { listener: socket.into(), user: user.map(uid_of).transpose()?, path: None })
+    pub fn on(socket: OwnedFd, user: Option<&str>, records: Records) -> io::Result<Self> {
+        let (user, records) = (user.map(uid_of).transpose()?, Arc::new(records));
+        Ok(Self { listener: socket.into(), user, records, path: None })
     }
 
     /// Serves root and `user` at `path`.
     ///
     /// # Errors
     /// There is no such user, or the socket cannot be made.
-    pub fn at(path: &Path, user: Option<&str>) -> io::Result<Self> {
+    pub fn at(path: &Path, user: Option<&str>, records: Records) -> io::Result<Self> {
         let user = user.map(uid_of).transpose()?;
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir)?;
@@ -73,7 +77,8 @@ impl Helper {
         let listener = UnixListener::bind(path)?;
         nix::unistd::chown(path, user, None)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-        Ok(Self { listener, user, path: Some(path.to_owned()) })
+        let records = Arc::new(records);
+        Ok(Self { listener, user, records, path: Some(path.to_owned()) })
     }
 
     /// Serves until the process ends.
@@ -91,10 +96,10 @@ impl Helper {
                     continue;
                 }
             };
-            let user = self.user;
+            let (user, records) = (self.user, Arc::clone(&self.records));
             let thread = std::thread::Builder::new().name("request".into());
             let started = thread.spawn(move || {
-                if let Err(error) = converse(&stream, user) {
+                if let Err(error) = converse(&stream, user, &records) {
                     warn!(%error, "request cut off");
                 }
             });
@@ -127,7 +132,7 @@ impl Drop for Turn {
     }
 }
 
-fn converse(stream: &UnixStream, user: Option<Uid>) -> io::Result<()> {
+fn converse(stream: &UnixStream, user: Option<Uid>, records: &Records) -> io::Result<()> {
     stream.set_read_timeout(Some(ARRIVAL))?;
     stream.set_write_timeout(Some(ARRIVAL))?;
     let peer = getsockopt(stream, PeerCredentials)?;
@@ -150,7 +155,7 @@ fn converse(stream: &UnixStream, user: Option<Uid>) -> io::Result<()> {
             format!("{MOST_AT_A_TIME} requests hang in the kernel"),
             "See the kernel's log (dmesg).",
         )),
-        (Ok(ask), Some(_turn)) => carry_out(ask, sockets).unwrap_or_else(|error| {
+        (Ok(ask), Some(_turn)) => carry_out(ask, sockets, records).unwrap_or_else(|error| {
             warn!(why = error.why, remedy = error.remedy, "not done");
             Told::Failed(error)
         }),
@@ -168,33 +173,47 @@ fn answer(mut stream: &UnixStream, told: &Told) -> io::Result<()> {
     stream.write_all(line.as_bytes())
 }
 
-/// Does what is asked. The sockets are closed when it returns: what the kernel took, it keeps.
-fn carry_out(ask: Ask, sockets: Vec<OwnedFd>) -> Result<Told, KernelError> {
+/// Does what is asked, of a device that was made here. The sockets are closed when it returns: what
+/// the kernel took, it keeps.
+pub(super) fn carry_out(
+    ask: Ask,
+    sockets: Vec<OwnedFd>,
+    records: &Records,
+) -> Result<Told, KernelError> {
     if sockets.len() > MAX_CONNECTIONS {
         let why = format!("{} connections; at most {MAX_CONNECTIONS}", sockets.len());
         return Err(KernelError::new(ExitCode::Usage, why, "Use fewer connections."));
     }
     match ask {
         Ask::Connect(connect) => {
-            let index = netlink::connect(&connect, &sockets)?;
+            let index = make(&connect, &sockets, records)?;
             drop(sockets);
             info!(device = format!("/dev/nbd{index}"), volume = %connect.volume, "connected");
             name(index);
             Ok(Told::Device { index })
         }
         Ask::Reconfigure { index, volume, size } => {
-            netlink::reconfigure(index, volume, size, &sockets)?;
+            let record = records.check(index, volume)?;
+            if record.disconnected {
+                return Err(still_held(index));
+            }
+            let asked = netlink::reconfigure(index, volume, size, &sockets);
+            if sockets.is_empty() && size.is_none() {
+                return asked.map(|()| Told::Done).map_err(|e| probed(index, record, records, e));
+            }
+            asked?;
             info!(device = format!("/dev/nbd{index}"), %volume, ?size, "reconfigured");
             Ok(Told::Done)
         }
         Ask::Disconnect { index, volume } => {
-            netlink::disconnect(index, volume)?;
+            let record = records.check(index, volume)?;
+            take_away(index, record, records)?;
             info!(device = format!("/dev/nbd{index}"), %volume, "disconnected");
             name(index);
             Ok(Told::Done)
         }
         Ask::Holders { index, volume, mapped } => {
-            netlink::is_nobody_elses(index, volume)?;
+            records.check(index, volume)?;
             // What udev looks at for a moment is not in use. A purge does not wait for that.
             if !mapped {
                 settle();
@@ -202,16 +221,54 @@ fn carry_out(ask: Ask, sockets: Vec<OwnedFd>) -> Result<Told, KernelError> {
             Ok(Told::Holders { holders: holders::holders(&sysfs::name(index), mapped) })
         }
         Ask::Damaged { index, volume } => {
-            netlink::is_nobody_elses(index, volume)?;
+            records.check(index, volume)?;
             Ok(purge::damaged(&sysfs::name(index)))
         }
         Ask::Purge { index, volume, step } => {
-            netlink::is_nobody_elses(index, volume)?;
+            records.check(index, volume)?;
             let told = purge::purge(&sysfs::name(index), step);
             info!(device = format!("/dev/nbd{index}"), %volume, ?step, ?told, "purged");
             Ok(told)
         }
     }
+}
+
+/// Makes a device and records it; one that cannot be recorded could never be taken away again.
+fn make(connect: &Connect, sockets: &[OwnedFd], records: &Records) -> Result<u32, KernelError> {
+    let index = netlink::connect(connect, sockets)?;
+    if let Err(error) = records.made(index, connect.volume) {
+        // Without connections it does no harm but to its number.
+        let _undone = netlink::disconnect(index);
+        let why = format!("/dev/nbd{index} cannot be recorded: {error}");
+        return Err(KernelError::new(ExitCode::Failed, why, "Check /run/byokd-kernel."));
+    }
+    Ok(index)
+}
+
+/// Why a device that was made here takes nothing at all: who disconnected it was somebody else. Some
+/// kernels would connect it again all the same (before 6.14, but for longterm ones with the fix).
+fn probed(index: u32, record: Record, records: &Records, error: KernelError) -> KernelError {
+    if error.class != KernelErrorClass::NotOurs {
+        return error;
+    }
+    if let Err(error) = records.disconnected(index, Record { disconnected: true, ..record }) {
+        warn!(device = format!("/dev/nbd{index}"), %error, "not recorded as disconnected");
+    }
+    still_held(index)
+}
+
+/// Has the kernel let go of a device. It is recorded before: whoever holds it may keep the kernel
+/// from that for as long as he likes.
+fn take_away(index: u32, record: Record, records: &Records) -> Result<(), KernelError> {
+    let device = format!("/dev/nbd{index}");
+    if let Err(error) = records.disconnected(index, Record { disconnected: true, ..record }) {
+        warn!(device, %error, "disconnected without a record of that");
+    }
+    netlink::disconnect(index).inspect_err(|_| {
+        if let Err(error) = records.disconnected(index, record) {
+            warn!(device, %error, "recorded as disconnected, and is not");
+        }
+    })
 }
 
 /// Has udev look at the device again: when the kernel told it, the backend identifier was not set
@@ -279,7 +336,7 @@ mod tests {
     fn sockets_the_kernel_did_not_take_are_closed_when_the_answer_comes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("kernel.sock");
-        let helper = Helper::at(&path, None).unwrap();
+        let helper = Helper::at(&path, None, Records::new(dir.path().join("records"))).unwrap();
         std::thread::spawn(move || helper.run());
         let (ours, theirs) = UnixStream::pair().unwrap();
         // A device number that no kernel has.

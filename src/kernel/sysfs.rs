@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-const BLOCK: &str = "/sys/block";
+pub(super) const BLOCK: &str = "/sys/block";
 
 /// Disks and partitions alike.
 const CLASS: &str = "/sys/class/block";
@@ -26,7 +26,7 @@ pub fn devices() -> Vec<Device> {
     devices_in(Path::new(BLOCK))
 }
 
-fn devices_in(block: &Path) -> Vec<Device> {
+pub(super) fn devices_in(block: &Path) -> Vec<Device> {
     let entries = std::fs::read_dir(block).into_iter().flatten().flatten();
     let mut found: Vec<_> = entries
         .filter_map(|entry| {
@@ -44,7 +44,7 @@ pub fn backend(index: u32) -> Option<Uuid> {
     backend_in(Path::new(BLOCK), index)
 }
 
-fn backend_in(block: &Path, index: u32) -> Option<Uuid> {
+pub(super) fn backend_in(block: &Path, index: u32) -> Option<Uuid> {
     let text = read_to_string(block.join(name(index)).join("backend")).ok()?;
     text.trim().parse().ok()
 }
@@ -62,11 +62,6 @@ pub fn takes_trim(index: u32) -> bool {
     let most = read_to_string(dir(index).join("queue/discard_max_hw_bytes"));
     // Unknown: whoever asks for it is not to see an error.
     !most.is_ok_and(|text| text.trim() == "0")
-}
-
-/// Whether a device is connected at all.
-pub(super) fn is_connected(index: u32) -> bool {
-    dir(index).join("pid").exists()
 }
 
 /// N, of `nbdN` or `/dev/nbdN`.

@@ -7,11 +7,15 @@ use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
+use uuid::Uuid;
+
 use super::holders::{holders, users};
 use super::mounts::mounts;
 use super::purge::{damaged, purge};
+use super::records::{Record, Records};
+use super::server::carry_out;
 use super::sysfs::stack;
-use super::{HeldBy, PurgeStep, Told};
+use super::{Ask, HeldBy, KernelErrorClass, PurgeStep, Told};
 
 /// Whether this machine has what it takes.
 fn can(tools: &[&str]) -> bool {
@@ -329,4 +333,71 @@ fn btrfs_whose_number_is_no_devices_is_found_by_each_of_its_devices() {
         let all = [what, failed].concat();
         assert!(all[0].contains(data.to_str().unwrap()), "{all:?}");
     }
+}
+
+/// Everything that can be asked about a device that is there.
+fn asks(index: u32, volume: Uuid) -> Vec<Ask> {
+    let steps = [
+        PurgeStep::ShutDown,
+        PurgeStep::EndProcesses,
+        PurgeStep::EndGroups,
+        PurgeStep::Unmount,
+        PurgeStep::FlushDevice,
+        PurgeStep::DropCaches,
+    ];
+    let purges = steps.map(|step| Ask::Purge { index, volume, step });
+    let others = [
+        Ask::Reconfigure { index, volume, size: None },
+        Ask::Reconfigure { index, volume, size: Some(1 << 20) },
+        Ask::Disconnect { index, volume },
+        Ask::Holders { index, volume, mapped: false },
+        Ask::Holders { index, volume, mapped: true },
+        Ask::Damaged { index, volume },
+    ];
+    others.into_iter().chain(purges).collect()
+}
+
+#[test]
+fn a_device_that_was_not_made_here_is_left_alone_whoever_knows_its_uuid() {
+    let node = tempfile::tempdir().unwrap();
+    let records = Records::of(node.path().join("records"), node.path().join("block"));
+    let (ours, theirs) = (Uuid::from_u128(1), Uuid::from_u128(2));
+    // No kernel has these.
+    let (one, another, none) = (4_000_000, 4_000_001, 4_000_002);
+    for (index, volume) in [(one, ours), (another, theirs)] {
+        let device = node.path().join(format!("block/nbd{index}"));
+        std::fs::create_dir_all(&device).unwrap();
+        std::fs::write(device.join("backend"), volume.to_string()).unwrap();
+        std::fs::write(device.join("pid"), "1").unwrap();
+    }
+    records.made(one, ours).unwrap();
+    for (index, volume) in [(another, theirs), (another, ours), (one, theirs), (none, ours)] {
+        for ask in asks(index, volume) {
+            let error = carry_out(ask.clone(), Vec::new(), &records).unwrap_err();
+            assert_eq!(error.class, KernelErrorClass::NotOurs, "{ask:?}: {error}");
+        }
+    }
+    let looked = Ask::Damaged { index: one, volume: ours };
+    let told = carry_out(looked, Vec::new(), &records).unwrap();
+    assert_eq!(told, Told::Purged { what: vec![], failed: vec![] });
+}
+
+#[test]
+fn a_device_that_was_disconnected_takes_no_connection_while_it_is_held() {
+    let node = tempfile::tempdir().unwrap();
+    let records = Records::of(node.path().join("records"), node.path().join("block"));
+    let (index, volume) = (4_000_000, Uuid::from_u128(1));
+    let device = node.path().join(format!("block/nbd{index}"));
+    std::fs::create_dir_all(&device).unwrap();
+    std::fs::write(device.join("backend"), volume.to_string()).unwrap();
+    records.made(index, volume).unwrap();
+    records.disconnected(index, Record { volume, disconnected: true }).unwrap();
+    let (_ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    for (sockets, size) in [(vec![theirs.into()], None), (vec![], Some(1 << 20)), (vec![], None)] {
+        let asked = Ask::Reconfigure { index, volume, size };
+        let error = carry_out(asked, sockets, &records).unwrap_err();
+        assert_eq!(error.class, KernelErrorClass::Disconnected, "{error}");
+    }
+    // What has it mounted is still looked for, and purged.
+    carry_out(Ask::Damaged { index, volume }, Vec::new(), &records).unwrap();
 }

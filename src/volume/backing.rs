@@ -64,9 +64,12 @@ impl LockedFile {
                 Some(libc::EBUSY) => VolumeError::Busy(path.to_owned()),
                 _ => VolumeError::io("open", path, e),
             })?;
-        let busy = |errno| match errno {
-            Errno::EAGAIN | Errno::EACCES => VolumeError::Busy(path.to_owned()),
-            _ => VolumeError::io("lock", path, errno),
+        let busy = |errno| {
+            if [Errno::EAGAIN, Errno::EACCES].contains(&errno) {
+                VolumeError::Busy(path.to_owned())
+            } else {
+                VolumeError::io("lock", path, errno)
+            }
         };
         let until = Instant::now() + TO_END;
         let mut file = file;

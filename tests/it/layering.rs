@@ -106,6 +106,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &[
             "audit",
             "audit::record",
+            "clock",
             "exit",
             "export",
             "keeper",
@@ -228,7 +229,15 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("cli::nbd_client", &["nbd::handshake", "nbd::wire"]),
     (
         "bin::byokd-kernel",
-        &["config", "exit", "kernel::args", "kernel::noted", "kernel::server", "log"],
+        &[
+            "config",
+            "exit",
+            "kernel::args",
+            "kernel::noted",
+            "kernel::records",
+            "kernel::server",
+            "log",
+        ],
     ),
     ("bin::byokctl", &["cli::*", "control", "exit", "harden"]),
     (

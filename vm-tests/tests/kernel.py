@@ -1,5 +1,6 @@
 """Volumes as /dev/nbdX: attached by byokd-kernel, over restarts and crashes, and revoked."""
 
+import pathlib
 import time
 
 from harness.case import expect
@@ -14,6 +15,8 @@ TIMED_OUT = "Connection timed out, retrying"
 PATIENCE = 10
 UPTIME = "cut -d' ' -f1 /proc/uptime"
 BEYOND = 2000
+# What Debian's package does before it is removed.
+PRERM = pathlib.Path(__file__).parents[2] / "packaging/debian/prerm"
 
 
 def a_volume_is_attached_used_and_detached(case):
@@ -86,6 +89,88 @@ def wrong_devices_are_refused_and_leave_nothing(case):
     guest.run("udevadm settle; byokctl attach v --device auto && byokctl detach v")
 
 
+# What byokd asks, asked by somebody who has become its user.
+ASK = """runuser -u byokd -- python3 -c '
+import json, socket, sys
+ask = json.loads(sys.argv[1]) | {"index": 0, "volume": open("/sys/block/nbd0/backend").read().strip()}
+helper = socket.socket(socket.AF_UNIX)
+helper.connect("/run/byokd-kernel/kernel.sock")
+helper.sendall(json.dumps(ask).encode() + b"\\n")
+print(helper.makefile().readline())'"""
+ASKS = ('{"ask": "disconnect"}', '{"ask": "reconfigure", "size": null}', '{"ask": "holders", "mapped": true}',
+        '{"ask": "damaged"}', '{"ask": "purge", "step": "shut-down"}', '{"ask": "purge", "step": "end-groups"}')
+
+
+def devices_of_others_are_left_alone_and_those_from_before_are_adopted(case):
+    records = "/run/byokd-kernel/devices"
+    guest, _, _ = served(case)
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
+    expect(guest.run(f"cat {records}/0").split() == [volume(guest)["uuid"]], "what is recorded")
+    guest.run(f"! runuser -u byokd -- ls {records}")
+    guest.put("/run/prerm", PRERM.read_text())
+    status, said = guest.attempt("sh /run/prerm remove")
+    expect(status == 1 and "byokctl detach" in said, f"the package is removed from under it: {status} {said}")
+    # Without its record it is as any device of others that has a uuid: everybody can read that.
+    guest.run(f"rm {records}/0")
+    for ask in ASKS:
+        said = guest.run(f"{ASK} '{ask}'")
+        expect("not-ours" in said, f"{ask}: {said}")
+    guest.run("echo there >/mnt/file && sync && grep there /mnt/file")
+    # As an upgrade from a version without records finds it.
+    guest.run(f"rm -r {records}; systemctl kill -s KILL byokd")
+    guest.until("its connections wait for that", "journalctl -q -u byokd | grep -q 'byokd-kernel --adopt'")
+    guest.run("byokd-kernel --adopt")
+    guest.until("it serves", "byokctl status v | grep -q serving")
+    guest.run(f"dd if={LINK} of=/dev/null bs=4k count=1 iflag=direct && echo on >>/mnt/file && sync && umount /mnt")
+    guest.run(f"udevadm settle; byokctl detach v && byokctl attach v --device auto && [ $(ls {records}) = 0 ] && byokctl detach v")
+    guest.clean_dmesg()
+    guest.run(f"byokctl attach v --device auto && rm {records}/0 && sh /run/prerm remove && ! systemctl is-active byokd byokd-kernel")
+
+
+def what_is_left_of_a_disconnected_device_is_not_served_again(case):
+    guest, kms, key = served(case, definition="[purge]\ndisconnect = true")
+    mount = f"byokctl attach v --device auto && {{ fsck.ext4 -p {LINK}; [ $? -le 1 ]; }} && mount {LINK} /mnt && grep there /mnt/file"
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt && echo there >/mnt/file && sync")
+    guest.run("byokctl detach v --force")
+    is_left_alone(guest)
+    for again in ("systemctl restart byokd", "systemctl kill -s KILL byokd", "systemctl stop byokd byokd-kernel.service && systemctl start byokd"):
+        guest.run_until(f"before=$(systemctl show -p MainPID --value byokd)\n{again}", "there is another daemon",
+                        "[ $(systemctl show -p MainPID --value byokd) != $before ] && byokctl status v >/dev/null 2>&1")
+        is_left_alone(guest)
+    guest.run(f"umount /mnt && udevadm settle && {mount}")
+    # By somebody else.
+    guest.run("nbd-client -d /dev/nbd0")
+    guest.until("that is noticed", "byokctl status v | grep -q 'disconnected by someone else'")
+    guest.until("what to do is said", "byokctl status v | grep -q 'Unmount /dev/nbd0'")
+    is_left_alone(guest)
+    guest.run(f"umount /mnt && udevadm settle && {mount}")
+    # By somebody else while no byokd is there: the kernel tells.
+    guest.run("systemctl stop byokd; nbd-client -d /dev/nbd0; systemctl start byokd")
+    is_left_alone(guest)
+    guest.run(f"umount /mnt && udevadm settle && {mount}")
+    # By the purge, as configured.
+    kms.disable(key)
+    guest.until("it is disconnected", "byokctl status v | grep -q 'disconnected after the fence'")
+    kms.enable(key)
+    is_left_alone(guest)
+    guest.run(f"umount /mnt && udevadm settle && {mount} && umount /mnt && udevadm settle && byokctl detach v")
+    # Nobody is there who could disconnect it.
+    guest.run(f"{mount} && systemctl stop byokd-kernel.socket byokd-kernel.service && byokctl detach v --force")
+    guest.run("systemctl start byokd-kernel.socket && systemctl restart byokd")
+    is_left_alone(guest)
+    guest.run(f"umount /mnt && udevadm settle && {mount} && umount /mnt && udevadm settle && byokctl detach v")
+    expect("blocked for more than" not in guest.dmesg(), "a task hung")
+
+
+def is_left_alone(guest):
+    for how in ("", " --device auto"):
+        status, said = guest.attempt(f"byokctl attach v{how}", timeout=60)
+        expect(status == 5 and "still held" in said and "mounted on /mnt" in said, f"not refused: {status} {said}")
+    expect(volume(guest)["state"] == "detached", "it is served")
+    status, said = guest.attempt("timeout 20 dd if=/dev/nbd0 of=/dev/null bs=4k count=1 iflag=direct")
+    expect(status == 1, f"somebody answers: {status} {said}")
+
+
 def restarts_and_crashes_under_load_cost_no_error(case):
     # What was under way at a crash waits for this; a slow guest needs some of it as well.
     guest, _, _ = served(case, definition='request_timeout = "6s"')
@@ -141,6 +226,37 @@ def a_denied_key_is_errors_at_once_until_it_is_back(case):
         guest.run("udevadm settle; byokctl detach v")
         expect("blocked for more than" not in guest.dmesg(), "a task hung")
         guest.shut_down()
+
+
+def a_denial_outlives_the_daemon_while_kms_is_away(case):
+    guest, kms, key = served(case, definition='request_timeout = "6s"')
+    direct = f"dd if={LINK} of=/dev/null bs=4k count=1 iflag=direct"
+    guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt && echo canary >/mnt/file && sync")
+    kms.disable(key)
+    guest.until("errors", f"! {direct} 2>/dev/null")
+    kms.fault(fault="reset")
+    for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd"):
+        guest.run_until(f"before=$(systemctl show -p MainPID --value byokd)\n{how}", "there is another daemon",
+                        "[ $(systemctl show -p MainPID --value byokd) != $before ] && byokctl status v >/dev/null 2>&1")
+        status, said = guest.attempt(f"timeout 5 {direct}")
+        expect(status == 1 and "Input/output error" in said, f"not refused at once: {status} {said}")
+        guest.until("the purge is complete", "byokctl status v | grep -q still-mapped")
+        for step in ("shut-down", "flush-device", "drop-caches"):
+            expect(step in guest.run("byokctl status v"), f"without {step}")
+        status, said = guest.attempt("timeout 20 cat /mnt/file")
+        expect(status == 1 and "error" in said, f"the cached file is still read: {status} {said}")
+    kms.no_faults()
+    kms.enable(key)
+    guest.until("it serves again", "byokctl status v | grep -q serving")
+    guest.run(f"umount /mnt && {{ fsck.ext4 -p {LINK}; [ $? -le 1 ]; }} && mount {LINK} /mnt && grep canary /mnt/file")
+    # Nor does it outlive its end: trouble of KMS is just that again.
+    kms.fault(fault="reset")
+    guest.run("systemctl restart byokd")
+    guest.until("it waits", "byokctl status v | grep -q 'wait for the key'")
+    kms.no_faults()
+    guest.until("it serves", "byokctl status v | grep -q serving")
+    guest.run("grep canary /mnt/file && umount /mnt && udevadm settle && byokctl detach v")
+    expect("blocked for more than" not in guest.dmesg(), "a task hung")
 
 
 def requests_wait_for_kms_within_the_allowance(case):
@@ -322,6 +438,16 @@ def a_forced_detach_ends_whatever_hangs(case):
     guest.until("the device is free", "byokctl attach v --device /dev/nbd0 2>/dev/null")
     guest.run(f"mount {LINK} /mnt && umount /mnt && udevadm settle && byokctl detach v")
     expect("blocked for more than" not in guest.dmesg(), "a task hung")
+
+
+def a_busy_udev_is_no_kernel_that_does_not_let_go(case):
+    guest, _, _ = served(case)
+    guest.run("byokctl attach v --device auto && udevadm settle && udevadm control --stop-exec-queue")
+    guest.run("byokctl detach v && [ ! -e /sys/block/nbd0/backend ]", timeout=60)
+    said = guest.run("journalctl -q -u byokd")
+    expect("device disconnected" in said, "it is not said")
+    expect("does not let go" not in said and "may be left" not in said, "a false alarm")
+    guest.run(f"udevadm control --start-exec-queue && udevadm settle && [ ! -e {LINK} ]")
 
 
 restarts_and_crashes_under_load_cost_no_error.time_limit = 700
