@@ -26,7 +26,7 @@ use crate::daemon::stop::DRAIN;
 use crate::daemon::volumes::TakenOut;
 use crate::daemon::{Daemon, Now, Service, Volume};
 use crate::exit::ExitCode;
-use crate::export::ExportError;
+use crate::export::{Export, ExportError};
 use crate::keeper::threads::apart;
 use crate::kernel::client::KernelClient;
 use crate::kernel::noted::{Mark, note_of};
@@ -72,6 +72,21 @@ impl AttachHow {
             return Err(refused(ExitCode::Usage, what, why, "Mend --connections."));
         }
         Ok(Self { read_only, device, connections, by_itself: false })
+    }
+}
+
+/// What of a volume outlives its service, if its last flush fails.
+#[derive(Clone, Copy)]
+pub(super) struct Kept {
+    uuid: Uuid,
+    direct: bool,
+    owes: bool,
+}
+
+impl Kept {
+    pub(super) fn of(export: &Export) -> Self {
+        let uuid = export.volume().header().uuid();
+        Self { uuid, direct: export.is_direct(), owes: export.owes_a_failed_flush() }
     }
 }
 
@@ -142,6 +157,7 @@ impl Daemon {
                     format!("Put the store back, or: byokctl detach {name} --force"),
                 )));
             }
+            self.owe_what_was_noted(name, &export, uuid);
             device.serve(export, reports, plan(config)).await;
             return Ok(());
         }
@@ -229,6 +245,38 @@ impl Daemon {
     /// Where udev's rule finds the name of the volume that a device belongs to.
     fn noted(&self, volume: Uuid) -> PathBuf {
         self.devices_dir().join(volume.to_string())
+    }
+
+    /// The kernel hears of what the last daemon could not flush.
+    fn owe_what_was_noted(&self, name: &str, export: &Export, uuid: Uuid) {
+        if Mark::Unflushed.since(&self.devices_dir(), uuid).is_some() {
+            warn!(volume = name, "the last flush before this start failed: the next one fails too");
+            export.owe_a_failed_flush();
+            // Noted again at the next stop, if it is still owed.
+            Mark::Unflushed.clear(&self.devices_dir(), uuid);
+        }
+    }
+
+    /// Has the next daemon tell the kernel of a last flush that failed. Whoever may have lost it by a
+    /// store that only took too long is told as well, unless writes go past the page cache: then they
+    /// were with the disk when they were acknowledged.
+    pub(super) fn note_what_was_not_flushed(
+        &self,
+        name: &str,
+        kept: Kept,
+        flush: &io::Result<bool>,
+    ) {
+        let Kept { uuid, direct, owes } = kept;
+        let lost = match flush {
+            Ok(_) => false,
+            Err(error) => error.kind() != io::ErrorKind::TimedOut || !direct,
+        };
+        if !(owes || lost) || !sysfs::devices().iter().any(|device| device.volume == uuid) {
+            return;
+        }
+        if let Err(error) = Mark::Unflushed.set(&self.devices_dir(), uuid, now().0) {
+            error!(volume = name, %error, "the kernel will not hear that its last writes may be lost");
+        }
     }
 
     /// Since when the key of the volume with that device may not be had, as its last daemon knew.

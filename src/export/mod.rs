@@ -590,6 +590,11 @@ impl Export {
         self.kernel_store.get().unwrap_or(&self.backing)
     }
 
+    /// Whether what is written goes past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.backing.is_direct()
+    }
+
     pub(crate) fn write_order(&self) -> &Arc<WriteOrder> {
         &self.order
     }

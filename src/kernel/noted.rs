@@ -23,16 +23,19 @@ pub enum Mark {
     Abandoned,
     /// The key may not be had: its requests are refused.
     Fenced,
+    /// What it has written may be lost, and the kernel has not been told.
+    Unflushed,
 }
 
 impl Mark {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Abandoned, Self::Fenced];
+    pub const ALL: [Self; 3] = [Self::Abandoned, Self::Fenced, Self::Unflushed];
 
     fn path(self, dir: &Path, uuid: Uuid) -> PathBuf {
         let word = match self {
             Self::Abandoned => "abandoned",
             Self::Fenced => "fenced",
+            Self::Unflushed => "unflushed",
         };
         dir.join(format!("{uuid}.{word}"))
     }

@@ -388,6 +388,24 @@ def a_restart_while_a_store_hangs_costs_other_volumes_no_error(case):
     guest.clean_dmesg(allowed=(TIMED_OUT,))
 
 
+def the_kernel_hears_of_a_flush_that_failed_at_a_restart(case):
+    disk = case.disk("v", 128 << 20)
+    guest, _, _ = served(case, backing="/dev/vdc", size="0", disks=[f"file={disk},format=raw"])
+    becomes = 'echo "0 $(blockdev --getsz /dev/vdc) {}" | dmsetup load d && dmsetup suspend --noflush --nolockfs d && dmsetup resume d'
+    # A disk that fails for a while, beneath the same volume.
+    guest.run(f"""echo "0 $(blockdev --getsz /dev/vdc) linear /dev/vdc 0" | dmsetup create d && udevadm settle
+        sed -i 's|/dev/vdc|/dev/mapper/d|; s|^direct = .*|direct = "off"|' /etc/byokd/volumes.d/v.toml
+        chown byokd $(realpath /dev/mapper/d)""")
+    guest.run(f"byokctl attach v --device auto && dd if=/dev/zero of={LINK} bs=4k count=8 oflag=direct status=none")
+    guest.run(becomes.format("error"))
+    guest.run("systemctl restart byokd")
+    guest.run(becomes.format("linear /dev/vdc 0"))
+    guest.until("it serves", "byokctl status v | grep -q serving", timeout=60)
+    status, said = guest.attempt(f"sync {LINK}")
+    expect(status != 0 and "Input/output error" in said, f"what was lost is durable: {status} {said}")
+    guest.run(f"dd if=/dev/zero of={LINK} bs=4k count=8 oflag=direct conv=fsync status=none && byokctl detach v")
+
+
 def restarted(guest, how):
     """When it was ended so, when that was done, and when there was another one, in milliseconds since the boot."""
     pid = "$(systemctl show -p MainPID --value byokd)"
