@@ -20,7 +20,7 @@ fn main() -> Code {
     let records = Records::new(args.records);
     if args.adopt {
         return match records.adopt(&args.notes, is_volume_name) {
-            Ok(_adopted) => ExitCode::Ok.into(),
+            Ok((ours, others)) => adopted(&ours, &others),
             Err(error) => fail(&error),
         };
     }
@@ -43,6 +43,19 @@ fn tell(name: std::io::Result<String>) -> Code {
     // Without a name there is no link.
     let Ok(name) = name else { return ExitCode::Failed.into() };
     println!("{name}");
+    ExitCode::Ok.into()
+}
+
+#[expect(clippy::print_stdout, reason = "whoever adopts wants to see what")]
+fn adopted(ours: &[u32], others: &[u32]) -> Code {
+    for index in ours {
+        println!("adopted /dev/nbd{index}");
+    }
+    for index in others {
+        println!(
+            "left /dev/nbd{index} alone: byokd has noted no name of its volume. If it is byokd's, let byokd run first"
+        );
+    }
     ExitCode::Ok.into()
 }
 

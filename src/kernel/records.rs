@@ -91,22 +91,29 @@ impl Records {
     }
 
     /// Records the devices that a version without records made: those with the uuid of a volume that
-    /// byokd noted in `notes`. Says which they are. For root, and never done because a client asks.
+    /// byokd noted in `notes`. Says which they are, and which others have such an identifier. For root,
+    /// and never done because a client asks. Where there are none, nothing is decided.
     ///
     /// # Errors
     /// They cannot be recorded.
-    pub fn adopt(&self, notes: &Path, is_name: fn(&str) -> bool) -> io::Result<Vec<u32>> {
+    pub fn adopt(
+        &self,
+        notes: &Path,
+        is_name: fn(&str) -> bool,
+    ) -> io::Result<(Vec<u32>, Vec<u32>)> {
         let _alone = self.alone();
-        self.make_dir()?;
-        let found = sysfs::devices_in(&self.block).into_iter();
-        let new = found.filter(|device| {
-            self.read(device.index).is_none() && name_of(notes, device.volume, is_name).is_ok()
-        });
-        new.map(|device| {
-            let record = Record { volume: device.volume, disconnected: false };
-            self.write(device.index, record).map(|()| device.index)
-        })
-        .collect()
+        let mut unknown = sysfs::devices_in(&self.block);
+        unknown.retain(|device| self.read(device.index).is_none());
+        let noted = |device: &sysfs::Device| name_of(notes, device.volume, is_name).is_ok();
+        let (ours, others): (Vec<_>, Vec<_>) = unknown.into_iter().partition(noted);
+        if !ours.is_empty() {
+            self.make_dir()?;
+        }
+        for device in &ours {
+            self.write(device.index, Record { volume: device.volume, disconnected: false })?;
+        }
+        let numbers = |devices: Vec<sysfs::Device>| devices.iter().map(|d| d.index).collect();
+        Ok((numbers(ours), numbers(others)))
     }
 
     /// Drops what is recorded of devices that are not there any more.
@@ -276,10 +283,14 @@ mod tests {
         // Not for ever: whoever repairs the device's connections asks again.
         assert_eq!(node.class(3, OURS), KernelErrorClass::Other);
         assert!(!node.dir.path().join("run/devices").exists(), "a client has it made");
-        assert_eq!(node.records.adopt(&notes, is_volume_name).unwrap(), [3]);
+        // Before byokd has noted it, nothing is decided.
+        let nowhere = node.dir.path().join("nowhere");
+        assert_eq!(node.records.adopt(&nowhere, is_volume_name).unwrap(), (vec![], vec![3, 4]));
+        assert_eq!(node.class(3, OURS), KernelErrorClass::Other);
+        assert_eq!(node.records.adopt(&notes, is_volume_name).unwrap(), (vec![3], vec![4]));
         node.records.check(3, OURS).unwrap();
         assert_eq!(node.class(4, THEIRS), KernelErrorClass::NotOurs);
-        assert!(node.records.adopt(&notes, is_volume_name).unwrap().is_empty());
+        assert_eq!(node.records.adopt(&notes, is_volume_name).unwrap(), (vec![], vec![4]));
     }
 
     #[test]
