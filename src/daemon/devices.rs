@@ -19,7 +19,7 @@ use crate::attachment::{Attachment, Owner, let_go};
 use crate::clock::now;
 use crate::config::{DeviceChoice, EndUsers, VolumeConfig};
 use crate::control::Problem;
-use crate::daemon::left::{all_of, left_behind, what_frees};
+use crate::daemon::left::{all_of, left_alone, left_behind, what_frees};
 use crate::daemon::look::AT_A_TIME;
 use crate::daemon::refusals::{Answered, NotAttached, by_export, by_kernel, refused};
 use crate::daemon::stop::DRAIN;
@@ -31,7 +31,7 @@ use crate::keeper::threads::apart;
 use crate::kernel::client::KernelClient;
 use crate::kernel::noted::{Mark, note_of};
 use crate::kernel::sysfs::{self, Device};
-use crate::kernel::{Connect, KernelErrorClass, MAX_CONNECTIONS, PurgeStep};
+use crate::kernel::{Connect, KernelError, KernelErrorClass, MAX_CONNECTIONS, PurgeStep};
 use crate::key::lease::{FenceReason, Moment};
 use crate::systemd::Notifier;
 use crate::units::rfc3339;
@@ -72,21 +72,6 @@ impl AttachHow {
             return Err(refused(ExitCode::Usage, what, why, "Mend --connections."));
         }
         Ok(Self { read_only, device, connections, by_itself: false })
-    }
-}
-
-/// What of a volume outlives its service, if its last flush fails.
-#[derive(Clone, Copy)]
-pub(super) struct Kept {
-    uuid: Uuid,
-    direct: bool,
-    owes: bool,
-}
-
-impl Kept {
-    pub(super) fn of(export: &Export) -> Self {
-        let uuid = export.volume().header().uuid();
-        Self { uuid, direct: export.is_direct(), owes: export.owes_a_failed_flush() }
     }
 }
 
@@ -157,7 +142,7 @@ impl Daemon {
                     format!("Put the store back, or: byokctl detach {name} --force"),
                 )));
             }
-            self.owe_what_was_noted(name, &export, uuid);
+            self.tell_what_was_noted(name, &export, uuid);
             device.serve(export, reports, plan(config)).await;
             return Ok(());
         }
@@ -247,34 +232,20 @@ impl Daemon {
         self.devices_dir().join(volume.to_string())
     }
 
-    /// The kernel hears of what the last daemon could not flush.
-    fn owe_what_was_noted(&self, name: &str, export: &Export, uuid: Uuid) {
-        if Mark::Unflushed.since(&self.devices_dir(), uuid).is_some() {
+    /// The kernel hears of what the last daemon could not flush. It is noted until then.
+    fn tell_what_was_noted(&self, name: &str, export: &Export, uuid: Uuid) {
+        let dir = self.devices_dir();
+        if Mark::Unflushed.since(&dir, uuid).is_some() {
             warn!(volume = name, "the last flush before this start failed: the next one fails too");
-            export.owe_a_failed_flush();
-            // Noted again at the next stop, if it is still owed.
-            Mark::Unflushed.clear(&self.devices_dir(), uuid);
+            export.unflushed().since_before(move || Mark::Unflushed.clear(&dir, uuid));
         }
     }
 
-    /// Has the next daemon tell the kernel of a last flush that failed. Whoever may have lost it by a
-    /// store that only took too long is told as well, unless writes go past the page cache: then they
-    /// were with the disk when they were acknowledged.
-    pub(super) fn note_what_was_not_flushed(
-        &self,
-        name: &str,
-        kept: Kept,
-        flush: &io::Result<bool>,
-    ) {
-        let Kept { uuid, direct, owes } = kept;
-        let lost = match flush {
-            Ok(_) => false,
-            Err(error) => error.kind() != io::ErrorKind::TimedOut || !direct,
-        };
-        if !(owes || lost) || !sysfs::devices().iter().any(|device| device.volume == uuid) {
-            return;
-        }
-        if let Err(error) = Mark::Unflushed.set(&self.devices_dir(), uuid, now().0) {
+    /// Has the next daemon tell the kernel of a last flush that failed.
+    pub(super) fn note_unflushed(&self, name: &str, uuid: Uuid) {
+        if sysfs::devices().iter().any(|device| device.volume == uuid)
+            && let Err(error) = Mark::Unflushed.set(&self.devices_dir(), uuid, now().0)
+        {
             error!(volume = name, %error, "the kernel will not hear that its last writes may be lost");
         }
     }
@@ -317,11 +288,24 @@ impl Daemon {
         }
         let all = self.volumes().clone();
         let devices = self.devices_of(&all).await;
-        let orphans = devices
-            .iter()
-            .filter(|(device, owner)| owner.is_some() && !handed_over.contains_key(&device.index))
-            .map(|(device, _)| *device);
-        let left = left_behind(&self.devices_dir(), &self.helper(), orphans).await;
+        // First those whose requests need not wait: the helper may take its time to say what of the
+        // others is still connected.
+        let (waiting, orphans): (Vec<_>, Vec<_>) =
+            devices.into_iter().partition(|(device, _)| handed_over.contains_key(&device.index));
+        self.take_all_over(&all, waiting, &BTreeMap::new(), &mut handed_over);
+        let owned = orphans.iter().filter(|(_, owner)| owner.is_some()).map(|(device, _)| *device);
+        let left = left_behind(&self.devices_dir(), &self.helper(), owned).await;
+        self.take_all_over(&all, orphans, &left, &mut handed_over);
+    }
+
+    /// Has the requests of these devices wait, but for those that are `left`.
+    fn take_all_over(
+        &self,
+        all: &BTreeMap<String, Arc<Volume>>,
+        devices: Vec<(Device, Option<String>)>,
+        left: &BTreeMap<u32, KernelError>,
+        handed_over: &mut BTreeMap<u32, Vec<OwnedFd>>,
+    ) {
         for (device, owner) in devices {
             let Device { index, volume: uuid } = device;
             let path = format!("/dev/nbd{index}");
@@ -331,8 +315,7 @@ impl Daemon {
                 continue;
             };
             if let Some(error) = left.get(&index) {
-                let (why, remedy) = (&error.why, what_frees(device, &name));
-                warn!(volume = name, device = path, why, remedy, "left alone");
+                left_alone(&name, device, error);
                 continue;
             }
             let sockets = handed_over.remove(&index).unwrap_or_default();

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::attachment::Attachment;
 use crate::config::{VolumeConfig, is_volume_name};
 use crate::daemon::devices::by_headers;
-use crate::daemon::left::{left_behind, what_frees};
+use crate::daemon::left::{left_alone, left_behind};
 use crate::daemon::refusals::{Answered, refused};
 use crate::daemon::{Daemon, Service, Volume};
 use crate::exit::ExitCode;
@@ -171,8 +171,7 @@ impl Daemon {
             let owner = owner.and_then(|name| Some((all.get(&name)?, name)));
             let Some((volume, name)) = owner else { continue };
             if let Some(error) = left.get(&device.index) {
-                let (why, remedy) = (&error.why, what_frees(device, &name));
-                warn!(volume = name, device = device.index, why, remedy, "left alone");
+                left_alone(&name, device, error);
                 continue;
             }
             // Whoever is at it finds its device as well.

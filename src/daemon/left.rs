@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use tokio::task::JoinSet;
+use tracing::warn;
 
 use crate::attachment::{holders, let_go, probe};
 use crate::daemon::Daemon;
@@ -93,6 +94,17 @@ pub(super) async fn left_behind(
 pub(super) fn all_of(holders: &[Holder]) -> String {
     let all: Vec<_> = holders.iter().map(ToString::to_string).collect();
     all.join("; ")
+}
+
+/// Says why a device is not served, and what to do.
+pub(super) fn left_alone(name: &str, device: Device, error: &KernelError) {
+    let remedy = if error.class == KernelErrorClass::Disconnected {
+        what_frees(device, name)
+    } else {
+        error.remedy.clone()
+    };
+    let (device, why) = (format!("/dev/nbd{}", device.index), &error.why);
+    warn!(volume = name, device, why, remedy, "left alone");
 }
 
 /// What to do about what is left of a device.

@@ -35,7 +35,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use nix::fcntl::{Flock, FlockArg};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -399,6 +399,9 @@ impl Volume {
 /// How long systemd waits for a daemon that stops, from each time that it is told to: the unit's `TimeoutStopSec=`.
 const STOPPING: Duration = Duration::from_secs(6);
 
+/// How long a stop takes at most, whatever hangs.
+const LONGEST_STOP: Duration = Duration::from_secs(40);
+
 /// Runs a daemon until it is told to stop, and stops it cleanly.
 ///
 /// # Errors
@@ -447,6 +450,8 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         Daemon::new(setup, kms, table, Arc::clone(&audit), volumes, skipped);
     let mut term =
         signal(SignalKind::terminate()).map_err(StartError::io("watch signals for", &control))?;
+    let told_to_stop =
+        signal(SignalKind::terminate()).map_err(StartError::io("watch signals for", &control))?;
     let mut int =
         signal(SignalKind::interrupt()).map_err(StartError::io("watch signals for", &control))?;
     let hup =
@@ -468,6 +473,7 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
         ),
         None => None,
     };
+    let stopping = tokio::spawn(takes_time(notifier.clone(), told_to_stop));
     // Nothing fails from here on: the next daemon would miss what systemd forgets now.
     daemon.resume_devices(passed.take(devices::is_stored), &notifier).await;
     passed.close_rest(&notifier);
@@ -486,7 +492,6 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     };
     info!("stopping: {by}");
     notifier.stopping(&format!("stopping: {}", daemon.summary()));
-    let stopping = tokio::spawn(takes_time(notifier.clone()));
     // Before anything is cut off: nothing else begins in its place.
     daemon.stopping.store(true, Ordering::SeqCst);
     reloading.abort();
@@ -503,13 +508,17 @@ pub async fn run(mut setup: Setup, systemd: Systemd) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Has systemd wait while the daemon stops. A process that has stopped may be kept by a store that
-/// hangs: for that one systemd does not wait long, since the next daemon has other volumes to serve.
-async fn takes_time(notifier: Notifier) {
-    let mut tick = tokio::time::interval(STOPPING / 3);
-    loop {
-        tick.tick().await;
-        notifier.extend_timeout(STOPPING);
+/// Has systemd wait once the daemon is told to stop, also while it still starts, though not for ever. A
+/// process that has stopped may be kept by a store that hangs: for that one systemd does not wait long,
+/// since the next daemon has other volumes to serve.
+async fn takes_time(notifier: Notifier, mut told: Signal) {
+    let step = STOPPING / 3;
+    if told.recv().await.is_some() {
+        let mut tick = tokio::time::interval(step);
+        for _ in 0..LONGEST_STOP.as_secs() / step.as_secs() {
+            tick.tick().await;
+            notifier.extend_timeout(STOPPING);
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use tracing::{error, info};
 
 use crate::audit::Audit;
 use crate::audit::record::{Event, Kind};
-use crate::daemon::devices::{Kept, store, stored};
+use crate::daemon::devices::{store, stored};
 use crate::daemon::refusals::{Answered, refused};
 use crate::daemon::{Attached, Daemon, Keyed, Service, Volume};
 use crate::exit::ExitCode;
@@ -157,11 +157,15 @@ impl Daemon {
         given(hand_over(&volume, HAND_OVER.min(left() / 2)).await);
         let within = DRAIN.min(left().saturating_sub(CUT_OFF));
         // Nothing of it that keeps the store from being closed.
-        let kept = volume.with(|now| now.service.keyed()).map(|keyed| Kept::of(&keyed.export));
+        let unflushed = volume.with(|now| now.service.keyed()).map(|Keyed { export, .. }| {
+            (export.volume().header().uuid(), Arc::clone(export.unflushed()))
+        });
         // What failed was logged.
-        let ended = self.end(&name, &volume, FenceReason::Stopping, within).await;
-        if let Some(kept) = kept {
-            self.note_what_was_not_flushed(&name, kept, &ended);
+        let _ended = self.end(&name, &volume, FenceReason::Stopping, within).await;
+        if let Some((uuid, unflushed)) = unflushed
+            && unflushed.is_so()
+        {
+            self.note_unflushed(&name, uuid);
         }
         // Whoever began to end it may have been cut off, and it goes on.
         volume.ended(left().saturating_sub(CUT_OFF / 2)).await;

@@ -112,7 +112,7 @@ pub struct Export {
     /// The kernel's connections stop between two requests; changed with `clients` locked.
     handing_over: AtomicBool,
     /// What the kernel's client was told is written may not be.
-    unflushed: AtomicBool,
+    unflushed: Arc<Unflushed>,
     orphans: AtomicUsize,
     transition: Mutex<()>,
     /// Milliseconds since boot until which requests wait for a closed fence; 0: they do not.
@@ -123,6 +123,44 @@ pub struct Export {
     backing_errors: AtomicU64,
     /// What connections that are gone have asked for.
     past: Mutex<IoTotals>,
+}
+
+/// That the last flush before a stop failed: what the kernel's client had written until then may be lost,
+/// and nobody has told it. Its next flush fails, whatever the store says of it: the store has said it to
+/// the daemon that stopped, and says it once.
+#[derive(Default)]
+pub struct Unflushed {
+    so: AtomicBool,
+    told: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl Unflushed {
+    fn set(&self) {
+        self.so.store(true, Ordering::Relaxed);
+    }
+
+    /// It was so when an earlier daemon stopped; `told` is called when the kernel is told.
+    pub fn since_before(&self, told: impl FnOnce() + Send + 'static) {
+        *lock(&self.told) = Some(Box::new(told));
+        self.set();
+    }
+
+    /// Whether the kernel is still to be told.
+    #[must_use]
+    pub fn is_so(&self) -> bool {
+        self.so.load(Ordering::Relaxed)
+    }
+
+    /// The same, once: whoever calls this tells it.
+    pub(crate) fn is_told(&self) -> bool {
+        if !(self.is_so() && self.so.swap(false, Ordering::Relaxed)) {
+            return false;
+        }
+        if let Some(told) = lock(&self.told).take() {
+            told();
+        }
+        true
+    }
 }
 
 /// A connection, to people.
@@ -191,7 +229,7 @@ impl Export {
             changed: Condvar::new(),
             stopping: AtomicBool::new(false),
             handing_over: AtomicBool::new(false),
-            unflushed: AtomicBool::new(false),
+            unflushed: Arc::default(),
             orphans: AtomicUsize::new(0),
             transition: Mutex::default(),
             held_until: AtomicU64::new(0),
@@ -463,14 +501,29 @@ impl Export {
         self.flush_within(left)
     }
 
+    /// Flushes the store; and as the kernel's client has it, which alone says what that one has not been
+    /// told: a store tells each open file once.
     fn flush_within(&self, within: Duration) -> io::Result<()> {
-        let file = self.backing.as_fd().try_clone_to_owned()?;
+        let own = |store: &Backing| store.as_fd().try_clone_to_owned().map(std::fs::File::from);
+        let all = own(&self.backing)?;
+        let kernel = self.kernel_store.get();
+        let apart = kernel.filter(|store| !Arc::ptr_eq(store, &self.backing));
+        let apart = apart.map(|store| own(store)).transpose()?;
         let (done, wait) = mpsc::sync_channel(1);
         std::thread::Builder::new().name("flush".into()).spawn(move || {
+            let apart = apart.map(|file| file.sync_data());
+            let all = all.sync_data();
+            let lost = apart.as_ref().map_or(all.is_err(), Result::is_err);
             // Nobody listens any more only if it took too long, which was said there.
-            let _sent = done.send(std::fs::File::from(file).sync_data());
+            let _sent = done.send((all, lost));
         })?;
-        wait.recv_timeout(within).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        // Past the page cache, what was acknowledged is with the disk, however long that takes.
+        let too_long = || (Err(io::ErrorKind::TimedOut.into()), !self.is_direct());
+        let (flushed, lost) = wait.recv_timeout(within).unwrap_or_else(|_| too_long());
+        if lost && kernel.is_some() {
+            self.unflushed.set();
+        }
+        flushed
     }
 
     /// Has every connection of the kernel's client stop between two requests, with everything
@@ -482,21 +535,9 @@ impl Export {
         clients.iter().filter(|client| client.is_kernel()).for_each(|client| client.hand_over());
     }
 
-    /// The last flush of a daemon before this one failed: what the kernel had written until then may be
-    /// lost, and nobody has told it. Its next flush fails, whatever the store says of it: the store has
-    /// said it to the other daemon, and says it once.
-    pub fn owe_a_failed_flush(&self) {
-        self.unflushed.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether the kernel has not flushed since.
-    pub fn owes_a_failed_flush(&self) -> bool {
-        self.unflushed.load(Ordering::Relaxed)
-    }
-
-    /// The same, once.
-    pub(crate) fn pay_a_failed_flush(&self) -> bool {
-        self.owes_a_failed_flush() && self.unflushed.swap(false, Ordering::Relaxed)
+    /// Whether what the kernel's client had written may be lost without its knowing.
+    pub fn unflushed(&self) -> &Arc<Unflushed> {
+        &self.unflushed
     }
 
     /// Whether the kernel gave up another of its connections that is not done with what it was sent.

@@ -248,7 +248,8 @@ fn a_key_that_is_back_does_not_wait_for_a_connection_that_waits_for_it() {
 fn the_kernels_first_flush_after_a_failed_last_one_fails_and_no_other() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let export = export(dir.path(), None);
-    export.owe_a_failed_flush();
+    let (tell, told) = mpsc::channel();
+    export.unflushed().since_before(move || tell.send(()).unwrap());
     let mut kernel = of_the_kernel(&export, &ExportTable::new());
     kernel.send(&[request(0, WRITE, 1, 0, 4096), vec![b'a'; 4096]].concat());
     assert_eq!(kernel.simple_reply(1), 0);
@@ -256,7 +257,7 @@ fn the_kernels_first_flush_after_a_failed_last_one_fails_and_no_other() {
         kernel.send(&request(0, FLUSH, id, 0, 0));
         assert_eq!(kernel.simple_reply(id), said);
     }
-    assert!(!export.owes_a_failed_flush());
+    assert!(told.try_recv().is_ok() && !export.unflushed().is_so());
 }
 
 /// An attach may be that late, or whoever stood in for the volume until its key came.

@@ -144,7 +144,7 @@ impl Transmission {
         if self.export.options().read_only {
             return self.reply(Reply::Head(Head::done(self.modes.style, &request)));
         }
-        if self.client.is_kernel() && self.export.pay_a_failed_flush() {
+        if self.client.is_kernel() && self.export.unflushed().is_told() {
             error!(
                 volume = self.export.name(),
                 "what was written before the last start may be lost"
