@@ -1,6 +1,7 @@
 """NBD servers, each over the same kind of backing store, ready to be measured."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -25,6 +26,28 @@ def run(*command, **options):
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout
+
+
+def cpu_seconds(process):
+    """What it has taken so far."""
+    stat = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(stat[11]) + int(stat[12])) / TICK
+
+
+def end(process):
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def fio(common, jobs):
+    """What fio says of each job: `jobs` are pairs of a name and options, which come on top of the common ones."""
+    words = lambda options: [f"--{k}={v}" for k, v in options.items()]
+    said = run("fio", "--output-format=json", *words(common), *(word for name, job in jobs for word in (f"--name={name}", *words(job))))
+    return json.loads(said[said.index("{"):])["jobs"]
 
 
 def until(what, so, seconds=30):
@@ -77,19 +100,14 @@ class Server:
         until(f"{self.process.args[0]} serves", up)
 
     def cpu(self):
-        stat = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(stat[11]) + int(stat[12])) / TICK
+        return cpu_seconds(self.process)
 
     def resident(self):
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         return next(int(l.split()[1]) / 1024 for l in status.splitlines() if l.startswith("VmRSS"))
 
     def stop(self):
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        end(self.process)
 
 
 class Direct:
