@@ -318,7 +318,7 @@ def stalls_have_their_bounds(case):
     guest.run(f"byokctl volume create w --backing /var/lib/byokd/w.img --size 16M --key {key} --purpose zeebe")
     define(guest, f'request_timeout = "{PATIENCE}s"', "w")
     guest.run("byokctl attach v --device auto && byokctl attach w --device auto")
-    probes = {name: guest.start(f"exec /payload/stall-probe /dev/byokd/{name} /run/probe-{name}") for name in "vw"}
+    probes = start_probes(guest)
     restarts = []
     for how in ways * case.times(1, 3):
         goes_on(guest)
@@ -338,12 +338,7 @@ def stalls_have_their_bounds(case):
     disk.hang(PATIENCE * 2.5)
     goes_on(guest)
     expect(guest.dmesg().count(TIMED_OUT) > told, "the store hung, and nobody noticed")
-    guest.run("pkill -TERM -f [s]tall-probe")
-    writes = {}
-    for name, probe in probes.items():
-        status, said = probe.wait(timeout=60)
-        expect(status == 0, f"a write failed: {said[-500:]}")
-        writes[name] = [tuple(map(int, line.split())) for line in guest.run(f"cat /run/probe-{name}").splitlines()]
+    writes = end_probes(guest, probes)
     for how, begun, done, up in restarts:
         crash, allowed = "KILL" in how, alone[how] + beyond
         stalled = [(begin, end) for name in "vw" for begin, end in writes[name] if begin < up and end > begun]
@@ -369,7 +364,7 @@ def a_restart_while_a_store_hangs_costs_other_volumes_no_error(case):
     guest.run("sysctl -q kernel.hung_task_timeout_secs=300")
     guest.run(f"byokctl volume create w --backing /var/lib/byokd/w.img --size 16M --key {key} --purpose zeebe")
     guest.run("byokctl attach v --device auto && byokctl attach w --device auto")
-    probes = {name: guest.start(f"exec /payload/stall-probe /dev/byokd/{name} /run/probe-{name}") for name in "vw"}
+    probes = start_probes(guest)
     goes_on(guest)
     disk.stop()
     # The old daemon's last flush hangs, and keeps its process.
@@ -378,11 +373,7 @@ def a_restart_while_a_store_hangs_costs_other_volumes_no_error(case):
         [ "$(systemctl show -p SubState --value byokd)" = running ]""")
     disk.go_on()
     goes_on(guest)
-    guest.run("pkill -TERM -f [s]tall-probe")
-    for name, probe in probes.items():
-        status, said = probe.wait(timeout=60)
-        expect(status == 0, f"a write failed: {said[-500:]}")
-        writes = [tuple(map(int, line.split())) for line in guest.run(f"cat /run/probe-{name}").splitlines()]
+    for name, writes in end_probes(guest, probes).items():
         case.say(f"{name}: the longest write {max(end - begin for begin, end in writes)} ms")
     guest.run("udevadm settle && byokctl detach v && byokctl detach w")
     guest.clean_dmesg(allowed=(TIMED_OUT,))
@@ -404,6 +395,22 @@ def the_kernel_hears_of_a_flush_that_failed_at_a_restart(case):
     status, said = guest.attempt(f"sync {LINK}")
     expect(status != 0 and "Input/output error" in said, f"what was lost is durable: {status} {said}")
     guest.run(f"dd if=/dev/zero of={LINK} bs=4k count=8 oflag=direct conv=fsync status=none && byokctl detach v")
+
+
+def start_probes(guest):
+    """Writes to the devices of `v` and `w`, one after another, each with its times."""
+    return {name: guest.start(f"exec /payload/stall-probe /dev/byokd/{name} /run/probe-{name}") for name in "vw"}
+
+
+def end_probes(guest, probes):
+    """When each write began and ended, in milliseconds since the boot, by volume. None may have failed."""
+    guest.run("pkill -TERM -f [s]tall-probe")
+    writes = {}
+    for name, probe in probes.items():
+        status, said = probe.wait(timeout=60)
+        expect(status == 0, f"a write failed: {said[-500:]}")
+        writes[name] = [tuple(map(int, line.split())) for line in guest.run(f"cat /run/probe-{name}").splitlines()]
+    return writes
 
 
 def restarted(guest, how):

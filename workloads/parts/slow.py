@@ -1,8 +1,9 @@
 """A disk that takes its time, as those that are hired do: nbdkit with a delay for each request and a bound for all
 bytes, shown as a file by nbdfuse over one connection, of which nbdkit serves THREADS x MS requests at a time: 3,000 a
-second at most whatever the delay, and less of small ones by way of FUSE (`prove_that_it_is_slow` tells). 125 MB a second each way, of which two seconds' worth may come at once. What AWS gives a gp3
-volume is that, with delays of half a millisecond to a few. A flush takes nothing: like EBS, it has no cache that
-could be lost. With no delay there is no bound either: a disk in memory."""
+second at most whatever the delay, and less of small ones by way of FUSE (`prove_that_it_is_slow` tells). 125 MB a
+second each way, of which two seconds' worth may come at once. What AWS gives a gp3 volume is that, with delays of half
+a millisecond to a few. A flush takes nothing: like EBS, it has no cache that could be lost. With no delay there is no
+bound either: a disk in memory."""
 
 import json
 
