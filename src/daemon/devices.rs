@@ -19,7 +19,7 @@ use crate::attachment::{Attachment, Owner, let_go};
 use crate::clock::now;
 use crate::config::{DeviceChoice, EndUsers, VolumeConfig};
 use crate::control::Problem;
-use crate::daemon::left::{all_of, left_alone, left_behind, what_frees};
+use crate::daemon::left::{all_of, left_alone, what_frees};
 use crate::daemon::look::AT_A_TIME;
 use crate::daemon::refusals::{Answered, NotAttached, by_export, by_kernel, refused};
 use crate::daemon::stop::DRAIN;
@@ -293,8 +293,7 @@ impl Daemon {
         let (waiting, orphans): (Vec<_>, Vec<_>) =
             devices.into_iter().partition(|(device, _)| handed_over.contains_key(&device.index));
         self.take_all_over(&all, waiting, &BTreeMap::new(), &mut handed_over);
-        let owned = orphans.iter().filter(|(_, owner)| owner.is_some()).map(|(device, _)| *device);
-        let left = left_behind(&self.devices_dir(), &self.helper(), owned).await;
+        let left = self.left_behind(&orphans).await;
         self.take_all_over(&all, orphans, &left, &mut handed_over);
     }
 

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::attachment::Attachment;
 use crate::config::{VolumeConfig, is_volume_name};
 use crate::daemon::devices::by_headers;
-use crate::daemon::left::{left_alone, left_behind};
+use crate::daemon::left::left_alone;
 use crate::daemon::refusals::{Answered, refused};
 use crate::daemon::{Daemon, Service, Volume};
 use crate::exit::ExitCode;
@@ -165,8 +165,7 @@ impl Daemon {
         }
         let all = self.volumes().clone();
         let devices = self.devices_of(&all).await;
-        let owned = devices.iter().filter(|(_, owner)| owner.is_some()).map(|(device, _)| *device);
-        let left = left_behind(&self.devices_dir(), &self.helper(), owned).await;
+        let left = self.left_behind(&devices).await;
         for (device, owner) in devices {
             let owner = owner.and_then(|name| Some((all.get(&name)?, name)));
             let Some((volume, name)) = owner else { continue };

@@ -47,6 +47,34 @@ impl Daemon {
         }
         Err(refusal)
     }
+
+    /// Which devices of volumes that are known are not to be served again, by number: they were
+    /// disconnected and are held, or are not ours.
+    pub(super) async fn left_behind(
+        &self,
+        devices: &[(Device, Option<String>)],
+    ) -> BTreeMap<u32, KernelError> {
+        let mut probes = JoinSet::new();
+        for (device, _) in devices.iter().filter(|(_, owner)| owner.is_some()) {
+            let (notes, client, device) = (self.devices_dir(), self.helper(), *device);
+            probes.spawn(async move {
+                let abandoned = Mark::Abandoned.since(&notes, device.volume).is_some();
+                let error = still_connected(&notes, &client, device).await.err()?;
+                // Else it goes on, and its connections are made when the helper is there.
+                let left = abandoned
+                    || matches!(
+                        error.class,
+                        KernelErrorClass::Disconnected | KernelErrorClass::NotOurs
+                    );
+                left.then_some((device.index, error))
+            });
+        }
+        let mut left = BTreeMap::new();
+        while let Some(probed) = probes.join_next().await {
+            left.extend(probed.ok().flatten());
+        }
+        left
+    }
 }
 
 /// That a device that is there may be served again.
@@ -60,35 +88,6 @@ async fn still_connected(
         Mark::Abandoned.clear(notes, device.volume);
     }
     probe(client, device).await
-}
-
-/// Which of these devices are not to be served again, by number: they were disconnected and are held,
-/// or are not ours.
-pub(super) async fn left_behind(
-    notes: &Path,
-    client: &KernelClient,
-    devices: impl Iterator<Item = Device>,
-) -> BTreeMap<u32, KernelError> {
-    let mut probes = JoinSet::new();
-    for device in devices {
-        let (notes, client) = (notes.to_owned(), client.clone());
-        probes.spawn(async move {
-            let abandoned = Mark::Abandoned.since(&notes, device.volume).is_some();
-            let error = still_connected(&notes, &client, device).await.err()?;
-            // Else it goes on, and its connections are made when the helper is there.
-            let left = abandoned
-                || matches!(
-                    error.class,
-                    KernelErrorClass::Disconnected | KernelErrorClass::NotOurs
-                );
-            left.then_some((device.index, error))
-        });
-    }
-    let mut left = BTreeMap::new();
-    while let Some(probed) = probes.join_next().await {
-        left.extend(probed.ok().flatten());
-    }
-    left
 }
 
 pub(super) fn all_of(holders: &[Holder]) -> String {

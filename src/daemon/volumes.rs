@@ -310,11 +310,22 @@ impl Daemon {
         let mut locked = until.or(what, opening(&config)).await?;
         // It asks byokd-kernel, which takes its time.
         let adopting = self.adopt(what, name, volume, locked.header().uuid());
-        if until.or(what, async { Ok(adopting.await?) }).await? {
-            config = in_force(what, name, volume, definition, read_only)
-                .map_err(NotAttached::for_good)?;
-            close(locked).await;
-            locked = until.or(what, opening(&config)).await?;
+        let adopted = until.or(what, async { Ok(adopting.await?) }).await;
+        let made = adopted.and_then(|adopted| {
+            let made = adopted.then(|| in_force(what, name, volume, definition, read_only));
+            made.transpose().map_err(NotAttached::for_good)
+        });
+        match made {
+            Ok(None) => {}
+            Ok(Some(made)) => {
+                config = made;
+                close(locked).await;
+                locked = until.or(what, opening(&config)).await?;
+            }
+            Err(error) => {
+                close(locked).await;
+                return Err(error);
+            }
         }
         let (config, read_only) = (&config, read_only || config.read_only);
         let header = locked.header();
