@@ -12,6 +12,7 @@
 
 mod client;
 mod table;
+mod unflushed;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -37,6 +38,7 @@ use crate::volume::{Access, UnlockedVolume, VolumeError};
 pub(crate) use client::{Client, HANG_UP, PeerKind};
 pub(crate) use table::Budget;
 pub use table::ExportTable;
+pub use unflushed::Unflushed;
 
 /// How long a connection has, after the fence closed, to answer what it holds and wipe it. Then it
 /// is cut off: its client takes no answers. Nothing may be sent later than is promised of a denial
@@ -123,44 +125,6 @@ pub struct Export {
     backing_errors: AtomicU64,
     /// What connections that are gone have asked for.
     past: Mutex<IoTotals>,
-}
-
-/// That the last flush before a stop failed: what the kernel's client had written until then may be lost,
-/// and nobody has told it. Its next flush fails, whatever the store says of it: the store has said it to
-/// the daemon that stopped, and says it once.
-#[derive(Default)]
-pub struct Unflushed {
-    so: AtomicBool,
-    told: Mutex<Option<Box<dyn FnOnce() + Send>>>,
-}
-
-impl Unflushed {
-    fn set(&self) {
-        self.so.store(true, Ordering::Relaxed);
-    }
-
-    /// It was so when an earlier daemon stopped; `told` is called when the kernel is told.
-    pub fn since_before(&self, told: impl FnOnce() + Send + 'static) {
-        *lock(&self.told) = Some(Box::new(told));
-        self.set();
-    }
-
-    /// Whether the kernel is still to be told.
-    #[must_use]
-    pub fn is_so(&self) -> bool {
-        self.so.load(Ordering::Relaxed)
-    }
-
-    /// The same, once: whoever calls this tells it.
-    pub(crate) fn is_told(&self) -> bool {
-        if !(self.is_so() && self.so.swap(false, Ordering::Relaxed)) {
-            return false;
-        }
-        if let Some(told) = lock(&self.told).take() {
-            told();
-        }
-        true
-    }
 }
 
 /// A connection, to people.
@@ -518,7 +482,7 @@ impl Export {
             let _sent = done.send((all, lost));
         })?;
         // Past the page cache, what was acknowledged is with the disk, however long that takes.
-        let too_long = || (Err(io::ErrorKind::TimedOut.into()), !self.is_direct());
+        let too_long = || (Err(io::ErrorKind::TimedOut.into()), !self.backing.is_direct());
         let (flushed, lost) = wait.recv_timeout(within).unwrap_or_else(|_| too_long());
         if lost && kernel.is_some() {
             self.unflushed.set();
@@ -629,11 +593,6 @@ impl Export {
     /// wrote on another.
     pub(crate) fn kernel_store(&self) -> &Arc<Backing> {
         self.kernel_store.get().unwrap_or(&self.backing)
-    }
-
-    /// Whether what is written goes past the page cache.
-    pub fn is_direct(&self) -> bool {
-        self.backing.is_direct()
     }
 
     pub(crate) fn write_order(&self) -> &Arc<WriteOrder> {

@@ -55,7 +55,7 @@ impl LockedFile {
     ) -> Result<Self, VolumeError> {
         let on_device = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
         let claim = if on_device && access == Access::ReadWrite { libc::O_EXCL } else { 0 };
-        let file = options
+        let mut file = options
             .read(true)
             .write(access == Access::ReadWrite)
             .custom_flags(libc::O_CLOEXEC | flags | claim)
@@ -72,7 +72,6 @@ impl LockedFile {
             }
         };
         let until = Instant::now() + TO_END;
-        let mut file = file;
         loop {
             // First: where a server has all locks, ours would look like another's. And whoever has
             // none has nobody who could leave one.

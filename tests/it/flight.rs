@@ -260,6 +260,15 @@ fn the_kernels_first_flush_after_a_failed_last_one_fails_and_no_other() {
     assert!(told.try_recv().is_ok() && !export.unflushed().is_so());
 }
 
+/// A connection of the kernel's client, and how it ends.
+fn joins(export: &Arc<Export>) -> (UnixStream, mpsc::Receiver<Option<Ending>>) {
+    let (kernel, ours) = UnixStream::pair().unwrap();
+    let (tell, ended) = mpsc::channel();
+    let ends = move |ending| tell.send(ending).unwrap();
+    kernel::serve(ours, Arc::clone(export), &ExportTable::new(), ends).unwrap();
+    (kernel, ended)
+}
+
 /// An attach may be that late, or whoever stood in for the volume until its key came.
 #[test]
 fn a_connection_of_the_kernel_that_joins_after_the_hand_over_has_begun_is_handed_over() {
@@ -267,10 +276,7 @@ fn a_connection_of_the_kernel_that_joins_after_the_hand_over_has_begun_is_handed
     let Some((_dir, _disk, export)) = made else { return };
     export.open_for_kernel().unwrap();
     export.hand_over();
-    let (kernel, ours) = UnixStream::pair().unwrap();
-    let (tell, ended) = mpsc::channel();
-    let ends = move |ending| tell.send(ending).unwrap();
-    kernel::serve(ours, export, &ExportTable::new(), ends).unwrap();
+    let (kernel, ended) = joins(&export);
     assert_eq!(ended.recv_timeout(PATIENCE).unwrap(), Some(Ending::HandedOver));
     drop(kernel);
 }
@@ -283,10 +289,7 @@ fn a_connection_of_the_kernel_that_begins_while_the_store_hangs_can_be_handed_ov
     let Some((_dir, disk, export)) = made else { return };
     export.open_for_kernel().unwrap();
     disk.signal_file("-STOP");
-    let (kernel, ours) = UnixStream::pair().unwrap();
-    let (tell, ended) = mpsc::channel();
-    let ends = move |ending| tell.send(ending).unwrap();
-    kernel::serve(ours, Arc::clone(&export), &ExportTable::new(), ends).unwrap();
+    let (kernel, ended) = joins(&export);
     until("it is there", || export.connections() == 1);
     export.hand_over();
     let ended = ended.recv_timeout(PATIENCE);

@@ -149,8 +149,7 @@ impl Transmission {
                 volume = self.export.name(),
                 "what was written before the last start may be lost"
             );
-            self.count(&request, Errno::Io);
-            return self.reply(Reply::Head(Head::error(self.modes.style, &request, Errno::Io)));
+            return self.refuse_with(&request, Errno::Io);
         }
         let Ok(nothing) = self.export.geometry().sectors(0, 0) else {
             return Err(TransmissionError::CutReply);
@@ -195,7 +194,10 @@ impl Transmission {
 
     /// Answers that it is not done, because the fence has closed or service ends.
     pub(super) fn refuse(&mut self, request: &Request) -> Outcome {
-        let errno = self.why_given_up();
+        self.refuse_with(request, self.why_given_up())
+    }
+
+    fn refuse_with(&mut self, request: &Request, errno: Errno) -> Outcome {
         self.count(request, errno);
         self.reply(Reply::Head(Head::error(self.modes.style, request, errno)))
     }
