@@ -173,6 +173,16 @@ impl Daemon {
             device = format!("/dev/nbd{}", device.device().index),
             "in the kernel"
         );
+        if connections > 1
+            && let Some(kernel) = sysfs::stalls_with_several()
+        {
+            warn!(
+                volume = name,
+                connections,
+                kernel,
+                "several connections may stall on this kernel; attach it with --connections 1"
+            );
+        }
         volume.with(|now| now.device = Some(Arc::new(device)));
         Ok(())
     }

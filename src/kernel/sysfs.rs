@@ -8,6 +8,10 @@ use uuid::Uuid;
 
 pub(super) const BLOCK: &str = "/sys/block";
 
+/// The first kernel seen to read what every connection of a device answers, whatever else it is at. 6.1 was
+/// seen not to: requests of all but the first connection may wait for all of their timeout.
+const READS_EVERY_CONNECTION: (u32, u32) = (6, 12);
+
 /// Disks and partitions alike.
 const CLASS: &str = "/sys/class/block";
 
@@ -18,6 +22,19 @@ pub struct Device {
     pub index: u32,
     /// Its backend identifier.
     pub volume: Uuid,
+}
+
+/// The kernel's release, if several connections of a device may stall there.
+#[must_use]
+pub fn stalls_with_several() -> Option<String> {
+    let release = nix::sys::utsname::uname().ok()?.release().to_str()?.to_owned();
+    (version_of(&release)? < READS_EVERY_CONNECTION).then_some(release)
+}
+
+/// `6.1` of `6.1.0-49-cloud-amd64`.
+fn version_of(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 /// Every connected device whose backend identifier is a uuid, by number.
@@ -162,6 +179,14 @@ mod tests {
         let expected = [Device { index: 2, volume }, Device { index: 10, volume }];
         assert_eq!(devices_in(dir.path()), expected);
         assert!(devices_in(Path::new("/nowhere")).is_empty());
+    }
+
+    #[test]
+    fn a_release_begins_with_its_version() {
+        assert_eq!(version_of("6.1.0-49-cloud-amd64"), Some((6, 1)));
+        assert_eq!(version_of("6.12+deb13"), Some((6, 12)));
+        assert_eq!(version_of("7.0-rc1"), Some((7, 0)));
+        assert_eq!(version_of("next"), None);
     }
 
     #[test]
