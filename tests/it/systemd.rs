@@ -119,8 +119,10 @@ fn ready_with_its_volumes_and_a_word_for_each_change(manager: &Manager) {
     manager.hears_line("STATUS=1 volume serving");
     assert!(daemon.terminate().success());
     let said: Vec<_> = std::iter::from_fn(|| manager.hears(Duration::from_millis(1))).collect();
-    // It asks for time as well: else systemd would end it soon.
-    for line in ["STOPPING=1", "EXTEND_TIMEOUT_USEC="] {
+    // It asks for time as well, each time for as much as the unit gives: else systemd would end it soon.
+    let unit = include_str!("../../systemd/byokd.service");
+    let seconds = unit.split_once("TimeoutStopSec=").unwrap().1.split_once("s\n").unwrap().0;
+    for line in ["STOPPING=1", &format!("EXTEND_TIMEOUT_USEC={seconds}000000")] {
         assert!(said.iter().any(|message| message.starts_with(line)), "{line}: {said:?}");
     }
 }
