@@ -27,8 +27,8 @@ probe_interval = "1s"
 class Case:
     """One run of one test."""
 
-    def __init__(self, place, sockets, image, payload, accelerator, programs, quick, seed):
-        self.place, self.image, self.payload = pathlib.Path(place), image, payload
+    def __init__(self, place, sockets, image, kept, accelerator, programs, quick, seed):
+        self.place, self.image, self.kept = pathlib.Path(place), image, kept
         # A path of its own: the one of a socket may have little more than a hundred bytes.
         self.sockets = pathlib.Path(sockets)
         self.sockets.mkdir(parents=True, exist_ok=True)
@@ -38,9 +38,18 @@ class Case:
 
     def guest(self, name="guest", **how):
         """A guest, not yet on. `how`: those of Guest."""
-        guest = Guest(self.place / name, self.sockets / name, self.image, self.payload, self.accelerator, **how)
+        guest = Guest(self.place / name, self.sockets / name, self.image, self.kept.payload, self.accelerator, **how)
         self.guests.append(guest)
         return guest
+
+    def prepared(self, prepare, name="guest", **how):
+        """A guest that is on, as `prepare` left one of its kind: that one was booted once in this run, and this one goes on
+        where it was kept."""
+        return self.guest(name, **how).restore(self.kept.guest(self, prepare, how))
+
+    def forget(self, guest):
+        """This guest is no longer the case's: it has been saved."""
+        self.guests.remove(guest)
 
     def kms(self):
         """A key service on the host."""
@@ -82,6 +91,8 @@ class Case:
     def end(self, keep):
         for guest in self.guests:
             process.end(guest.qemu)
+            if keep:
+                guest.keep_root()
         for service in self.services:
             service.end()
         for started in self.processes:
@@ -90,6 +101,11 @@ class Case:
             for path in self.place.rglob("*"):
                 if path.suffix in (".img", ".qcow2") or path.name == "memory":
                     path.unlink()
+
+
+def plain(guest):
+    """Nothing is prepared but what every test without systemd wants."""
+    guest.run("modprobe nbd")
 
 
 def start_byokd(guest, kms, settings="", directory="/etc/byokd"):

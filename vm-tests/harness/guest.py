@@ -16,6 +16,8 @@ from . import image, process
 # How long a guest may take to boot: seconds under KVM, a quarter of a minute under emulation, more when
 # two others share the processors.
 BOOT = 400
+# The file that a guest's machine is saved in.
+MACHINE = "machine"
 # What a command may take unless a test says otherwise.
 PATIENCE = 300
 
@@ -37,13 +39,20 @@ class Guest:
         self.image, self.payload, self.accelerator = boot_image, payload, accelerator
         self.memory, self.cpus, self.disks, self.append = memory, cpus, list(disks), append
         self.qemu = self.agent = None
-        self.boots = 0
-        self.fresh_root()
+        self.restored = None
+        self.root_upon(self.image.root, "raw")
 
-    def fresh_root(self):
-        """A root disk as it was in the beginning."""
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.image.root,
-                        self.place / "root.qcow2"], check=True)
+    def root_upon(self, path, form):
+        """A root disk that is this one until the guest writes to it."""
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", form, "-b", path, self.root], check=True)
+
+    def keep_root(self):
+        """Its root disk will no longer need those of guests that were kept for this run."""
+        image.run("qemu-img", "rebase", "-f", "qcow2", "-F", "raw", "-b", self.image.root, self.root)
+
+    @property
+    def root(self):
+        return self.place / "root.qcow2"
 
     @property
     def console(self):
@@ -51,8 +60,59 @@ class Guest:
 
     def boot(self):
         """Turns it on and waits for the agent."""
-        self.boots += 1
         console = self.console.stat().st_size if self.console.exists() else 0
+        deadline = time.monotonic() + BOOT
+        try:
+            self.turn_on(self.disks, deadline, wait="off")
+            self.release = self.agent.hello(deadline)
+        except Failed as failure:
+            tail = self.console.read_bytes()[console:][-1500:].decode(errors="replace") if self.console.exists() else ""
+            raise Failed(f"the guest did not boot: {failure}\n{tail}") from None
+        return self
+
+    def save(self, place):
+        """Keeps its machine, memory and all, and its root disk for `restore`, and ends it. It may have no other disks."""
+        self.qmp("stop")
+        self.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+        self.qmp("migrate", uri=f"exec:cat >{quote(place / MACHINE)}")
+        self.until_migrated()
+        process.end(self.qemu)
+        self.root.rename(place / self.root.name)
+
+    def restore(self, place=None):
+        """Goes on where the guest was that was saved there, which had as many processors and as much memory; again, if
+        it has done so before."""
+        self.restored = place = place or self.restored
+        self.root_upon(place / self.root.name, "qcow2")
+        # Its end of the agent's port is open: ours has to be, too, before it goes on.
+        self.turn_on((), time.monotonic() + BOOT, wait="on", more=("-incoming", f"exec:cat {quote(place / MACHINE)}"))
+        self.until_migrated()
+        self.qmp("cont")
+        # Its clock has stood still meanwhile, and its random numbers would be those of every guest from there.
+        seed = base64.b64encode(os.urandom(32)).decode()
+        self.release = self.agent.ask({"wake": time.time(), "seed": seed}).succeeds()
+        for number, disk in enumerate(self.disks):
+            self.plug(number, disk)
+        return self
+
+    def until_migrated(self):
+        deadline = time.monotonic() + PATIENCE
+        while (state := self.qmp("query-migrate").get("status")) != "completed":
+            if state == "failed" or time.monotonic() > deadline:
+                raise Failed(f"QEMU: migration: {state}")
+            time.sleep(0.05)
+
+    def plug(self, number, disk):
+        """One more disk, while it is on."""
+        name = f"disk{number}"
+        said = self.qmp("human-monitor-command", **{"command-line": f"drive_add 0 {disk},if=none,id={name}"})
+        if said.strip() != "OK":
+            raise Failed(f"QEMU: drive_add: {said}")
+        self.qmp("device_add", driver="virtio-blk-pci", drive=name, serial=name, id=name)
+        self.until(f"{name} is there", f"grep -qs {name} /sys/block/vd*/serial")
+
+    def turn_on(self, disks, deadline, wait, more=()):
+        """Starts QEMU, and is connected to the agent."""
         sockets = {name: self.sockets / name for name in ("agent", "qmp")}
         for path in sockets.values():
             path.unlink(missing_ok=True)
@@ -67,26 +127,19 @@ class Guest:
                    "-chardev", f"file,id=console,path={self.console},append=on", "-serial", "chardev:console",
                    "-chardev", f"socket,id=qmp,path={sockets['qmp']},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
                    "-device", "virtio-serial-pci",
-                   "-chardev", f"socket,id=agent,path={sockets['agent']},server=on,wait=off",
+                   "-chardev", f"socket,id=agent,path={sockets['agent']},server=on,wait={wait}",
                    "-device", "virtserialport,chardev=agent,name=agent",
                    "-chardev", f"file,id=records,path={self.place}/records,append=on",
                    "-device", "virtserialport,chardev=records,name=records",
                    "-device", "virtio-rng-pci",
                    "-netdev", "user,id=net,restrict=off", "-device", "virtio-net-pci,netdev=net,romfile=",
-                   *drive("root", f"file={self.place}/root.qcow2,format=qcow2,cache=unsafe"),
-                   *drive("payload", f"file={self.payload},format=raw,readonly=on")]
-        for number, disk in enumerate(self.disks):
+                   *drive("root", f"file={self.root},format=qcow2,cache=unsafe"),
+                   *drive("payload", f"file={self.payload},format=raw,readonly=on"), *more]
+        for number, disk in enumerate(disks):
             command += drive(f"disk{number}", disk)
-        self.qemu = process.start(command, stdout=subprocess.DEVNULL, stderr=open(self.place / "qemu.log", "a"))
-        deadline = time.monotonic() + BOOT
         self.agent = None
-        try:
-            self.agent = Agent(connect(sockets["agent"], self.qemu, deadline), self.place / "commands.log")
-            self.release = self.agent.hello(deadline)
-        except Failed as failure:
-            tail = self.console.read_bytes()[console:][-1500:].decode(errors="replace") if self.console.exists() else ""
-            raise Failed(f"the guest did not boot: {failure}\n{tail}") from None
-        return self
+        self.qemu = process.start(command, stdout=subprocess.DEVNULL, stderr=open(self.place / "qemu.log", "a"))
+        self.agent = Agent(connect(sockets["agent"], self.qemu, deadline), self.place / "commands.log")
 
     def run(self, commands, timeout=PATIENCE):
         """Runs shell commands; they have to succeed. What they printed."""
@@ -222,7 +275,7 @@ class Agent:
     def ask(self, request):
         with self.lock:
             self.number += 1
-            asked = Asked(self.number, request.get("run", request.get("put")))
+            asked = Asked(self.number, request.get("run") or request.get("put") or "wake")
             self.pending[self.number] = asked
         self.log.write(f"{stamp()} #{asked.number} {asked.what}\n")
         try:
@@ -316,4 +369,5 @@ def quote(text):
 
 
 def stamp():
-    return time.strftime("%H:%M:%S")
+    now = time.time()
+    return time.strftime("%H:%M:%S", time.localtime(now)) + f".{now % 1 * 10:.0f}"

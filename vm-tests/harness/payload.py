@@ -15,7 +15,7 @@ WORKLOAD = ("programs/journal_writer.py", "parts/acks.py", "parts/__init__.py")
 
 
 def build(say, release, packages):
-    """Builds the programs, two versions of the Debian package if wanted, and the disk. Where the programs are."""
+    """Builds the programs, two versions of the Debian package if wanted, and the disk."""
     say("building byokd")
     # The same programs as of `cargo build --release`: where that was done before, nothing is compiled again.
     done = subprocess.run(["cargo", "build", "--locked", "--quiet", "--bins", *(["--release"] if release else [])],
@@ -42,13 +42,12 @@ def build(say, release, packages):
         for version in (1, 2) if packages else ():
             say(f"making package {version}")
             image.run(image.PROJECT / "packaging/deb", "--no-build", "--profile", "release" if release else "dev",
-                      "--compression", 1, "--version", version, "--output", f"{tree}/byokd_{version}.deb", cwd=image.PROJECT)
+                      "--compression", 0, "--version", version, "--output", f"{tree}/byokd_{version}.deb", cwd=image.PROJECT)
         new = disk().with_suffix(".new")
         with open(new, "wb") as empty:
             empty.truncate(256 << 20)
         image.run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", tree, new)
         new.rename(disk())
-    return built
 
 
 def programs(release):

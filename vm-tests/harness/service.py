@@ -11,10 +11,9 @@ def served(case, size="192M", definition="", backing="/var/lib/byokd/v.img", **h
     """A guest under systemd with byokd installed as its units have it, and a volume `v` that is not attached."""
     kms = case.kms()
     key = kms.key()
-    guest = case.guest(systemd=True, **how).boot()
-    install(guest, kms)
-    # The kernel tells of a task that hangs for so long.
-    guest.run("sysctl -q kernel.hung_task_timeout_secs=20")
+    guest = case.prepared(install, systemd=True, **how)
+    settings(guest, kms)
+    guest.run("systemctl start byokd")
     if backing.startswith("/dev/"):
         guest.run(f"chown byokd {backing}")
     guest.run(f"byokctl volume create v --backing {backing} --size {size} --key {key} --purpose zeebe")
@@ -36,9 +35,8 @@ probe_interval = "1s"
     guest.put("/etc/byokd/credentials.d/aws", "[default]\naws_access_key_id = test\naws_secret_access_key = test\n", mode=0o600)
 
 
-def install(guest, kms):
+def install(guest):
     """The programs and units where a package puts them."""
-    settings(guest, kms)
     guest.run("""
         cp /payload/byokd /payload/byokctl /payload/byokd-kernel /usr/bin/
         cd /payload/systemd
@@ -50,12 +48,15 @@ def install(guest, kms):
         modprobe nbd
         udevadm control --reload
         systemd-sysusers && systemd-tmpfiles --create byokd.conf
-        systemctl daemon-reload && systemctl start byokd""")
+        systemctl daemon-reload""")
+    # The kernel tells of a task that hangs for so long.
+    guest.run("sysctl -q kernel.hung_task_timeout_secs=20")
 
 
 def record_syncs(guest, directory="/mnt/syncs"):
-    """Writes and syncs until it is stopped; `check_syncs` wants to see all that was acknowledged."""
-    return guest.start(f"exec /payload/sync-load {directory} /run/syncs")
+    """Writes and syncs until it is stopped; `check_syncs` wants to see all that was acknowledged. Now and then, and not as
+    often as it could: it would have the processor to itself."""
+    return guest.start(f"exec /payload/sync-load {directory} /run/syncs 0.2")
 
 
 def check_syncs(guest, directory="/mnt/syncs"):

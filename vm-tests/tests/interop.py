@@ -1,6 +1,6 @@
 """Volumes between byokd and the kernel's dm-crypt, with file systems and data that both have to see alike."""
 
-from harness.case import expect, start_byokd, volume_key
+from harness.case import expect, plain, start_byokd, volume_key
 
 MAPPED = "/dev/mapper/volume"
 # What is on the volumes: many files, sparse ones, large ones, with digests beside them.
@@ -21,7 +21,7 @@ def volume(case, name, sector_size=4096):
     kms = case.kms()
     key = kms.key()
     disk = case.disk(name, 352 << 20)
-    guest = case.guest(disks=[f"file={disk},format=raw"]).boot()
+    guest = case.prepared(plain, disks=[f"file={disk},format=raw"])
     start_byokd(guest, kms)
     guest.run(f"""/payload/byokctl volume create {name} --backing /dev/vdc --size 0 --key {key} --purpose zeebe \
         --sector-size {sector_size}""")
@@ -31,7 +31,7 @@ def volume(case, name, sector_size=4096):
 def byokd_device(guest, name, sector_size):
     """The volume through byokd, as a block device of the kernel's own NBD client."""
     guest.run(f"""/payload/byokctl attach {name}
-        modprobe nbd && nbd-client -unix /run/byokd/nbd/{name}.sock -N {name} -b {sector_size} /dev/nbd0""")
+        nbd-client -unix /run/byokd/nbd/{name}.sock -N {name} -b {sector_size} /dev/nbd0""")
     return "/dev/nbd0"
 
 

@@ -87,6 +87,9 @@ def wrong_devices_are_refused_and_leave_nothing(case):
     guest.until("that is noticed", "byokctl status v | grep -q 'disconnected by someone else'")
     expect(volume(guest)["state"] == "detached", "a clean state")
     guest.run("udevadm settle; byokctl attach v --device auto && byokctl detach v")
+    # Not refused, but it may not do well.
+    stalls = "journalctl -q -u byokd | grep 'several connections may stall on this kernel'"
+    guest.run(f"udevadm settle; ! {stalls}; byokctl attach v --device auto --connections 2 && {stalls}")
 
 
 # What byokd asks, asked by somebody who has become its user.
@@ -294,8 +297,9 @@ def several_connections_outlive_restarts_and_crashes(case):
     expect(guest.release.startswith("6.12"), guest.release)
     guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
     expect("connections  2" in guest.run("byokctl status v"), "two connections")
+    guest.run("! journalctl -q -u byokd | grep 'may stall'")
     syncs, running = record_syncs(guest), load(guest, 100000)
-    for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd") * case.times(1, 5):
+    for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd") * case.times(1, 3):
         goes_on(guest)
         another_daemon_serves(guest, how)
         expect(not running.ended() and not syncs.ended(), "the load ended")
@@ -477,3 +481,4 @@ def a_busy_udev_is_no_kernel_that_does_not_let_go(case):
 
 restarts_and_crashes_under_load_cost_no_error.time_limit = 700
 a_denied_key_is_errors_at_once_until_it_is_back.time_limit = 600
+stalls_have_their_bounds.time_limit = 900

@@ -37,4 +37,4 @@ def the_debian_package_installs_upgrades_under_load_and_removes(case):
     guest.clean_dmesg(allowed=("Connection timed out, retrying",))
 
 
-the_debian_package_installs_upgrades_under_load_and_removes.time_limit = 600
+the_debian_package_installs_upgrades_under_load_and_removes.time_limit = 900

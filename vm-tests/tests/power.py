@@ -2,11 +2,11 @@
 
 import time
 
-from harness.case import expect, start_byokd
+from harness.case import expect, plain, start_byokd
 from harness.disk import ServedDisk
 
 ATTACH = """
-    modprobe nbd; mkdir -p /run/byokd-kernel
+    mkdir -p /run/byokd-kernel
     setsid /payload/byokd-kernel --listen /run/byokd-kernel/kernel.sock >>/run/byokd-kernel.log 2>&1 </dev/null &
     until [ -S /run/byokd-kernel/kernel.sock ]; do sleep 0.1; done
     /payload/byokctl attach v --device /dev/nbd0"""
@@ -18,15 +18,14 @@ def what_was_acknowledged_survives_power_cuts_under_sync_load(case):
     kms = case.kms()
     key = kms.key()
     disk = ServedDisk(case, 256 << 20, volatile=True)
-    guest = case.guest(disks=[disk.drive])
-    records = guest.place / "records"
-    definition = None
+    guest = definition = None
     acknowledged = 0
     cuts = case.times(3, 20)
     for cut in range(cuts + 1):
-        guest.fresh_root()
         disk.turn_on()
-        guest.boot()
+        # A machine that has just booted, and knows nothing of the disk.
+        guest = guest.restore() if guest else case.prepared(plain, disks=[disk.drive])
+        records = guest.place / "records"
         if definition:
             guest.put("/etc/byokd/volumes.d/v.toml", definition)
         start_byokd(guest, kms)
