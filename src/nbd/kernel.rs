@@ -12,7 +12,7 @@ use crate::export::{Export, ExportTable, PeerKind};
 use crate::nbd::stream::NbdStream;
 use crate::nbd::transmission::{Ending, Modes, Transmission, TransmissionError};
 use crate::nbd::wire::ReplyStyle;
-use crate::nbd::{ConnectionError, Member, STACK};
+use crate::nbd::{ConnectionError, Member, thread};
 
 /// Serves it on a thread of its own, after [`Export::open_for_kernel`]; returns at once. `ended` hears how it ended, after the last
 /// thing this connection had in the backing store.
@@ -43,8 +43,7 @@ pub fn serve(
         };
         ended(ending);
     };
-    std::thread::Builder::new().name("nbd-kernel".into()).stack_size(STACK).spawn(body)?;
-    Ok(())
+    thread("nbd-kernel", body)
 }
 
 fn transmit(

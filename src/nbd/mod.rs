@@ -35,6 +35,7 @@ use crate::nbd::handshake::{
 };
 use crate::nbd::stream::NbdStream;
 use crate::nbd::transmission::{MAX_REQUEST, Modes, Transmission, TransmissionError};
+use crate::turns;
 
 /// How long a client may take for its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -75,7 +76,18 @@ pub fn serve(stream: NbdStream, table: ExportTable, place: impl Send + 'static) 
         }
         Err(error) => info!(%error, "connection closed"),
     };
-    std::thread::Builder::new().name("nbd".into()).stack_size(STACK).spawn(body)?;
+    thread("nbd", body)
+}
+
+/// Starts a connection's thread. What many of them serve has to be quick, whatever the others move.
+fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let body = move || {
+        if let Err(error) = turns::shorten() {
+            debug!(%error, "its turns stay as long as others'");
+        }
+        body();
+    };
+    std::thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(body)?;
     Ok(())
 }
 

@@ -16,8 +16,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::debug;
 
-use crate::nbd::STACK;
 use crate::nbd::stream::NbdStream;
+use crate::nbd::thread;
 use crate::nbd::transmission::Ending;
 use crate::nbd::wire::{Command, Errno, Head, REQUEST_LEN, ReplyStyle, Request};
 
@@ -59,7 +59,7 @@ impl StandIn {
             debug!(?ending, "no longer standing in");
             ended(ending.ok());
         };
-        std::thread::Builder::new().name("stand-in".into()).stack_size(STACK).spawn(body)?;
+        thread("stand-in", body)?;
         Ok(Self(told))
     }
 

@@ -19,6 +19,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("log::queue", &[]),
     ("harden", &[]),
     ("registers", &[]),
+    ("turns", &[]),
     ("progress", &[]),
     ("systemd", &["progress"]),
     ("buffer", &["units"]),
@@ -50,7 +51,17 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("nbd::stream", &[]),
     (
         "nbd",
-        &["buffer", "device", "export", "fence", "metrics::io", "registers", "store::*", "units"],
+        &[
+            "buffer",
+            "device",
+            "export",
+            "fence",
+            "metrics::io",
+            "registers",
+            "store::*",
+            "turns",
+            "units",
+        ],
     ),
     ("listener", &["export", "nbd", "nbd::stream"]),
     // The key's way.
@@ -317,8 +328,15 @@ const ONLY_IN: &[(&str, &[&str])] = &[
 ];
 
 /// Where `unsafe` may stand. Each of these says at its top that it expects it, and why.
-const UNSAFE: &[&str] =
-    &["buffer", "crypt::awslc", "kernel::ioctl", "key::secret", "registers", "store::uring"];
+const UNSAFE: &[&str] = &[
+    "buffer",
+    "crypt::awslc",
+    "kernel::ioctl",
+    "key::secret",
+    "registers",
+    "store::uring",
+    "turns",
+];
 
 /// A module's source without its comments, strings and tests.
 struct Module {
