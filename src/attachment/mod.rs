@@ -144,7 +144,7 @@ impl Drop for Attachment {
 }
 
 enum Command {
-    Serve(Arc<Export>, watch::Receiver<KeyReport>, PurgePlan),
+    Serve(Arc<Export>, watch::Receiver<KeyReport>, PurgePlan, oneshot::Sender<()>),
     Refuse { purge: bool },
     HandOver(oneshot::Sender<Vec<OwnedFd>>, Instant),
     Disconnect(oneshot::Sender<Result<(), KernelError>>),
@@ -218,7 +218,7 @@ impl Attachment {
         let (purged, steps) = mpsc::unbounded_channel();
         let client = owner.client.clone();
         owner.record(Kind::DeviceAttach, device, None);
-        let attending = Attending {
+        let mut attending = Attending {
             owner,
             device,
             alive: Arc::new(AtomicUsize::new(0)),
@@ -238,6 +238,8 @@ impl Attachment {
             steps,
             looking: JoinSet::new(),
         };
+        // Whoever asks at once hears how it is.
+        attending.publish();
         Self { device, commands, state, client, task: tokio::spawn(attending.run()) }
     }
 
@@ -260,7 +262,10 @@ impl Attachment {
         reports: watch::Receiver<KeyReport>,
         plan: PurgePlan,
     ) {
-        self.tell(Command::Serve(export, reports, plan)).await;
+        let (reply, served) = oneshot::channel();
+        self.tell(Command::Serve(export, reports, plan, reply)).await;
+        // Nobody serves a device that has gone.
+        let _gone = served.await;
     }
 
     /// Answers requests with errors until there is an export; with `purge`, what the node has cached
@@ -499,7 +504,7 @@ impl Attending {
     /// Does what it is told; `true` when this ends.
     async fn told(&mut self, command: Command) -> bool {
         match command {
-            Command::Serve(export, reports, plan) => {
+            Command::Serve(export, reports, plan, reply) => {
                 self.owner.plan = plan;
                 let serves = reports.borrow().serves;
                 self.mode = Mode::Serving { export, reports };
@@ -507,6 +512,9 @@ impl Attending {
                 self.fence(!serves);
                 // They may have seen errors before this daemon, or before its key.
                 self.look();
+                self.publish();
+                // Who asked may have gone.
+                let _heard = reply.send(());
             }
             Command::Refuse { purge } => {
                 if let Mode::Standing { refuse } = &mut self.mode {

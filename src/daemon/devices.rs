@@ -180,7 +180,7 @@ impl Daemon {
                 volume = name,
                 connections,
                 kernel,
-                "several connections may stall on this kernel; attach it with --connections 1"
+                "several connections may stall on this kernel: detach it, and attach it with one"
             );
         }
         volume.with(|now| now.device = Some(Arc::new(device)));

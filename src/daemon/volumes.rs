@@ -241,6 +241,14 @@ impl Daemon {
                 return Err(refused(ExitCode::Usage, &what, why, remedy).into());
             }
         };
+        let none =
+            how.device.or(config.device).is_none() && volume.with(|now| now.device.is_none());
+        if how.connections.is_some() && none {
+            let why =
+                "only a device of the kernel has connections to choose, and it is to have none";
+            let remedy = "Give --device auto as well, or leave --connections out.";
+            return Err(refused(ExitCode::Usage, &what, why, remedy).into());
+        }
         let first = in_force(&what, name, &volume, &config, how.read_only)
             .map_err(NotAttached::for_good)?;
         self.while_known(&what, name, &volume, |now| now.service = Service::Attaching(None))?;

@@ -269,6 +269,19 @@ fn a_device_that_the_helper_does_not_make_at_once_is_made_later() {
 }
 
 #[test]
+fn an_attach_says_how_the_device_is_and_takes_no_connections_for_none() {
+    let daemon = Daemon::start();
+    kernel_without_devices(&daemon, 0);
+    let key = daemon.key();
+    daemon.create("v", "8M", &key);
+    let (code, refused) = daemon.ctl(&["attach", "v", "--connections", "2"]);
+    assert_eq!(code, 2, "{refused}");
+    assert_eq!(daemon.state("v"), "detached");
+    let attached = daemon.ok(&["attach", "v", "--device", "auto"]);
+    assert_eq!(attached["device"]["requests"], "served", "{attached}");
+}
+
+#[test]
 fn a_copy_of_a_volume_is_not_taken_for_the_one_whose_device_it_is() {
     let daemon = Daemon::start();
     kernel_without_devices(&daemon, 0);
