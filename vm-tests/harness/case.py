@@ -92,7 +92,10 @@ class Case:
         for guest in self.guests:
             process.end(guest.qemu)
             if keep:
-                guest.keep_root()
+                try:
+                    guest.keep_root()
+                except SystemExit as error:
+                    self.say(f"the root disk of {guest.place.name} is not kept: {error}")
         for service in self.services:
             service.end()
         for started in self.processes:

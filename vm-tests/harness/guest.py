@@ -6,6 +6,7 @@ import os
 import pathlib
 import queue
 import shlex
+import shutil
 import socket
 import subprocess
 import threading
@@ -48,7 +49,8 @@ class Guest:
 
     def keep_root(self):
         """Its root disk will no longer need those of guests that were kept for this run."""
-        image.run("qemu-img", "rebase", "-f", "qcow2", "-F", "raw", "-b", self.image.root, self.root)
+        if self.root.exists():
+            image.run("qemu-img", "rebase", "-f", "qcow2", "-F", "raw", "-b", self.image.root, self.root)
 
     @property
     def root(self):
@@ -74,38 +76,49 @@ class Guest:
         """Keeps its machine, memory and all, and its root disk for `restore`, and ends it. It may have no other disks."""
         self.qmp("stop")
         self.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
-        self.qmp("migrate", uri=f"exec:cat >{quote(place / MACHINE)}")
+        machine = quote(place / MACHINE)
+        # It is called that once all of it is there.
+        self.qmp("migrate", uri=f"exec:cat >{machine}.part && mv {machine}.part {machine}")
         self.until_migrated()
+        wait_for((place / MACHINE).exists, "the memory is written")
         process.end(self.qemu)
         self.root.rename(place / self.root.name)
+        shutil.copy(self.console, place)
 
     def restore(self, place=None):
         """Goes on where the guest was that was saved there, which had as many processors and as much memory; again, if
         it has done so before."""
         self.restored = place = place or self.restored
         self.root_upon(place / self.root.name, "qcow2")
-        # Its end of the agent's port is open: ours has to be, too, before it goes on.
-        self.turn_on((), time.monotonic() + BOOT, wait="on", more=("-incoming", f"exec:cat {quote(place / MACHINE)}"))
-        self.until_migrated()
-        self.qmp("cont")
-        # Its clock has stood still meanwhile, and its random numbers would be those of every guest from there.
-        seed = base64.b64encode(os.urandom(32)).decode()
-        self.release = self.agent.ask({"wake": time.time(), "seed": seed}).succeeds()
+        shutil.copy(place / self.console.name, self.console)
+        try:
+            # Its end of the agent's port is open: ours has to be, too, before it goes on.
+            self.turn_on((), time.monotonic() + BOOT, wait="on", more=("-incoming", f"exec:cat {quote(place / MACHINE)}"))
+            self.until_migrated()
+            self.qmp("cont")
+            # Its clock has stood still meanwhile, and its random numbers would be those of every guest from there.
+            seed = base64.b64encode(os.urandom(32)).decode()
+            self.release = self.agent.ask({"wake": time.time(), "seed": seed}).succeeds()
+        except (Failed, OSError, ValueError) as failure:
+            raise Failed(f"the guest did not go on where it was kept: {failure}\n{(self.place / 'qemu.log').read_text()[-1500:]}") from None
         for number, disk in enumerate(self.disks):
             self.plug(number, disk)
         return self
 
     def until_migrated(self):
-        deadline = time.monotonic() + PATIENCE
-        while (state := self.qmp("query-migrate").get("status")) != "completed":
-            if state == "failed" or time.monotonic() > deadline:
-                raise Failed(f"QEMU: migration: {state}")
-            time.sleep(0.05)
+        def done():
+            state = self.qmp("query-migrate").get("status")
+            if state == "failed":
+                raise Failed("QEMU: the migration failed")
+            return state == "completed"
+
+        wait_for(done, "the machine has moved", PATIENCE)
 
     def plug(self, number, disk):
         """One more disk, while it is on."""
         name = f"disk{number}"
-        said = self.qmp("human-monitor-command", **{"command-line": f"drive_add 0 {disk},if=none,id={name}"})
+        options = f"{disk},if=none,id={name}".replace("\\", "\\\\").replace('"', '\\"')
+        said = self.qmp("human-monitor-command", **{"command-line": f'drive_add 0 "{options}"'})
         if said.strip() != "OK":
             raise Failed(f"QEMU: drive_add: {said}")
         self.qmp("device_add", driver="virtio-blk-pci", drive=name, serial=name, id=name)
@@ -310,6 +323,15 @@ class Asked:
 
     def ended(self):
         return not self.reply.empty()
+
+
+def wait_for(condition, what, timeout=120):
+    """Waits on the host until it holds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            raise Failed(f"waited {timeout} s in vain: {what}")
+        time.sleep(0.05)
 
 
 def connect(path, qemu, deadline):

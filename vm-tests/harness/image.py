@@ -1,6 +1,7 @@
 """What guests boot: Debian's kernels, an initramfs that finds the root, and the root image, made from
 Debian packages alone and kept under a name that changes with whatever goes into them."""
 
+import contextlib
 import fcntl
 import hashlib
 import lzma
@@ -57,9 +58,7 @@ def ready(say):
     """The image; made first, if there is none of this version."""
     CACHE.mkdir(parents=True, exist_ok=True)
     place = CACHE / f"image-{fingerprint()}"
-    # One at a time, whoever else starts now.
-    with open(CACHE / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone():
         if not place.exists():
             for old in CACHE.glob("image-*"):
                 shutil.rmtree(old)
@@ -71,6 +70,14 @@ def ready(say):
                 make(work, new)
                 new.rename(place)
     return Image(place)
+
+
+@contextlib.contextmanager
+def alone():
+    """One at a time, whoever else starts now."""
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def fingerprint():
@@ -180,8 +187,11 @@ def settle(tree):
 
 def run(*command, cwd=None):
     command = [str(word) for word in command]
-    done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True)
+    try:
+        done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)
+    except FileNotFoundError:
+        raise SystemExit(f"vm-tests: there is no {command[0]} in PATH\n  do:  run tests/install/*.sh; for cargo, install Rust") from None
     if done.returncode != 0:
         raise SystemExit(f"vm-tests: {command[0]} failed ({done.returncode})\n"
                          f"  why: {done.stderr.strip()[-2000:]}\n  do:  run tests/install/*.sh, which install what is needed")

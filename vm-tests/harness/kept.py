@@ -2,39 +2,45 @@
 
 import fcntl
 import hashlib
-import os
 import pathlib
 import shutil
+import tempfile
 
-from . import image, payload
+from . import image
 
 
 class Kept:
-    """A run's own place: the programs that it tests, and guests that have them."""
+    """A run's own place: the programs that it tests, guests that have them, and the sockets of its tests' guests."""
 
-    def __init__(self, place):
-        self.place = pathlib.Path(place)
+    def __init__(self, place, sockets):
+        self.place, self.sockets = pathlib.Path(place), pathlib.Path(sockets)
         self.payload = self.place / "payload.img"
+        self.lock = None
 
     @classmethod
     def begin(cls):
         """A new one; whatever a run that was killed left of its own goes."""
-        for place in image.CACHE.glob("kept-*"):
-            if not pathlib.Path("/proc", place.name.removeprefix("kept-")).exists():
-                shutil.rmtree(place)
-        kept = cls(image.CACHE / f"kept-{os.getpid()}")
-        kept.place.mkdir()
-        # Another run may build its own meanwhile; the file itself is never written to again.
-        os.link(payload.disk(), kept.payload)
+        # One at a time, so that none is taken for left before its run has locked it.
+        with image.alone():
+            for place in image.CACHE.glob("kept-*"):
+                remove_if_left(place)
+            # The path of a socket may have little more than a hundred bytes.
+            kept = cls(tempfile.mkdtemp(dir=image.CACHE, prefix="kept-"), tempfile.mkdtemp(prefix="byokd-vm-"))
+            kept.lock = open(kept.place / "lock", "w")
+            kept.lock.write(str(kept.sockets))
+            kept.lock.flush()
+            fcntl.flock(kept.lock, fcntl.LOCK_EX)
         return kept
 
     def end(self):
-        shutil.rmtree(self.place)
+        for place in (self.place, self.sockets):
+            shutil.rmtree(place, ignore_errors=True)
 
     def guest(self, case, prepare, how):
         """Where a guest made like that is kept, to which `prepare` was done. `case` boots it if none did before; its disks
         are no part of it."""
         kind = {name: value for name, value in how.items() if name != "disks"}
+        kind["prepared by"] = f"{prepare.__module__}.{prepare.__name__}"
         name = f"{prepare.__name__}-{hashlib.sha256(repr(sorted(kind.items())).encode()).hexdigest()[:8]}"
         place = self.place / name
         with open(self.place / f"{name}.lock", "w") as lock:
@@ -43,9 +49,24 @@ class Kept:
                 new = self.place / f"{name}.new"
                 shutil.rmtree(new, ignore_errors=True)
                 new.mkdir()
+                del kind["prepared by"]
                 guest = case.guest(f"kept-{name}", **kind).boot()
                 prepare(guest)
                 guest.save(new)
                 case.forget(guest)
                 new.rename(place)
         return place
+
+
+def remove_if_left(place):
+    """A run holds its lock as long as it lives, wherever that is."""
+    try:
+        with open(place / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sockets = lock.read()
+    except BlockingIOError:
+        return
+    except FileNotFoundError:
+        sockets = ""
+    for left in filter(None, (str(place), sockets)):
+        shutil.rmtree(left, ignore_errors=True)

@@ -1,6 +1,5 @@
 """What is tested: the freshly built programs, on a disk that each guest mounts at /payload."""
 
-import fcntl
 import os
 import pathlib
 import shutil
@@ -14,20 +13,22 @@ BINARIES = ("byokd", "byokctl", "byokd-kernel")
 WORKLOAD = ("programs/journal_writer.py", "parts/acks.py", "parts/__init__.py")
 
 
-def build(say, release, packages):
-    """Builds the programs, two versions of the Debian package if wanted, and the disk."""
+def build(say, release, packages, disk):
+    """Builds the programs, two versions of the Debian package if wanted, and the disk with them."""
     say("building byokd")
     # The same programs as of `cargo build --release`: where that was done before, nothing is compiled again.
-    done = subprocess.run(["cargo", "build", "--locked", "--quiet", "--bins", *(["--release"] if release else [])],
-                          cwd=image.PROJECT)
+    try:
+        done = subprocess.run(["cargo", "build", "--locked", "--quiet", "--bins", *(["--release"] if release else [])],
+                              cwd=image.PROJECT)
+    except FileNotFoundError:
+        raise SystemExit("vm-tests: there is no cargo in PATH\n  do:  install Rust, and for root as well") from None
     if done.returncode != 0:
         raise SystemExit("vm-tests: cargo build failed")
     built = programs(release)
     files = [built / name for name in BINARIES] + [image.GUEST / "agent"]
     files += [path for path in sorted((image.HERE.parent / "payload").glob("*")) if path.is_file()]
     files += [image.PROJECT / "systemd"]
-    with open(image.CACHE / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=image.CACHE) as tree:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with tempfile.TemporaryDirectory(dir=disk.parent) as tree:
         for file in files:
             if file.is_dir():
                 shutil.copytree(file, pathlib.Path(tree) / file.name)
@@ -43,17 +44,11 @@ def build(say, release, packages):
             say(f"making package {version}")
             image.run(image.PROJECT / "packaging/deb", "--no-build", "--profile", "release" if release else "dev",
                       "--compression", 0, "--version", version, "--output", f"{tree}/byokd_{version}.deb", cwd=image.PROJECT)
-        new = disk().with_suffix(".new")
-        with open(new, "wb") as empty:
+        with open(disk, "wb") as empty:
             empty.truncate(256 << 20)
-        image.run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", tree, new)
-        new.rename(disk())
+        image.run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", tree, disk)
 
 
 def programs(release):
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or image.PROJECT / "target").absolute()
     return target / ("release" if release else "debug")
-
-
-def disk():
-    return image.CACHE / "payload.img"

@@ -4,6 +4,7 @@ import time
 
 from harness.case import expect, plain, start_byokd
 from harness.disk import ServedDisk
+from harness.guest import wait_for
 
 ATTACH = """
     mkdir -p /run/byokd-kernel
@@ -18,14 +19,18 @@ def what_was_acknowledged_survives_power_cuts_under_sync_load(case):
     kms = case.kms()
     key = kms.key()
     disk = ServedDisk(case, 256 << 20, volatile=True)
-    guest = definition = None
+    guest = definition = records = None
     acknowledged = 0
     cuts = case.times(3, 20)
     for cut in range(cuts + 1):
         disk.turn_on()
-        # A machine that has just booted, and knows nothing of the disk.
-        guest = guest.restore() if guest else case.prepared(plain, disks=[disk.drive])
-        records = guest.place / "records"
+        if cut == cuts:
+            # The last time it really boots; until then, a machine that has knows nothing of the disk.
+            guest = case.guest("booted", disks=[disk.drive]).boot()
+            plain(guest)
+        else:
+            guest = guest.restore() if guest else case.prepared(plain, disks=[disk.drive])
+            records = guest.place / "records"
         if definition:
             guest.put("/etc/byokd/volumes.d/v.toml", definition)
         start_byokd(guest, kms)
@@ -53,13 +58,6 @@ def what_was_acknowledged_survives_power_cuts_under_sync_load(case):
         disk.cut_power()
         guest.cut_power()
     expect(acknowledged >= cuts * 20, f"only {acknowledged} syncs were acknowledged")
-
-
-def wait_for(condition, what, timeout=120):
-    end = time.monotonic() + timeout
-    while not condition():
-        expect(time.monotonic() < end, f"waited {timeout} s in vain: {what}")
-        time.sleep(0.1)
 
 
 what_was_acknowledged_survives_power_cuts_under_sync_load.time_limit = 1500
