@@ -392,4 +392,4 @@ def quote(text):
 
 def stamp():
     now = time.time()
-    return time.strftime("%H:%M:%S", time.localtime(now)) + f".{now % 1 * 10:.0f}"
+    return time.strftime("%H:%M:%S", time.localtime(now)) + f".{int(now * 10) % 10}"
