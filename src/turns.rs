@@ -14,8 +14,8 @@ const SIZE: u32 = 48;
 
 /// Gives the calling thread short turns, which come soon: a flush is not to wait until threads that move
 /// bulk data have had their own. It gets no more of a processor than before. Linux has it since
-/// 6.12 (`sched(7)`: a thread of `SCHED_OTHER` asks for its slice by `sched_runtime`); before, this changes
-/// nothing.
+/// 6.12 (`Documentation/scheduler/sched-eevdf.rst`: a thread of `SCHED_OTHER` asks for its slice by
+/// `sched_setattr`); before, this changes nothing.
 ///
 /// # Errors
 /// The thread's attributes cannot be read or set; it goes on with those it has.

@@ -40,8 +40,8 @@ class Kept:
         """Where a guest made like that is kept, to which `prepare` was done. `case` boots it if none did before; its disks
         are no part of it."""
         kind = {name: value for name, value in how.items() if name != "disks"}
-        kind["prepared by"] = f"{prepare.__module__}.{prepare.__name__}"
-        name = f"{prepare.__name__}-{hashlib.sha256(repr(sorted(kind.items())).encode()).hexdigest()[:8]}"
+        identity = repr((prepare.__module__, prepare.__name__, sorted(kind.items())))
+        name = f"{prepare.__name__}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
         place = self.place / name
         with open(self.place / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -49,7 +49,6 @@ class Kept:
                 new = self.place / f"{name}.new"
                 shutil.rmtree(new, ignore_errors=True)
                 new.mkdir()
-                del kind["prepared by"]
                 guest = case.guest(f"kept-{name}", **kind).boot()
                 prepare(guest)
                 guest.save(new)
