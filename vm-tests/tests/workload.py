@@ -12,7 +12,7 @@ def zeebes_journal_goes_on_over_restarts_and_crashes_and_loses_nothing_to_a_deni
     guest, kms, key = served(case, size="256M", cpus=2, definition='request_timeout = "6s"')
     guest.run(f"byokctl attach v --device auto && mkfs.ext4 -q {LINK} && mount {LINK} /mnt")
     writer = guest.start("exec " + JOURNAL.format("append"))
-    for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd") * case.times(1, 3):
+    for how in ("systemctl restart byokd", "systemctl kill -s KILL byokd") * case.times(1, 5):
         goes_on(guest)
         another_daemon_serves(guest, how)
         expect(not writer.ended(), "the journal ended")
