@@ -9,8 +9,9 @@ import shutil
 import subprocess
 
 from . import process
-from .guest import Failed, Guest
+from .guest import Guest
 from .kms import Kms
+from .waiting import Failed
 
 PLAIN_SETTINGS = """\
 volumes_dir = "/etc/byokd/volumes.d"

@@ -4,7 +4,7 @@ import signal
 import time
 
 from . import process
-from .case import expect
+from .waiting import wait_for
 
 
 class ServedDisk:
@@ -23,9 +23,7 @@ class ServedDisk:
     def turn_on(self):
         self.socket.unlink(missing_ok=True)
         self.server = self.case.start(["nbdkit", "-f", "-U", self.socket, *self.how])
-        while not self.socket.exists():
-            expect(self.server.poll() is None, "nbdkit ended")
-            time.sleep(0.02)
+        wait_for(self.socket.exists, "nbdkit listens", of=self.server)
 
     def cut_power(self):
         process.end(self.server)

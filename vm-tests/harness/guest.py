@@ -13,6 +13,7 @@ import threading
 import time
 
 from . import image, process
+from .waiting import Failed, wait_for
 
 # How long a guest may take to boot: seconds under KVM, a quarter of a minute under emulation, more when
 # two others share the processors.
@@ -21,10 +22,6 @@ BOOT = 400
 MACHINE = "machine"
 # What a command may take unless a test says otherwise.
 PATIENCE = 300
-
-
-class Failed(Exception):
-    """A test failed; its text says how."""
 
 
 class Guest:
@@ -152,7 +149,7 @@ class Guest:
             command += drive(f"disk{number}", disk)
         self.agent = None
         self.qemu = process.start(command, stdout=subprocess.DEVNULL, stderr=open(self.place / "qemu.log", "a"))
-        self.agent = Agent(connect(sockets["agent"], self.qemu, deadline), self.place / "commands.log")
+        self.agent = Agent(connect(sockets["agent"], self.qemu, deadline - time.monotonic()), self.place / "commands.log")
 
     def run(self, commands, timeout=PATIENCE):
         """Runs shell commands; they have to succeed. What they printed."""
@@ -325,27 +322,21 @@ class Asked:
         return not self.reply.empty()
 
 
-def wait_for(condition, what, timeout=120):
-    """Waits on the host until it holds."""
-    end = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > end:
-            raise Failed(f"waited {timeout} s in vain: {what}")
-        time.sleep(0.05)
+def connect(path, qemu, timeout):
+    wires = []
 
-
-def connect(path, qemu, deadline):
-    while time.monotonic() < deadline:
-        if qemu.poll() is not None:
-            raise Failed(f"QEMU ended with {qemu.returncode}")
+    def connected():
         wire = socket.socket(socket.AF_UNIX)
         try:
             wire.connect(str(path))
-            return wire
         except OSError:
             wire.close()
-            time.sleep(0.05)
-    raise Failed("QEMU did not start")
+            return False
+        wires.append(wire)
+        return True
+
+    wait_for(connected, "QEMU listens", timeout, of=qemu)
+    return wires[0]
 
 
 def drive(name, what):

@@ -3,12 +3,11 @@
 import json
 import pathlib
 import subprocess
-import time
 import urllib.error
 import urllib.request
 
 from . import process
-from .guest import Failed
+from .waiting import Failed, wait_for
 
 
 class Kms:
@@ -20,12 +19,9 @@ class Kms:
         self.log = open(log, "a")
         self.process = process.start([programs / "byokd", "--dev", "--state-dir", self.place], stdout=self.log,
                                      stderr=self.log)
-        deadline = time.monotonic() + 60
         # The control socket comes last.
-        while not (self.place / "byokd.sock").exists() or not (self.place / "kms-endpoint").exists():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise Failed(f"the development KMS did not start: {log.read_text()}")
-            time.sleep(0.05)
+        files = [self.place / name for name in ("byokd.sock", "kms-endpoint")]
+        wait_for(lambda: all(file.exists() for file in files), f"the development KMS runs; {log}", of=self.process)
         self.url = (self.place / "kms-endpoint").read_text().strip()
 
     @property

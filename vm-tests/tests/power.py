@@ -4,7 +4,7 @@ import time
 
 from harness.case import expect, plain, start_byokd
 from harness.disk import ServedDisk
-from harness.guest import wait_for
+from harness.waiting import wait_for
 
 ATTACH = """
     mkdir -p /run/byokd-kernel

@@ -1,0 +1,18 @@
+"""Waiting on the host for what something else does, and what is raised when it does not."""
+
+import time
+
+
+class Failed(Exception):
+    """A test failed; its text says how."""
+
+
+def wait_for(condition, what, timeout=120, of=None):
+    """Waits until it holds; in vain once the process ended that it is to come from."""
+    end = time.monotonic() + timeout
+    while not condition():
+        if of is not None and of.poll() is not None:
+            raise Failed(f"ended with {of.returncode} before {what}")
+        if time.monotonic() > end:
+            raise Failed(f"waited {timeout:.0f} s in vain: {what}")
+        time.sleep(0.05)
