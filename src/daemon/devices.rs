@@ -73,6 +73,11 @@ impl AttachHow {
         }
         Ok(Self { read_only, device, connections, by_itself: false })
     }
+
+    /// The device of the kernel's that the volume is to have: as asked for, else as it is defined.
+    pub(super) fn device(&self, config: &VolumeConfig) -> Option<DeviceChoice> {
+        self.device.or(config.device)
+    }
 }
 
 impl Daemon {
@@ -115,7 +120,7 @@ impl Daemon {
         let uuid = export.volume().header().uuid();
         let connections = how.connections.or(config.connections).unwrap_or(1);
         let device = volume.with(|now| now.device.clone());
-        let choice = how.device.or(config.device);
+        let choice = how.device(config);
         if device.is_none() && choice.is_none() {
             return Ok(());
         }

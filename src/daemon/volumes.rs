@@ -241,8 +241,7 @@ impl Daemon {
                 return Err(refused(ExitCode::Usage, &what, why, remedy).into());
             }
         };
-        let none =
-            how.device.or(config.device).is_none() && volume.with(|now| now.device.is_none());
+        let none = how.device(&config).is_none() && volume.with(|now| now.device.is_none());
         if how.connections.is_some() && none {
             let why =
                 "only a device of the kernel has connections to choose, and it is to have none";
