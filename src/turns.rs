@@ -1,13 +1,21 @@
-//! How long a thread keeps a processor that others wait for.
+//! How soon a thread gets a processor that others want, how long it keeps it, and how much of it.
 
 #![expect(unsafe_code, reason = "no crate sets a thread's slice")]
 
 use std::io;
+use std::sync::OnceLock;
+use std::thread;
 
 use nix::libc;
 
 /// The shortest that Linux takes, in nanoseconds.
 const SLICE: u64 = 100_000;
+
+/// How much nicer a thread is that stands back: two thirds of the weight (`sched_prio_to_weight`).
+const STEP: i32 = 2;
+
+/// The nicest that there is.
+const NICEST: i32 = 19;
 
 /// What `struct sched_attr` was in its first version, in bytes.
 const SIZE: u32 = 48;
@@ -21,13 +29,54 @@ const SIZE: u32 = 48;
 /// The thread's attributes cannot be read or set; it goes on with those it has.
 pub fn shorten() -> io::Result<()> {
     let mut attributes = attributes()?;
-    let policy = attributes.sched_policy.cast_signed();
-    if policy == libc::SCHED_OTHER || policy == libc::SCHED_BATCH {
+    if is_fair(&attributes) {
         attributes.sched_runtime = SLICE;
-        // SAFETY: the kernel reads as much as `size` says, and that is there for the whole call.
-        done(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) })?;
+        set(&attributes)?;
     }
     Ok(())
+}
+
+/// The calling thread gets two thirds of what it got before of a processor that others want as well; until
+/// it comes [forward](come_forward). Only where that is allowed: `RLIMIT_NICE` or `CAP_SYS_NICE`.
+///
+/// # Errors
+/// It could not come forward again, or the thread's attributes cannot be set; it stays as it is.
+pub fn stand_back() -> io::Result<()> {
+    static RETURNS: OnceLock<bool> = OnceLock::new();
+    let returns = RETURNS.get_or_init(|| {
+        let there_and_back = || renice(STEP).and_then(|()| renice(-STEP)).is_ok();
+        thread::Builder::new()
+            .spawn(there_and_back)
+            .is_ok_and(|thread| thread.join().unwrap_or(false))
+    });
+    if *returns { renice(STEP) } else { Err(io::ErrorKind::PermissionDenied.into()) }
+}
+
+/// Takes [`stand_back`] back.
+///
+/// # Errors
+/// The thread's attributes cannot be set.
+pub fn come_forward() -> io::Result<()> {
+    renice(-STEP)
+}
+
+fn renice(by: i32) -> io::Result<()> {
+    let mut attributes = attributes()?;
+    attributes.sched_nice += by;
+    if !is_fair(&attributes) || attributes.sched_nice > NICEST {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    set(&attributes)
+}
+
+/// Whether it shares processors by weight; what runs in real time does not.
+fn is_fair(attributes: &libc::sched_attr) -> bool {
+    [libc::SCHED_OTHER, libc::SCHED_BATCH].contains(&attributes.sched_policy.cast_signed())
+}
+
+fn set(attributes: &libc::sched_attr) -> io::Result<()> {
+    // SAFETY: the kernel reads as much as `size` says, and that is there for the whole call.
+    done(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const *attributes, 0) })
 }
 
 /// Those of the calling thread.
@@ -55,14 +104,18 @@ fn done(result: libc::c_long) -> io::Result<()> {
 mod tests {
     use super::*;
 
+    /// What a thread of its own says.
+    fn apart<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> T {
+        thread::spawn(body).join().unwrap()
+    }
+
     #[test]
     fn turns_are_short_where_the_kernel_can_and_nothing_else_changes() {
-        let told = std::thread::spawn(|| {
+        let (before, after) = apart(|| {
             let before = attributes().unwrap();
             shorten().unwrap();
             (before, attributes().unwrap())
         });
-        let (before, after) = told.join().unwrap();
         // A kernel that cannot says nothing of a slice.
         let slice = if before.sched_runtime == 0 { 0 } else { SLICE };
         assert_eq!(after.sched_runtime, slice);
@@ -71,5 +124,28 @@ mod tests {
             (before.sched_policy, before.sched_nice)
         );
         assert_eq!(after.sched_flags, before.sched_flags);
+    }
+
+    #[test]
+    fn who_stands_back_comes_forward_again_or_does_not_stand_back_at_all() {
+        let (before, stood, back, after) = apart(|| {
+            shorten().unwrap();
+            let before = attributes().unwrap();
+            let stood = stand_back();
+            let back = attributes().unwrap();
+            if stood.is_ok() {
+                come_forward().unwrap();
+            }
+            (before, stood, back, attributes().unwrap())
+        });
+        let by = if stood.is_ok() { STEP } else { 0 };
+        assert_eq!(back.sched_nice, before.sched_nice + by);
+        assert_eq!(after.sched_nice, before.sched_nice);
+        assert_eq!(
+            (back.sched_runtime, after.sched_runtime),
+            (before.sched_runtime, before.sched_runtime)
+        );
+        // Whoever is root may.
+        assert!(stood.is_ok() || !nix::unistd::geteuid().is_root(), "{stood:?}");
     }
 }

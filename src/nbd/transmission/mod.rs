@@ -15,6 +15,7 @@ mod hold;
 mod inbox;
 mod lone;
 mod parts;
+mod precedence;
 mod reads;
 mod replies;
 mod requests;
@@ -41,6 +42,7 @@ use crate::fence::Gate;
 use crate::metrics::io::IoOperation;
 use crate::nbd::stream::NbdStream;
 use crate::nbd::transmission::inbox::Inbox;
+use crate::nbd::transmission::precedence::Precedence;
 use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::slab::Slab;
 use crate::nbd::transmission::spin::Spin;
@@ -220,6 +222,7 @@ pub struct Transmission {
     /// The store still has what was given up when the fence closed.
     given_up: bool,
     spin: Spin,
+    precedence: Precedence,
     /// It has given back what it does not need while it is idle.
     rested: bool,
     /// The client sends no more.
@@ -269,6 +272,7 @@ impl Transmission {
             watch: 0,
             given_up: false,
             spin: Spin::default(),
+            precedence: Precedence::default(),
             rested: false,
             at_end: false,
             export,

@@ -71,8 +71,9 @@ impl Transmission {
 
     /// Counts what is asked for.
     #[inline]
-    pub(super) fn tally(&self, request: &Request) {
+    pub(super) fn tally(&mut self, request: &Request) {
         self.client.io().asked(operation(request), bytes(request));
+        self.precedence.asked(request, self.received);
     }
 
     /// A task for a request.
