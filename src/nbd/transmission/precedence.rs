@@ -51,7 +51,9 @@ impl Precedence {
     #[inline]
     pub(super) fn asked(&mut self, request: &Request, came: Instant) {
         let flushes = request.command == Command::Flush || request.flags & FLAG_FUA != 0;
-        let back = self.stands_back(bytes(request), flushes, came, &FLUSHES);
+        // To trim moves nothing.
+        let moves = if request.command == Command::Trim { 0 } else { bytes(request) };
+        let back = self.stands_back(moves, flushes, came, &FLUSHES);
         if back != self.back && !self.stuck {
             self.back = back;
             let step = if back { turns::stand_back() } else { turns::come_forward() };
@@ -64,8 +66,9 @@ impl Precedence {
 
     #[inline]
     fn stands_back(&mut self, bytes: u64, flushes: bool, now: Instant, all: &Flushes) -> bool {
-        self.since_flush += bytes;
-        self.moved = (self.moved + bytes).min(2 * MUCH);
+        // Nobody has checked yet what is asked for.
+        self.since_flush = self.since_flush.saturating_add(bytes);
+        self.moved = self.moved.saturating_add(bytes).min(2 * MUCH);
         if flushes {
             if self.since_flush <= LITTLE {
                 self.moved = self.moved.saturating_sub(FOR_A_FLUSH);
@@ -162,6 +165,16 @@ mod tests {
             assert!(!node.writes(&mut kernel, 0));
             assert!(!node.commits(&mut kernel));
         }
+    }
+
+    #[test]
+    fn nonsense_counts_as_much() {
+        let (mut client, node) = (Precedence::default(), Node::new());
+        for flushes in [false, false, true, false] {
+            client.stands_back(u64::MAX, flushes, node.now, &node.flushes);
+        }
+        node.commits(&mut Precedence::default());
+        assert!(client.stands_back(0, false, node.now, &node.flushes));
     }
 
     #[test]
