@@ -20,7 +20,7 @@
 //! | [`buffer`] | aligned buffers: plaintext and ciphertext as two types |
 //! | [`key`] | key custody: secret memory, the volume key, the lease; public words of wrapping |
 //! | [`registers`] | what a waiting thread would keep of what it had in hand |
-//! | [`turns`] | how long a thread keeps a processor that others wait for |
+//! | [`turns`] | how soon a thread gets a processor that others want, how long it keeps it, and its weight |
 //! | [`crypt`] | AES-256-XTS, two implementations and the start-up self-test |
 //! | [`fence`] | the one meeting point: who may use the key, and its destruction |
 //! | [`store`] | where ciphertext lies: a file or block device, or memory in tests |

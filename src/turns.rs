@@ -2,11 +2,12 @@
 
 #![expect(unsafe_code, reason = "no crate sets a thread's slice")]
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::sync::OnceLock;
 use std::thread;
 
 use nix::libc;
+use tracing::info;
 
 /// The shortest that Linux takes, in nanoseconds.
 const SLICE: u64 = 100_000;
@@ -36,37 +37,64 @@ pub fn shorten() -> io::Result<()> {
     Ok(())
 }
 
-/// The calling thread gets two thirds of what it got before of a processor that others want as well; until
-/// it comes [forward](come_forward). Only where that is allowed: `RLIMIT_NICE` or `CAP_SYS_NICE`.
+/// A thread stands back; whoever has this may take it back, in the same thread.
+#[derive(Debug)]
+pub struct Back {
+    /// How nice it was before.
+    nice: i32,
+}
+
+/// The calling thread has two thirds of its weight where others want the same processor, until it comes
+/// [forward](Back::come_forward). So have threads that it starts meanwhile, the kernel's for its ring
+/// among them.
 ///
 /// # Errors
-/// It could not come forward again, or the thread's attributes cannot be set; it stays as it is.
-pub fn stand_back() -> io::Result<()> {
-    static RETURNS: OnceLock<bool> = OnceLock::new();
-    let returns = RETURNS.get_or_init(|| {
-        let there_and_back = || renice(STEP).and_then(|()| renice(-STEP)).is_ok();
-        thread::Builder::new()
-            .spawn(there_and_back)
-            .is_ok_and(|thread| thread.join().unwrap_or(false))
+/// It [could not](may_stand_back) come forward again, or the thread's attributes cannot be set; it
+/// stays as it is.
+pub fn stand_back() -> io::Result<Back> {
+    if may_stand_back() { step_back() } else { Err(ErrorKind::PermissionDenied.into()) }
+}
+
+/// Whether a thread that stands back may come forward again (`RLIMIT_NICE`, `CAP_SYS_NICE`). The first
+/// call finds out, and says so if not.
+pub fn may_stand_back() -> bool {
+    static MAY: OnceLock<bool> = OnceLock::new();
+    *MAY.get_or_init(comes_back)
+}
+
+/// Tried in a thread that has nothing else to do.
+fn comes_back() -> bool {
+    let there_and_back = || step_back().and_then(Back::come_forward);
+    let tried = thread::Builder::new().spawn(there_and_back).and_then(|thread| {
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that tried it panicked")))
     });
-    if *returns { renice(STEP) } else { Err(io::ErrorKind::PermissionDenied.into()) }
-}
-
-/// Takes [`stand_back`] back.
-///
-/// # Errors
-/// The thread's attributes cannot be set.
-pub fn come_forward() -> io::Result<()> {
-    renice(-STEP)
-}
-
-fn renice(by: i32) -> io::Result<()> {
-    let mut attributes = attributes()?;
-    attributes.sched_nice += by;
-    if !is_fair(&attributes) || attributes.sched_nice > NICEST {
-        return Err(io::ErrorKind::InvalidInput.into());
+    if let Err(error) = &tried {
+        info!(%error, "connections that move much will not stand back for others; RLIMIT_NICE of 20 lets them");
     }
-    set(&attributes)
+    tried.is_ok()
+}
+
+fn step_back() -> io::Result<Back> {
+    let mut attributes = attributes()?;
+    let nice = attributes.sched_nice;
+    if !is_fair(&attributes) || nice > NICEST - STEP {
+        return Err(ErrorKind::InvalidInput.into());
+    }
+    attributes.sched_nice += STEP;
+    set(&attributes)?;
+    Ok(Back { nice })
+}
+
+impl Back {
+    /// The thread is as nice as it was before.
+    ///
+    /// # Errors
+    /// That is not allowed any more, or its attributes cannot be read.
+    pub fn come_forward(self) -> io::Result<()> {
+        let mut attributes = attributes()?;
+        attributes.sched_nice = self.nice;
+        set(&attributes)
+    }
 }
 
 /// Whether it shares processors by weight; what runs in real time does not.
@@ -126,6 +154,19 @@ mod tests {
         assert_eq!(after.sched_flags, before.sched_flags);
     }
 
+    /// Whether a thread of this process may become less nice again: `CAP_SYS_NICE`, or the limit.
+    fn may_return() -> bool {
+        const CAP_SYS_NICE: u32 = 23;
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+        let effective = u64::from_str_radix(effective.trim(), 16).unwrap();
+        let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+        let limit = limits.lines().find_map(|line| line.strip_prefix("Max nice priority")).unwrap();
+        let limit: i32 = limit.split_whitespace().next().unwrap().parse().unwrap_or(40);
+        let nice = attributes().unwrap().sched_nice;
+        nice <= NICEST - STEP && (effective >> CAP_SYS_NICE & 1 == 1 || limit >= 20 - nice)
+    }
+
     #[test]
     fn who_stands_back_comes_forward_again_or_does_not_stand_back_at_all() {
         let (before, stood, back, after) = apart(|| {
@@ -133,19 +174,15 @@ mod tests {
             let before = attributes().unwrap();
             let stood = stand_back();
             let back = attributes().unwrap();
-            if stood.is_ok() {
-                come_forward().unwrap();
-            }
+            let stood = stood.map(Back::come_forward);
             (before, stood, back, attributes().unwrap())
         });
-        let by = if stood.is_ok() { STEP } else { 0 };
+        let by = if may_return() { STEP } else { 0 };
+        assert_eq!(stood.is_ok(), may_return(), "{stood:?}");
+        assert!(!matches!(stood, Ok(Err(_))), "{stood:?}");
         assert_eq!(back.sched_nice, before.sched_nice + by);
         assert_eq!(after.sched_nice, before.sched_nice);
-        assert_eq!(
-            (back.sched_runtime, after.sched_runtime),
-            (before.sched_runtime, before.sched_runtime)
-        );
-        // Whoever is root may.
-        assert!(stood.is_ok() || !nix::unistd::geteuid().is_root(), "{stood:?}");
+        let slice = before.sched_runtime;
+        assert_eq!((back.sched_runtime, after.sched_runtime), (slice, slice));
     }
 }

@@ -85,6 +85,8 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
         if let Err(error) = turns::shorten() {
             debug!(%error, "its turns stay as long as others'");
         }
+        // Found out now, it delays nobody's data.
+        turns::may_stand_back();
         body();
     };
     std::thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(body)?;

@@ -152,8 +152,8 @@ class Guest:
         self.agent = Agent(connect(sockets["agent"], self.qemu, deadline - time.monotonic()), self.place / "commands.log")
 
     def run(self, commands, timeout=PATIENCE):
-        """Runs shell commands; they have to succeed. What they printed."""
-        status, output = self.attempt(commands, timeout)
+        """Runs shell commands; each has to succeed. What they printed."""
+        status, output = self.attempt(f"set -e\n{commands}", timeout)
         if status != 0:
             raise Failed(f"in the guest: {commands}\nended with {status}:\n{output[-4000:]}")
         return output

@@ -21,7 +21,10 @@ class Kms:
                                      stderr=self.log)
         # The control socket comes last.
         files = [self.place / name for name in ("byokd.sock", "kms-endpoint")]
-        wait_for(lambda: all(file.exists() for file in files), f"the development KMS runs; {log}", of=self.process)
+        try:
+            wait_for(lambda: all(file.exists() for file in files), "the development KMS runs", 60, of=self.process)
+        except Failed as failure:
+            raise Failed(f"{failure}\n{log.read_text()}") from None
         self.url = (self.place / "kms-endpoint").read_text().strip()
 
     @property

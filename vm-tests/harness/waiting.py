@@ -12,7 +12,7 @@ def wait_for(condition, what, timeout=120, of=None):
     end = time.monotonic() + timeout
     while not condition():
         if of is not None and of.poll() is not None:
-            raise Failed(f"ended with {of.returncode} before {what}")
+            raise Failed(f"in vain: {what}; {of.args[0]} ended with {of.returncode}")
         if time.monotonic() > end:
             raise Failed(f"waited {timeout:.0f} s in vain: {what}")
         time.sleep(0.05)

@@ -7,7 +7,7 @@ from harness.service import LINK, another_daemon_serves, check_syncs, end_load, 
 
 
 def the_units_are_sound_and_the_daemon_is_confined(case):
-    guest, _, key = served(case)
+    guest, _, _ = served(case)
     said = guest.run("""systemd-analyze verify --man=no /etc/systemd/system/byokd.service \
         /etc/systemd/system/byokd-kernel.service /etc/systemd/system/byokd-kernel.socket byokd-attach@v.service""")
     expect(said.strip() == "", f"systemd-analyze verify: {said}")
@@ -25,23 +25,13 @@ def the_units_are_sound_and_the_daemon_is_confined(case):
     status, _ = guest.attempt("setpriv --reuid byokd --clear-groups cat /etc/byokd/credentials.d/aws")
     expect(status != 0, "the daemon's user reads root's files")
     expect(facts["NoNewPrivs"].strip() == "1" and facts["Seccomp"].strip() == "2", "no_new_privs and a filter")
-    # For all that, who moves much may stand back for who commits, and come forward again.
-    guest.run(f"""byokctl volume create w --backing /var/lib/byokd/w.img --size 64M --key {key} --purpose zeebe
-        byokctl attach v --device auto && byokctl attach w --device auto""")
-    guest.run(STANDS_BACK)
-
-
-# A thread's niceness is the 19th word of its line. It is looked at when a request comes.
-STANDS_BACK = """
-    commit() { dd if=/dev/zero of=/dev/byokd/$1 bs=4k count=1 conv=fsync,notrunc status=none; }
-    back() { awk '$19 == 2' /proc/$(systemctl show -p MainPID --value byokd)/task/*/stat | wc -l; }
-    [ $(back) = 0 ] && commit w
-    while [ ! -e /run/moved ]; do commit w; done &
-    dd if=/dev/zero of=/dev/byokd/v bs=1M count=40 oflag=direct status=none
-    touch /run/moved && wait
-    [ $(back) = 1 ]
-    for n in $(seq 10); do commit v; done
-    [ $(back) = 0 ]"""
+    # For all that, who moves much may stand back for others, and come forward again: a first connection finds out.
+    guest.run("byokctl attach v --device auto && byokctl detach v")
+    said = "journalctl -b -u byokd | grep -q 'will not stand back for others'"
+    expect(guest.attempt(said)[0] != 0, "who stands back could not come forward")
+    guest.put("/etc/systemd/system/byokd.service.d/nice.conf", "[Service]\nLimitNICE=1\n")
+    guest.run("systemctl daemon-reload && systemctl restart byokd && byokctl attach v --device auto && byokctl detach v")
+    guest.run(said)
 
 
 MOUNT_UNIT = f"""\

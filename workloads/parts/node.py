@@ -35,8 +35,11 @@ probe_interval = "1s"
     def command(self):
         return [BINARIES / "byokd", "--config", self.state / "byokd.toml"]
 
-    def define(self, name, backing):
+    def know(self, name, backing):
+        """A volume that was made elsewhere."""
         (self.state / "volumes.d" / f"{name}.toml").write_text(f'backing = "{backing}"\n')
+        for setting, value in self.settings.items():
+            self.define(name, setting, value)
 
 
 def relay(stack, state, inside, endpoint, log):

@@ -11,6 +11,8 @@ class Byokd:
     """A daemon with a state directory of its own; it may be killed and started again."""
 
     environment = {}
+    # What the definitions of all volumes have besides.
+    settings = {}
 
     def __init__(self, stack, state, log, options=("--probe-interval", "1s"), prefix=()):
         self.stack, self.state, self.log, self.options, self.prefix = stack, state, log, options, prefix
@@ -43,6 +45,8 @@ class Byokd:
 
     def create(self, name, backing, size, key, purpose):
         self.ctl("volume", "create", name, "--backing", backing, "--size", size, "--key", key, "--purpose", purpose)
+        for setting, value in self.settings.items():
+            self.define(name, setting, value)
 
     def define(self, name, key, value):
         """Gives a setting in the definition of a volume that is not attached another value."""

@@ -10,7 +10,7 @@ def story(stack, report, make_program, seed, quick):
     s = Setting(stack, report, make_program, seed)
     seconds = 3 if quick else 20
     there = Node(stack, s.scratch / "node-b", s.byokd, report.directory / "byokd-b.log")
-    there.define("v", s.scratch / "v.img")
+    there.know("v", s.scratch / "v.img")
     s.begin()
     go_on_for(report, "the load runs on node A", s.program, seconds)
     code, answer = there.call("attach", "v")

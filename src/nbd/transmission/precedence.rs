@@ -1,110 +1,173 @@
 //! Who goes first where processors are scarce: a journal waits for each flush before it goes on, a merge
-//! beside it for nothing so small. While one connection asks for flushes of little, those that move
-//! much between such flushes stand back: they get two thirds of what they got of a processor that somebody
-//! else wants as well (`docs/PERFORMANCE.md`). A connection that does both does not stand back.
+//! beside it for nothing so small. While one connection asks for flushes of little, others that move
+//! much stand back: they have two thirds of their weight while somebody else wants the same processor
+//! (`docs/PERFORMANCE.md`). A connection that asks for such flushes itself, often enough for what it
+//! moves, stays where it is.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tracing::debug;
+use tracing::warn;
 
 use crate::nbd::transmission::requests::bytes;
 use crate::nbd::wire::{Command, FLAG_FUA, Request};
-use crate::turns;
+use crate::turns::{self, Back};
 
-/// Bytes up to which a flush is one of little: a group of commits, a bulk of documents.
+/// Bytes written up to which a flush is one of little: what groups of commits and bulks of documents
+/// come to.
 const LITTLE: u64 = 1 << 20;
 
-/// A connection moves much when it has moved so many bytes, and for each flush of little
-/// [`FOR_A_FLUSH`] more. The file system's own commit after a merge is such a flush.
+/// Bytes at once from which a connection moves much: a merge or a scan, and no page or two of a
+/// search.
 const MUCH: u64 = 16 << 20;
 
-/// See [`MUCH`].
+/// Bytes that a connection may move in a second without ever moving much: half of what a gp3 disk
+/// does, and a tenth of a core.
+const ANYWAY: u64 = 64 << 20;
+
+/// Bytes more that it may move for each flush of little. A merge ends with one, as the file system
+/// commits it; a database has one for much less.
 const FOR_A_FLUSH: u64 = 4 << 20;
 
-/// How long ago somebody may have asked for a flush of little.
-const FRESH: Duration = Duration::from_secs(1);
+/// Milliseconds ago that somebody may have asked for a flush of little: whoever commits once a second
+/// is there.
+const FRESH: u64 = 1000;
 
-/// How exactly that is noted: other connections read it, and are not to fetch it anew each time.
-const GRAIN: Duration = Duration::from_millis(10);
+/// Milliseconds to which that is noted: other connections read it, and are not to fetch it anew each
+/// time.
+const GRAIN: u64 = 10;
 
-/// When a flush of little was last asked for, in nanoseconds since the first; 0 if never.
-struct Flushes(AtomicU64);
+/// Who last asked for a flush of little, and when: its number in the lower 16 bits, milliseconds since
+/// the first request above; 0 if nobody ever did.
+struct Flushes {
+    start: OnceLock<Instant>,
+    last: AtomicU64,
+}
 
-static FLUSHES: Flushes = Flushes(AtomicU64::new(0));
+static FLUSHES: Flushes = Flushes::none();
 
 /// What one connection has asked for, and whether it stands back.
-#[derive(Debug, Default)]
 pub(super) struct Precedence {
-    /// Bytes since the last flush.
-    since_flush: u64,
-    /// Bytes beyond those that its flushes of little allow it; twice [`MUCH`] at most.
+    number: u16,
+    /// Bytes written since the last flush.
+    unflushed: u64,
+    /// Bytes beyond those that it may move; twice [`MUCH`] at most.
     moved: u64,
-    back: bool,
+    /// When that was counted last.
+    at: Option<Instant>,
+    back: Option<Back>,
     /// The kernel does not let it; it is not asked again.
     stuck: bool,
 }
 
+impl Default for Precedence {
+    fn default() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        // Two with the same number, and one of them does not stand back for the other.
+        let [.., high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+        let number = u16::from_be_bytes([high, low]);
+        Self { number, unflushed: 0, moved: 0, at: None, back: None, stuck: false }
+    }
+}
+
 impl Precedence {
-    /// A request came at that time.
+    /// A request that may be done came at that time.
     #[inline]
     pub(super) fn asked(&mut self, request: &Request, came: Instant) {
-        let flushes = request.command == Command::Flush || request.flags & FLAG_FUA != 0;
-        // To trim moves nothing.
-        let moves = if request.command == Command::Trim { 0 } else { bytes(request) };
-        let back = self.stands_back(moves, flushes, came, &FLUSHES);
-        if back != self.back && !self.stuck {
-            self.back = back;
-            let step = if back { turns::stand_back() } else { turns::come_forward() };
-            if let Err(error) = step {
-                debug!(%error, back, "a connection stays where it stands");
-                self.stuck = true;
+        let through = request.flags & FLAG_FUA != 0;
+        let (read, written, flushes) = match request.command {
+            Command::Read => (bytes(request), 0, false),
+            Command::Write | Command::WriteZeroes => (0, bytes(request), through),
+            Command::Flush => (0, 0, true),
+            // They move nothing.
+            Command::Trim
+            | Command::Cache
+            | Command::BlockStatus
+            | Command::Disconnect
+            | Command::Unknown(_) => (0, 0, false),
+        };
+        let stands_back = self.stands_back(read, written, flushes, came, &FLUSHES);
+        if stands_back != self.back.is_some() && !self.stuck {
+            self.step(stands_back);
+        }
+    }
+
+    fn step(&mut self, stands_back: bool) {
+        match self.back.take() {
+            None if stands_back => match turns::stand_back() {
+                Ok(back) => self.back = Some(back),
+                // It has been said why.
+                Err(_) => self.stuck = true,
+            },
+            Some(back) if !stands_back => {
+                if let Err(error) = back.come_forward() {
+                    warn!(%error, "a connection that stood back for others cannot come forward");
+                    self.stuck = true;
+                }
             }
+            same => self.back = same,
         }
     }
 
     #[inline]
-    fn stands_back(&mut self, bytes: u64, flushes: bool, now: Instant, all: &Flushes) -> bool {
-        // Nobody has checked yet what is asked for.
-        self.since_flush = self.since_flush.saturating_add(bytes);
-        self.moved = self.moved.saturating_add(bytes).min(2 * MUCH);
+    fn stands_back(
+        &mut self,
+        read: u64,
+        written: u64,
+        flushes: bool,
+        now: Instant,
+        all: &Flushes,
+    ) -> bool {
+        if self.at != Some(now) {
+            let since = self.at.map_or(Duration::MAX, |at| now.saturating_duration_since(at));
+            let anyway = match since.as_secs() {
+                0 => u64::from(since.subsec_nanos()) * ANYWAY / 1_000_000_000,
+                _ => ANYWAY,
+            };
+            self.moved = self.moved.saturating_sub(anyway);
+            self.at = Some(now);
+        }
+        self.moved = (self.moved + read).saturating_add(written).min(2 * MUCH);
+        self.unflushed = self.unflushed.saturating_add(written);
         if flushes {
-            if self.since_flush <= LITTLE {
+            if (1..=LITTLE).contains(&self.unflushed) {
                 self.moved = self.moved.saturating_sub(FOR_A_FLUSH);
                 if self.moved < MUCH {
-                    all.note(now);
+                    all.note(self.number, now);
                 }
             }
-            self.since_flush = 0;
+            self.unflushed = 0;
         }
-        self.moved >= MUCH && all.is_fresh(now)
+        self.moved >= MUCH && all.are_of_another(self.number, now)
     }
 }
 
 impl Flushes {
-    fn note(&self, now: Instant) {
-        let now = since_start(now);
-        let last = self.0.load(Ordering::Relaxed);
-        if last == 0 || now >= last + nanos(GRAIN) {
-            self.0.store(now.max(1), Ordering::Relaxed);
+    const fn none() -> Self {
+        Self { start: OnceLock::new(), last: AtomicU64::new(0) }
+    }
+
+    fn note(&self, number: u16, now: Instant) {
+        let now = self.millis(now);
+        let last = self.last.load(Ordering::Relaxed) >> 16;
+        if now >= last + GRAIN {
+            self.last.store(now << 16 | u64::from(number), Ordering::Relaxed);
         }
     }
 
-    fn is_fresh(&self, now: Instant) -> bool {
-        let last = self.0.load(Ordering::Relaxed);
-        last > 0 && since_start(now) < last + nanos(FRESH)
+    fn are_of_another(&self, number: u16, now: Instant) -> bool {
+        let last = self.last.load(Ordering::Relaxed);
+        last > 0
+            && last & u64::from(u16::MAX) != u64::from(number)
+            && self.millis(now) < (last >> 16) + FRESH
     }
-}
 
-fn since_start(now: Instant) -> u64 {
-    static START: OnceLock<Instant> = OnceLock::new();
-    nanos(now.saturating_duration_since(*START.get_or_init(|| now)))
-}
-
-/// Of 500 years at most.
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX / 2)
+    /// Above 0 by so much that the first is noted.
+    fn millis(&self, now: Instant) -> u64 {
+        let since = now.saturating_duration_since(*self.start.get_or_init(|| now));
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX >> 17) + GRAIN
+    }
 }
 
 #[cfg(test)]
@@ -120,73 +183,93 @@ mod tests {
 
     impl Node {
         fn new() -> Self {
-            Self { flushes: Flushes(AtomicU64::new(0)), now: Instant::now() }
+            Self { flushes: Flushes::none(), now: Instant::now() }
         }
 
-        /// Writes that much in requests of 256 KiB, then flushes; whether it stood back at the end.
-        fn writes(&self, who: &mut Precedence, much: u64) -> bool {
-            for _ in 0..much / WRITE {
-                who.stands_back(WRITE, false, self.now, &self.flushes);
+        /// Asks for that much in requests of 256 KiB, all at once; whether it stood back at the end.
+        fn moves(&self, who: &mut Precedence, read: u64, written: u64) -> bool {
+            let mut back = false;
+            for _ in 0..read / WRITE {
+                back = who.stands_back(WRITE, 0, false, self.now, &self.flushes);
             }
-            who.stands_back(0, true, self.now, &self.flushes)
+            for _ in 0..written / WRITE {
+                back = who.stands_back(0, WRITE, false, self.now, &self.flushes);
+            }
+            back
+        }
+
+        fn flushes(&self, who: &mut Precedence) -> bool {
+            who.stands_back(0, 0, true, self.now, &self.flushes)
         }
 
         fn commits(&self, who: &mut Precedence) -> bool {
-            who.stands_back(4096, false, self.now, &self.flushes);
-            who.stands_back(0, true, self.now, &self.flushes)
+            who.stands_back(0, 4096, false, self.now, &self.flushes);
+            self.flushes(who)
         }
     }
 
     #[test]
-    fn who_moves_much_stands_back_while_a_journal_commits_and_no_longer() {
+    fn who_moves_much_stands_back_while_another_commits_and_no_longer() {
         let (mut merge, mut journal) = (Precedence::default(), Precedence::default());
         let mut node = Node::new();
-        assert!(!node.writes(&mut merge, 4 * MUCH), "nobody else is there");
+        assert!(!node.moves(&mut merge, 0, 4 * MUCH), "nobody else is there");
         assert!(!node.commits(&mut journal));
-        assert!(node.writes(&mut merge, MUCH));
+        assert!(node.moves(&mut merge, 0, MUCH));
+        assert!(node.flushes(&mut merge), "of much");
         assert!(node.commits(&mut merge), "a commit after a merge makes no journal of it");
-        node.now += FRESH + GRAIN;
-        assert!(!node.writes(&mut merge, MUCH), "the journal rests");
-        node.commits(&mut merge);
-        assert!(!node.writes(&mut merge, MUCH), "the merge's own commits are not waited for");
+        node.now += Duration::from_millis(FRESH);
+        assert!(!node.moves(&mut merge, 0, 4 * MUCH), "the journal rests");
         assert!(!node.commits(&mut journal));
-        assert!(node.writes(&mut merge, MUCH), "the journal goes on");
+        assert!(node.moves(&mut merge, MUCH, 0), "the journal goes on");
     }
 
     #[test]
-    fn who_commits_often_stays_where_it_is_whatever_it_moves() {
-        let (mut kernel, mut journal) = (Precedence::default(), Precedence::default());
+    fn nobody_stands_back_for_flushes_of_his_own() {
+        let (mut only, node) = (Precedence::default(), Node::new());
+        assert!(!node.commits(&mut only));
+        assert!(!node.moves(&mut only, 0, 4 * MUCH));
+    }
+
+    #[test]
+    fn who_commits_often_for_what_it_moves_stays_where_it_is() {
+        let (mut database, mut journal) = (Precedence::default(), Precedence::default());
         let node = Node::new();
         for _ in 0..100 {
             node.commits(&mut journal);
-            for _ in 0..FOR_A_FLUSH / WRITE - 1 {
-                assert!(!kernel.stands_back(WRITE, false, node.now, &node.flushes));
-            }
-            assert!(!node.writes(&mut kernel, 0));
-            assert!(!node.commits(&mut kernel));
+            assert!(!node.moves(&mut database, FOR_A_FLUSH - LITTLE, LITTLE));
+            assert!(!node.flushes(&mut database));
         }
     }
 
     #[test]
-    fn nonsense_counts_as_much() {
-        let (mut client, node) = (Precedence::default(), Node::new());
-        for flushes in [false, false, true, false] {
-            client.stands_back(u64::MAX, flushes, node.now, &node.flushes);
+    fn who_moves_little_a_second_stays_where_it_is_however_long_it_goes_on() {
+        let (mut search, mut journal) = (Precedence::default(), Precedence::default());
+        let mut node = Node::new();
+        for _ in 0..1000 {
+            node.commits(&mut journal);
+            assert!(!node.moves(&mut search, ANYWAY / 10, 0));
+            node.now += Duration::from_millis(100);
         }
-        node.commits(&mut Precedence::default());
-        assert!(client.stands_back(0, false, node.now, &node.flushes));
     }
 
     #[test]
     fn who_begins_to_commit_comes_forward() {
-        let (mut search, mut journal) = (Precedence::default(), Precedence::default());
+        let (mut scan, mut journal) = (Precedence::default(), Precedence::default());
         let node = Node::new();
-        node.writes(&mut search, 100 * MUCH);
-        assert!(!journal.stands_back(4096, true, node.now, &node.flushes), "a write through");
-        assert!(search.stands_back(4096, false, node.now, &node.flushes));
+        node.moves(&mut scan, 100 * MUCH, 0);
+        assert!(!journal.stands_back(0, 4096, true, node.now, &node.flushes), "a write through");
+        assert!(scan.stands_back(4096, 0, false, node.now, &node.flushes));
         let commits = MUCH / FOR_A_FLUSH;
-        let back = (0..=commits).filter(|_| node.commits(&mut search)).count();
+        let back = (0..=commits).filter(|_| node.commits(&mut scan)).count();
         assert!(back as u64 <= commits, "{back} commits behind others");
-        assert!(!node.commits(&mut search));
+        assert!(!node.commits(&mut scan));
+    }
+
+    #[test]
+    fn a_flush_of_nothing_is_nobodys_commit() {
+        let (mut scan, mut idle) = (Precedence::default(), Precedence::default());
+        let node = Node::new();
+        node.flushes(&mut idle);
+        assert!(!node.moves(&mut scan, 4 * MUCH, 0));
     }
 }

@@ -45,6 +45,7 @@ impl Transmission {
             self.discard_payload(payload)?;
             return self.reply(Reply::Head(Head::error(self.modes.style, &request, errno)));
         }
+        self.precedence.asked(&request, self.came);
         match request.command {
             Command::Read => self.read(request),
             Command::Write => self.write(request, Source::Client),
@@ -71,9 +72,8 @@ impl Transmission {
 
     /// Counts what is asked for.
     #[inline]
-    pub(super) fn tally(&mut self, request: &Request) {
+    pub(super) fn tally(&self, request: &Request) {
         self.client.io().asked(operation(request), bytes(request));
-        self.precedence.asked(request, self.received);
     }
 
     /// A task for a request.
