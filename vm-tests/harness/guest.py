@@ -152,7 +152,8 @@ class Guest:
         self.agent = Agent(connect(sockets["agent"], self.qemu, deadline - time.monotonic()), self.place / "commands.log")
 
     def run(self, commands, timeout=PATIENCE):
-        """Runs shell commands; each has to succeed. What they printed."""
+        """Runs shell commands under `set -e`, which looks past all but the last of `a && b` unless it is the end: one
+        command a line, or `a; b`. They have to succeed. What they printed."""
         status, output = self.attempt(f"set -e\n{commands}", timeout)
         if status != 0:
             raise Failed(f"in the guest: {commands}\nended with {status}:\n{output[-4000:]}")
@@ -323,20 +324,16 @@ class Asked:
 
 
 def connect(path, qemu, timeout):
-    wires = []
-
     def connected():
         wire = socket.socket(socket.AF_UNIX)
         try:
             wire.connect(str(path))
         except OSError:
             wire.close()
-            return False
-        wires.append(wire)
-        return True
+            return None
+        return wire
 
-    wait_for(connected, "QEMU listens", timeout, of=qemu)
-    return wires[0]
+    return wait_for(connected, "QEMU listens", timeout, of=qemu)
 
 
 def drive(name, what):

@@ -47,7 +47,7 @@ def install(guest):
         install -D -m 644 byokd.modules-load /etc/modules-load.d/byokd.conf
         modprobe nbd
         udevadm control --reload
-        systemd-sysusers && systemd-tmpfiles --create byokd.conf
+        systemd-sysusers; systemd-tmpfiles --create byokd.conf
         systemctl daemon-reload""")
     # The kernel tells of a task that hangs for so long.
     guest.run("sysctl -q kernel.hung_task_timeout_secs=20")
@@ -102,7 +102,8 @@ def end_load(guest, running):
     goes_on(guest)
     # Only fio's parent is told: one of its jobs that is interrupted while it waits for completions may wait for ever
     # (fio 3.33, 3 of 120 times on a plain disk).
-    guest.run("pkill -f [s]ync-load; pkill -INT --oldest -x fio")
+    # Whoever is in a sync holds the mount until that is done.
+    guest.run_until("pkill -f [s]ync-load; pkill -INT --oldest -x fio", "the syncs end", "! pgrep -f [s]ync-load >/dev/null")
     status, said = running.wait()
     expect('"error" : 0' in said and "verify:" not in said, f"fio ended with {status}: {said[-3000:]}")
 

@@ -69,7 +69,7 @@ def wrong_devices_are_refused_and_leave_nothing(case):
     guest, _, _ = served(case)
     status, said = guest.attempt("byokctl attach v --device /dev/sda")
     expect(status == 2 and "/dev/nbdN" in said, said)
-    guest.run("""truncate -s 8M /tmp/x && nbdkit -U /tmp/x.sock file /tmp/x
+    guest.run("""truncate -s 8M /tmp/x; nbdkit -U /tmp/x.sock file /tmp/x
         udevadm settle; nbd-client -unix /tmp/x.sock /dev/nbd0""")
     status, said = guest.attempt("byokctl attach v --device /dev/nbd0")
     expect(status == 5 and "in use" in said, said)
@@ -393,7 +393,7 @@ def the_kernel_hears_of_a_flush_that_failed_at_a_restart(case):
     guest, _, _ = served(case, backing="/dev/vdc", size="0", disks=[f"file={disk},format=raw"])
     becomes = 'echo "0 $(blockdev --getsz /dev/vdc) {}" | dmsetup load d && dmsetup suspend --noflush --nolockfs d && dmsetup resume d'
     # A disk that fails for a while, beneath the same volume.
-    guest.run(f"""echo "0 $(blockdev --getsz /dev/vdc) linear /dev/vdc 0" | dmsetup create d && udevadm settle
+    guest.run(f"""echo "0 $(blockdev --getsz /dev/vdc) linear /dev/vdc 0" | dmsetup create d; udevadm settle
         sed -i 's|/dev/vdc|/dev/mapper/d|; s|^direct = .*|direct = "off"|' /etc/byokd/volumes.d/v.toml
         chown byokd $(realpath /dev/mapper/d)""")
     guest.run(f"byokctl attach v --device auto && dd if=/dev/zero of={LINK} bs=4k count=8 oflag=direct status=none")

@@ -35,8 +35,8 @@ def the_debian_package_installs_upgrades_under_load_and_removes(case):
     guest.run("udevadm settle && byokctl detach v && dpkg --purge byokd && [ -e /var/lib/byokd/v.img ]", timeout=300)
     guest.run("! systemctl is-enabled byokd 2>/dev/null && ! ls /etc/systemd/system/*.wants/byokd*")
     # In an image that is being made no systemd runs: enabled all the same, and nothing is started.
-    guest.run("""cp /payload/byokd_2.deb /root && mount --bind / /mnt && mount --bind /dev /mnt/dev && mount -t proc proc /mnt/proc
-        chroot /mnt dpkg -i /root/byokd_2.deb && umount /mnt/proc /mnt/dev /mnt
+    guest.run("""cp /payload/byokd_2.deb /root; mount --bind / /mnt; mount --bind /dev /mnt/dev; mount -t proc proc /mnt/proc
+        chroot /mnt dpkg -i /root/byokd_2.deb; umount /mnt/proc /mnt/dev /mnt
         systemctl is-enabled byokd byokd-kernel.socket && ! systemctl is-active byokd-kernel.socket""", timeout=300)
     guest.clean_dmesg(allowed=("Connection timed out, retrying",))
 

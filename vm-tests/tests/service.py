@@ -54,15 +54,15 @@ def volumes_in_fstab_are_there_after_a_reboot(case):
     guest.run(f"byokctl volume create w --backing /var/lib/byokd/w.img --size 64M --key {key} --purpose zeebe")
     guest.run(f"""
         sed -i 's/^attach = .*/attach = "auto"/' /etc/byokd/volumes.d/v.toml
-        mkdir -p /var/log/journal && journalctl --flush
+        mkdir -p /var/log/journal; journalctl --flush
         systemctl enable -q byokd byokd-kernel.socket
-        systemctl restart byokd && udevadm wait --timeout=60 {LINK}
-        printf ',96M\\n,\\n' | sfdisk -q {LINK} && udevadm wait --settle --timeout=60 {LINK}-part1 {LINK}-part2
-        mkfs.ext4 -q {LINK}-part1 && mkfs.ext4 -q {LINK}-part2 && mkdir -p /data /more
+        systemctl restart byokd; udevadm wait --timeout=60 {LINK}
+        printf ',96M\\n,\\n' | sfdisk -q {LINK}; udevadm wait --settle --timeout=60 {LINK}-part1 {LINK}-part2
+        mkfs.ext4 -q {LINK}-part1; mkfs.ext4 -q {LINK}-part2; mkdir -p /data /more
         echo "{LINK}-part1 /data ext4 _netdev,x-systemd.requires=byokd-attach@v.service 0 2" >/etc/fstab
-        systemctl daemon-reload && systemctl enable -q more.mount
-        systemctl start data.mount more.mount && findmnt /data && findmnt /more
-        echo one >/data/file && echo two >/more/file
+        systemctl daemon-reload; systemctl enable -q more.mount
+        systemctl start data.mount more.mount; findmnt /data; findmnt /more
+        echo one >/data/file; echo two >/more/file
         byokctl attach w --device auto && mkfs.ext4 -q /dev/byokd/w && mkdir /by-hand""")
     for turn in range(case.times(1, 2)):
         guest.run(f"mount /dev/byokd/w /by-hand && echo {turn} >/by-hand/file")
@@ -143,8 +143,8 @@ def what_a_definition_says_since_waits_for_the_next_attach_over_restarts(case):
     expect(volume(guest)["at_next_attach"] == [], "this was the next attach")
     case.say(check_syncs(guest).strip())
     # As one that was made without trim is told from one with it.
-    guest.run("""umount /mnt && udevadm settle && byokctl detach v
-        sed -i 's/^read_only = .*/read_only = false/' /etc/byokd/volumes.d/v.toml && byokctl attach v --device auto
+    guest.run("""umount /mnt; udevadm settle; byokctl detach v
+        sed -i 's/^read_only = .*/read_only = false/' /etc/byokd/volumes.d/v.toml; byokctl attach v --device auto
         sed -i 's/^trim = .*/trim = true/' /etc/byokd/volumes.d/v.toml && systemctl restart byokd""")
     expect(volume(guest)["at_next_attach"] == ["trim"], "the device takes no trim")
     guest.run("udevadm settle && byokctl detach v")

@@ -5,7 +5,7 @@
 //! moves, stays where it is.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tracing::warn;
@@ -63,10 +63,9 @@ pub(super) struct Precedence {
 
 impl Default for Precedence {
     fn default() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        // Two with the same number, and one of them does not stand back for the other.
-        let [.., high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
-        let number = u16::from_be_bytes([high, low]);
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        // It wraps: of two with the same number, one does not stand back for the other.
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
         Self { number, unflushed: 0, moved: 0, at: None, back: None, stuck: false }
     }
 }
