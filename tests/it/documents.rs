@@ -110,7 +110,7 @@ fn the_examples_of_settings_are_taken() {
 
 #[test]
 fn every_setting_is_described() {
-    let source = read("src/config.rs");
+    let source = read("src/config/mod.rs") + &read("src/config/volume.rs");
     let fields = |name: &str| {
         let start = source.find(&format!("pub struct {name} {{")).unwrap();
         let body = source[start..].split("\n}").next().unwrap();

@@ -179,8 +179,11 @@ class Guest:
     def run_until(self, begin, what, commands, timeout=PATIENCE):
         """Runs shell commands, which have to succeed, and then waits in the guest until a shell condition holds: in
         one go, since under emulation each one costs a good part of a second."""
+        # As a function, so that it also ends here if the last thing in it is an `a && b` whose `a` fails.
         script = f"""set -e
-            {begin}
+            begin() {{ {begin}
+            }}
+            begin
             set +e
             end=$((SECONDS + {timeout}))
             until {{ {commands}
