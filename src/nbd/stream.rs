@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, sendmsg};
 
 /// A client's socket.
@@ -71,6 +72,13 @@ impl NbdStream {
     /// `WouldBlock`, or the connection is broken.
     pub fn try_read(&self, to: &mut [u8]) -> io::Result<usize> {
         self.receive(to, MsgFlags::MSG_DONTWAIT)
+    }
+
+    /// Whether a read would not wait: bytes are there, or the stream has ended or is broken.
+    #[must_use]
+    pub fn is_readable(&self) -> bool {
+        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     fn receive(&self, to: &mut [u8], flags: MsgFlags) -> io::Result<usize> {

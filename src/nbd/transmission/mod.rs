@@ -24,6 +24,7 @@ mod slab;
 mod spin;
 mod writes;
 
+use std::convert::Infallible;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -222,6 +223,8 @@ pub struct Transmission {
     /// The store still has what was given up when the fence closed.
     given_up: bool,
     spin: Spin,
+    /// The same for the rest of a payload.
+    rest_spin: Spin,
     precedence: Precedence,
     /// It has given back what it does not need while it is idle.
     rested: bool,
@@ -272,6 +275,7 @@ impl Transmission {
             watch: 0,
             given_up: false,
             spin: Spin::default(),
+            rest_spin: Spin::default(),
             precedence: Precedence::default(),
             rested: false,
             at_end: false,
@@ -436,6 +440,16 @@ impl Transmission {
         Ok(found? && !self.at_end)
     }
 
+    /// Looks for the rest of a payload while waiting without sleeping is worth it: clients send a
+    /// request's head and its payload by two calls, and a large payload in pieces of what a socket
+    /// holds. Whether there is some.
+    fn look_for_rest(&mut self) -> bool {
+        let stream = &self.stream;
+        let found: Result<_, Infallible> = self.rest_spin.until(|| Ok(stream.is_readable()));
+        let Ok(found) = found;
+        found
+    }
+
     /// Receives exactly `to`, from what has arrived and then from the socket; meanwhile what is in
     /// flight goes on. If the fence closes before all is there, `to` is wiped, and the answer is
     /// `false`: the request has been refused, and nothing may come of it.
@@ -475,7 +489,9 @@ impl Transmission {
             return self.wait_and_watch();
         }
         // A client that is slow to send is not cut off by a fence: it is told like any other.
-        self.wait_beside_waker(self.stream.as_fd(), PollFlags::POLLIN, PollTimeout::NONE);
+        if !self.look_for_rest() {
+            self.wait_beside_waker(self.stream.as_fd(), PollFlags::POLLIN, PollTimeout::NONE);
+        }
         self.notice_fence()
     }
 
