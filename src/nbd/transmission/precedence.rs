@@ -92,6 +92,11 @@ impl Precedence {
         }
     }
 
+    /// Whether it stands back for another.
+    pub(super) fn is_back(&self) -> bool {
+        self.back.is_some()
+    }
+
     fn step(&mut self, stands_back: bool) {
         match self.back.take() {
             None if stands_back => match turns::stand_back() {
