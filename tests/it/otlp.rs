@@ -125,7 +125,7 @@ fn a_denial_arrives_at_a_collector_with_its_volume_key_and_request() {
         ("key", &key),
         ("code", "DisabledException"),
         ("kms_message", &verbatim),
-        ("code.file.path", "src/keeper/mod.rs"),
+        ("code.file.path", "src/keeper/keeping/mod.rs"),
     ] {
         assert_eq!(attributes[name], value, "{denial}");
     }
