@@ -1,4 +1,4 @@
-"""Programs that are their own load: the journal and RocksDB. One process appends until it is stopped."""
+"""Programs that are their own load: the journals and RocksDB. One process appends until it is stopped."""
 
 import shutil
 import signal
@@ -74,6 +74,18 @@ class Journal(Writer):
     """Zeebe's journal, as a generator. Its argument is the size of a segment."""
     name, purpose, script = "journal", "zeebe", "journal_writer.py"
     arguments, often = (128,), (4,)
+
+
+class Atomix(Writer):
+    """A Raft journal of Atomix, from which Zeebe's descends, in a JVM. Its argument is the size of a segment."""
+    name, purpose = "atomix", "zeebe"
+    arguments, often = (128,), (4,)
+
+    def command(self, verb, data):
+        place = FETCHED / "atomix"
+        java = ["java", "-Xmx128m", "-XX:+UseSerialGC", "-XX:-UsePerfData", "-XX:-CreateCoredumpOnCrash", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+                "-cp", f"{place}:{place}/lib/*", "AtomixJournal"]
+        return [*java, verb, data / self.name, self.acks, self.seed, *self.arguments]
 
 
 class RocksDb(Writer):
