@@ -434,9 +434,6 @@ impl Transmission {
 
     /// Takes what arrives while waiting without sleeping is worth it; `false` when nothing does.
     fn look_for_more(&mut self) -> Outcome<bool> {
-        if self.precedence.is_back() {
-            return Ok(false);
-        }
         let mut spin = self.spin;
         let found: Outcome<bool> = spin.until(|| Ok(self.receive_more()? || self.at_end));
         self.spin = spin;
@@ -445,9 +442,9 @@ impl Transmission {
 
     /// Looks for the rest of a payload while waiting without sleeping is worth it: clients send a
     /// request's head and its payload by two calls, and a large payload in pieces of what a socket
-    /// holds. Whether there is some. Who stands back for others leaves looking to them, too.
+    /// holds. Whether there is some. Who stands back for others leaves looking to them.
     fn look_for_rest(&mut self) -> bool {
-        if self.precedence.is_back() {
+        if self.precedence.stands_back() {
             return false;
         }
         let stream = &self.stream;

@@ -1,7 +1,7 @@
 //! Who goes first where processors are scarce: a journal waits for each flush before it goes on, a merge
 //! beside it for nothing so small. While one connection asks for flushes of little, others that move
-//! much stand back: they have two thirds of their weight while somebody else wants the same processor
-//! (`docs/PERFORMANCE.md`). A connection that asks for such flushes itself, often enough for what it
+//! much stand back: they have two thirds of their weight while somebody else wants the same processor,
+//! and do not look for what is to come (`docs/PERFORMANCE.md`). A connection that asks for such flushes itself, often enough for what it
 //! moves, stays where it is.
 
 use std::sync::OnceLock;
@@ -56,6 +56,8 @@ pub(super) struct Precedence {
     moved: u64,
     /// When that was counted last.
     at: Option<Instant>,
+    stands_back: bool,
+    /// It has less weight for that.
     back: Option<Back>,
     /// The kernel does not let it; it is not asked again.
     stuck: bool,
@@ -66,7 +68,15 @@ impl Default for Precedence {
         static NEXT: AtomicU16 = AtomicU16::new(0);
         // It wraps: of two with the same number, one does not stand back for the other.
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        Self { number, unflushed: 0, moved: 0, at: None, back: None, stuck: false }
+        Self {
+            number,
+            unflushed: 0,
+            moved: 0,
+            at: None,
+            stands_back: false,
+            back: None,
+            stuck: false,
+        }
     }
 }
 
@@ -86,15 +96,15 @@ impl Precedence {
             | Command::Disconnect
             | Command::Unknown(_) => (0, 0, false),
         };
-        let stands_back = self.stands_back(read, written, flushes, came, &FLUSHES);
-        if stands_back != self.back.is_some() && !self.stuck {
-            self.step(stands_back);
+        self.stands_back = self.has_to(read, written, flushes, came, &FLUSHES);
+        if self.stands_back != self.back.is_some() && !self.stuck {
+            self.step(self.stands_back);
         }
     }
 
-    /// Whether it stands back for another.
-    pub(super) fn is_back(&self) -> bool {
-        self.back.is_some()
+    /// Whether it stands back for another, as far as it can.
+    pub(super) fn stands_back(&self) -> bool {
+        self.stands_back
     }
 
     fn step(&mut self, stands_back: bool) {
@@ -114,8 +124,9 @@ impl Precedence {
         }
     }
 
+    /// Whether it has to stand back, after having been asked for that.
     #[inline]
-    fn stands_back(
+    fn has_to(
         &mut self,
         read: u64,
         written: u64,
@@ -194,22 +205,36 @@ mod tests {
         fn moves(&self, who: &mut Precedence, read: u64, written: u64) -> bool {
             let mut back = false;
             for _ in 0..read / WRITE {
-                back = who.stands_back(WRITE, 0, false, self.now, &self.flushes);
+                back = who.has_to(WRITE, 0, false, self.now, &self.flushes);
             }
             for _ in 0..written / WRITE {
-                back = who.stands_back(0, WRITE, false, self.now, &self.flushes);
+                back = who.has_to(0, WRITE, false, self.now, &self.flushes);
             }
             back
         }
 
         fn flushes(&self, who: &mut Precedence) -> bool {
-            who.stands_back(0, 0, true, self.now, &self.flushes)
+            who.has_to(0, 0, true, self.now, &self.flushes)
         }
 
         fn commits(&self, who: &mut Precedence) -> bool {
-            who.stands_back(0, 4096, false, self.now, &self.flushes);
+            who.has_to(0, 4096, false, self.now, &self.flushes);
             self.flushes(who)
         }
+    }
+
+    #[test]
+    fn who_may_not_have_less_weight_stands_back_all_the_same() {
+        let now = Instant::now();
+        let ask = |who: &mut Precedence, command, len| {
+            who.asked(&Request { flags: 0, command, cookie: 0, offset: 0, len }, now);
+        };
+        let mut journal = Precedence::default();
+        ask(&mut journal, Command::Write, 4096);
+        ask(&mut journal, Command::Flush, 0);
+        let mut scan = Precedence { stuck: true, ..Precedence::default() };
+        ask(&mut scan, Command::Read, MUCH);
+        assert!(scan.stands_back());
     }
 
     #[test]
@@ -261,8 +286,8 @@ mod tests {
         let (mut scan, mut journal) = (Precedence::default(), Precedence::default());
         let node = Node::new();
         node.moves(&mut scan, 100 * MUCH, 0);
-        assert!(!journal.stands_back(0, 4096, true, node.now, &node.flushes), "a write through");
-        assert!(scan.stands_back(4096, 0, false, node.now, &node.flushes));
+        assert!(!journal.has_to(0, 4096, true, node.now, &node.flushes), "a write through");
+        assert!(scan.has_to(4096, 0, false, node.now, &node.flushes));
         let commits = MUCH / FOR_A_FLUSH;
         let back = (0..=commits).filter(|_| node.commits(&mut scan)).count();
         assert!(back as u64 <= commits, "{back} commits behind others");

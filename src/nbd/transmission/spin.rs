@@ -1,9 +1,11 @@
-//! Whether to look for the next request a little while before sleeping.
+//! Whether to look for what a client sends next a little while before sleeping: a request, or the rest
+//! of a payload.
 //!
-//! A client with one request at a time sends the next one some 20 µs after its reply; putting this
-//! thread to sleep and waking it on an idle core takes longer than that. So a connection looks for
-//! a while, as long as that pays: each time nothing comes it sleeps at once for twice as many
-//! requests as before. Cores are shared, so only a few connections of the process look at a time.
+//! A client with one request at a time sends the next one some 20 µs after its reply, and a payload
+//! right after its head; putting this thread to sleep and waking it on an idle core takes longer. So
+//! a connection looks for a while, as long as that pays: each time nothing comes it sleeps at once
+//! for twice as many times as before. Cores are shared, so only a few connections of the process look
+//! at a time.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{available_parallelism, yield_now};
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 /// (`docs/PERFORMANCE.md`).
 const LOOK: Duration = Duration::from_micros(50);
 
-/// At most 2 to this power requests in a row are not looked for after misses.
+/// At most 2 to this power times in a row it sleeps at once after misses.
 const MOST_MISSES: u32 = 8;
 
 /// Connections of this process that look now.
@@ -24,7 +26,7 @@ static LOOKING: AtomicUsize = AtomicUsize::new(0);
 pub(super) struct Spin {
     /// In a row.
     misses: u32,
-    /// Requests that are not looked for.
+    /// How often it sleeps at once.
     skip: u32,
     /// Connections that may look at a time.
     most: usize,
