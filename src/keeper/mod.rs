@@ -17,19 +17,23 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::error;
 
 use crate::audit::Audit;
-use crate::export::Export;
+use crate::export::{Export, QUIESCE};
 use crate::keeper::group::{Groups, HearsWithin, Seat};
 use crate::keeper::keeping::Keeping;
-pub(crate) use crate::keeper::keeping::settle;
 use crate::keeper::plan::PlanStep;
+use crate::keeper::threads::apart;
 use crate::key::lease::{FenceReason, LeasePolicy, LeaseWord, Moment, Verdict};
 use crate::key::wrapped::Role;
 use crate::kms::{Evidence, KeyService};
 use crate::metrics::counters::VolumeCounters;
 use crate::progress::Part;
+
+/// The least step of time that is waited for.
+const MOMENT: Duration = Duration::from_millis(5);
 
 /// What others see of a lease.
 #[derive(Clone, Debug)]
@@ -132,11 +136,8 @@ impl Keeper {
         part: Part,
         counters: Arc<VolumeCounters>,
     ) -> Self {
-        let (commands, inbox) = mpsc::channel(8);
-        let header = export.volume().header();
-        let key = &header.token().canary.wrapped.key_arn;
-        let seat = groups.join(key, role, terms.policy.interval);
-        let (keeping, reports) = Keeping::new(export, kms, terms, seat, inbox, part, counters);
+        let (keeping, commands, reports) =
+            Keeping::new(export, kms, terms, groups, role, part, counters);
         Self { commands, reports, task: tokio::spawn(keeping.run()) }
     }
 
@@ -200,6 +201,22 @@ impl Teller {
         if self.0.send(command(done)).await.is_ok() {
             // It ends without an answer only when the volume is being detached.
             let _answered = wait.await;
+        }
+    }
+}
+
+/// What [`Export::settle`] does, on a thread of its own.
+pub(crate) async fn settle(export: &Arc<Export>) {
+    let settling = Arc::clone(export);
+    if let Err(error) = apart("fence", move || settling.settle()).await {
+        error!(volume = export.name(), %error, "no thread for a fence: its keeper sees to it itself");
+        let deadline = Instant::now() + QUIESCE;
+        while !export.is_settled() {
+            if Instant::now() >= deadline {
+                export.cut_off();
+                break;
+            }
+            sleep_until(Instant::now() + MOMENT).await;
         }
     }
 }

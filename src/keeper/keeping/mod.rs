@@ -1,32 +1,31 @@
 //! The task of a keeper: what it waits for, whom it asks, and what it tells.
 
+mod probing;
 mod steps;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
-use tracing::{info, warn};
 
 use crate::audit::Audit;
 use crate::audit::record::{Event as Record, Kind};
 use crate::clock::now;
 use crate::export::Export;
-use crate::keeper::group::{Heard, Seat};
-pub(crate) use crate::keeper::keeping::steps::settle;
-use crate::keeper::pace::Errand;
+use crate::keeper::group::{Groups, Heard, Seat};
+use crate::keeper::keeping::probing::Detached;
 use crate::keeper::plan::PlanStep;
-use crate::keeper::{Command, KeyReport, Terms};
-use crate::key::lease::{KeyLease, LeaseState, LeaseWord, Moment, Step, Verdict};
-use crate::kms::trouble::{Trouble, cause, trouble};
-use crate::kms::{Evidence, KeyService, KmsError, Proof};
+use crate::keeper::{Command, KeyReport, MOMENT, Terms};
+use crate::key::lease::{KeyLease, LeaseWord, Moment, Step, Verdict};
+use crate::key::wrapped::Role;
+use crate::kms::KeyService;
+use crate::kms::trouble::{Trouble, trouble};
 use crate::luks2::Header;
 use crate::metrics::counters::VolumeCounters;
 use crate::progress::Part;
-use crate::units::{rfc3339, word};
 
 /// How often time alone is looked at, if nothing else is due: after the machine slept, the key that
 /// may not be used any more is destroyed within this time.
@@ -35,12 +34,6 @@ const TICK: Duration = Duration::from_secs(5);
 /// How late a keeper may be before it counts as standing still: on a machine so busy, starting anew
 /// would not help sooner.
 const GRACE: Duration = Duration::from_secs(10);
-
-/// The least step of time that is waited for.
-const MOMENT: Duration = Duration::from_millis(5);
-
-/// How long after a probe what a sibling heard may bring the next one.
-const SIBLING_PAUSE: Duration = Duration::from_millis(500);
 
 /// A lease, and what is needed to keep it.
 pub(super) struct Keeping<K> {
@@ -91,29 +84,23 @@ enum Event {
     Time,
 }
 
-/// How a probe ended.
-enum Asked {
-    /// KMS answered, or did not in time, a question that was sent then.
-    Answered(Result<Proof, KmsError>, Moment),
-    /// Somebody who must not wait for it came.
-    Interrupted(Command),
-    /// The volume is being detached.
-    Ended,
-}
-
 impl<K: KeyService> Keeping<K> {
-    /// For the key of `export`, which has just been unwrapped; what is known of it is told.
+    /// For the key of `export`, as [`Keeper::start`](crate::keeper::Keeper::start) has it, with what tells it things and what it
+    /// tells.
     pub(super) fn new(
         export: Arc<Export>,
         kms: Arc<K>,
         terms: Terms,
-        seat: Seat,
-        inbox: mpsc::Receiver<Command>,
+        groups: &Groups,
+        role: Option<&Role>,
         part: Part,
         counters: Arc<VolumeCounters>,
-    ) -> (Self, watch::Receiver<KeyReport>) {
+    ) -> (Self, mpsc::Sender<Command>, watch::Receiver<KeyReport>) {
         let Terms { policy, asked, on_fence, audit } = terms;
         let lease = KeyLease::new(policy, asked);
+        let header = export.volume().header();
+        let key = &header.token().canary.wrapped.key_arn;
+        let seat = groups.join(key, role, policy.interval);
         let told = Timestamp::now();
         let report = KeyReport {
             state: LeaseWord::Held,
@@ -131,14 +118,15 @@ impl<K: KeyService> Keeping<K> {
             fenced_after: None,
             evidence: None,
         };
+        let (commands, inbox) = mpsc::channel(8);
         let (tell, reports) = watch::channel(report.clone());
         // Volumes that are attached together spread over the first interval.
         let ago = policy.interval.mul_f64(0.5 * random());
         let probed = Instant::now().checked_sub(ago).unwrap_or_else(Instant::now);
         let (next, planned_for) = (seat.next(probed, 0.0), seat.shape());
         let mut keeping = Self {
-            header: export.volume().header(),
             export,
+            header,
             kms,
             lease,
             report,
@@ -161,7 +149,7 @@ impl<K: KeyService> Keeping<K> {
             published: now(),
         };
         keeping.publish();
-        (keeping, reports)
+        (keeping, commands, reports)
     }
 
     /// Keeps the lease until the volume is detached.
@@ -246,157 +234,6 @@ impl<K: KeyService> Keeping<K> {
         Instant::now() + lease.into_iter().chain(hold).fold(TICK, Duration::min)
     }
 
-    /// When the next probe is due, after one that has just ended.
-    fn due(&self) -> Instant {
-        let (pause, _) = self.lease.next_probe();
-        // Something has to be made certain: it is not put off until the volume's turn.
-        if self.lease.state().is_in_doubt() {
-            return self.probed + pause;
-        }
-        self.seat.next(self.probed, 2.0 * random() - 1.0)
-    }
-
-    /// What volumes under the same key have heard, as far as it is true of this one too.
-    async fn told(&mut self, heard: Heard) {
-        if let Some((verdict, asked)) = heard.verdict {
-            (self.report.heard, self.report.verdict) = (now(), verdict);
-            let step = self.lease.observe_sibling(now(), verdict, asked);
-            self.act(step).await;
-        }
-    }
-
-    /// What volumes under the same key have heard.
-    async fn sibling(&mut self, heard: Heard) {
-        let worth_asking = self.is_worth_asking(heard);
-        self.told(heard).await;
-        if worth_asking {
-            self.ask_soon();
-        }
-    }
-
-    /// Whether this volume asks for itself, for what a sibling heard.
-    fn is_worth_asking(&self, heard: Heard) -> bool {
-        match self.lease.state() {
-            LeaseState::Held | LeaseState::Suspect | LeaseState::Unverified => heard.denied,
-            // Its own turn may be hours away.
-            LeaseState::Revoked(_) | LeaseState::Expired | LeaseState::Restoring(_) => {
-                matches!(heard.verdict, Some((Verdict::Allowed, _)))
-            }
-            LeaseState::Suspended => false,
-        }
-    }
-
-    /// Asks for itself, for what a sibling heard; however often a sibling's answers change, at a
-    /// bounded rate.
-    fn ask_soon(&mut self) {
-        let (interval, _) = self.lease.next_probe();
-        self.next = self.next.min(self.probed + interval.min(SIBLING_PAUSE));
-        self.forced = true;
-    }
-
-    /// Volumes came or went: the regular probe may be due at another time.
-    fn replan(&mut self) {
-        let shape = self.seat.shape();
-        if !self.forced && shape != self.planned_for {
-            self.next = self.due();
-        }
-        self.planned_for = shape;
-    }
-
-    /// Probes, and acts upon the answer. Gives back a command that could not wait for it.
-    async fn probe(&mut self) -> Result<Option<Command>, Detached> {
-        let asked = self.ask().await;
-        (self.next, self.forced) = (self.due(), false);
-        let (result, sent) = match asked {
-            Asked::Answered(result, sent) => (result, sent),
-            Asked::Interrupted(command) => return Ok(Some(command)),
-            Asked::Ended => return Err(Detached),
-        };
-        let verdict = match result {
-            Ok(_) => Verdict::Allowed,
-            Err(error) => {
-                let verdict = error.verdict;
-                self.heard(&error);
-                self.lease.attribute(error.whose, error.came);
-                verdict
-            }
-        };
-        (self.report.heard, self.report.verdict) = (now(), verdict);
-        self.counters.probes.add(&word(verdict));
-        let before = self.lease.state();
-        self.seat.tell(verdict, sent, before.serves());
-        let step = self.lease.observe(now(), verdict, sent);
-        let after = self.lease.state();
-        if before.word() != after.word() && step == Step::None {
-            let volume = self.export.name();
-            let (from, to) = (word(before.word()), word(after.word()));
-            info!(volume, from, to, verdict = word(verdict), "key lease changed");
-        }
-        self.act(step).await;
-        (self.next, self.forced) = (self.due(), self.lease.state().is_in_doubt());
-        if std::mem::take(&mut self.missed) {
-            self.ask_soon();
-        }
-        Ok(None)
-    }
-
-    /// Asks KMS, at the node's pace. Only rechecks wait for the answer: that of this probe if its
-    /// question was not sent when they came. Any other command ends the probe.
-    async fn ask(&mut self) -> Asked {
-        let (_, connection) = self.lease.next_probe();
-        let (kms, header) = (Arc::clone(&self.kms), Arc::clone(&self.header));
-        let errand = match self.lease.state() {
-            LeaseState::Suspect => Errand::Confirm,
-            LeaseState::Held
-            | LeaseState::Unverified
-            | LeaseState::Revoked(_)
-            | LeaseState::Expired
-            | LeaseState::Restoring(_)
-            | LeaseState::Suspended => Errand::Other,
-        };
-        let turn = self.seat.turn(errand);
-        let began = OnceLock::new();
-        let probe = async {
-            turn.await;
-            let (_, sent) = *began.get_or_init(|| (Instant::now(), now()));
-            (kms.probe(&header.token().canary, connection).await, sent)
-        };
-        tokio::pin!(probe);
-        let mut too_late = Vec::new();
-        let asked = loop {
-            let over = self.over();
-            self.part.goes_on(TICK + GRACE);
-            tokio::select! {
-                biased;
-                command = self.inbox.recv() => match command {
-                    Some(Command::Recheck(done)) if began.get().is_some() => too_late.push(done),
-                    Some(Command::Recheck(done)) => self.asking.push(done),
-                    Some(command) => break Asked::Interrupted(command),
-                    None => break Asked::Ended,
-                },
-                (result, sent) = &mut probe => {
-                    self.waiting.append(&mut self.asking);
-                    break Asked::Answered(result, sent);
-                }
-                heard = self.seat.news() => {
-                    // What was heard before the question is sent needs no other one.
-                    self.missed |= began.get().is_some() && self.is_worth_asking(heard);
-                    self.told(heard).await;
-                }
-                () = sleep_until(over) => {
-                    let step = self.lease.tick(now());
-                    self.act(step).await;
-                    self.publish();
-                }
-            }
-        };
-        self.asking.append(&mut too_late);
-        if let Some((began, _)) = began.get() {
-            self.probed = *began;
-        }
-        asked
-    }
-
     fn event(&self, kind: Kind) -> Record {
         Record::new(kind).volume(self.export.name()).wrapped(&self.header.token().wrapped)
     }
@@ -405,41 +242,6 @@ impl<K: KeyService> Keeping<K> {
     fn trouble(&self) -> Option<Trouble> {
         let state = self.lease.state().word();
         trouble(self.export.name(), state, self.report.evidence.as_ref())
-    }
-
-    /// Keeps what KMS said, and logs and records it when it is news.
-    fn heard(&mut self, error: &KmsError) {
-        let denied = error.verdict == Verdict::Denied;
-        let last = self.report.evidence.as_ref();
-        let news = last.is_none_or(|e| (&e.code, e.verdict) != (&error.code, error.verdict));
-        let state = self.lease.state();
-        // What a sibling heard may have come between.
-        let first = denied && state.serves() && self.lease.first_denial().is_none();
-        if news || first || state == LeaseState::Held {
-            let kind = if denied { Kind::Denial } else { Kind::KmsError };
-            self.audit.record(self.event(kind).error(error));
-            warn!(
-                volume = self.export.name(),
-                key = %error.key,
-                code = error.code,
-                kms_message = error.message,
-                request_id = error.request_id,
-                verdict = word(error.verdict),
-                // A fence names its own: one answer that denies or does not fit is only suspected.
-                alert = error.verdict.alert().filter(|_| !error.verdict.is_made_certain()),
-                cause = cause(error.verdict),
-                remedy = error.remedy,
-                "a probe did not succeed"
-            );
-        }
-        self.report.evidence = Some(Evidence {
-            at: rfc3339(Timestamp::now()),
-            code: error.code.clone(),
-            message: error.message.clone(),
-            request_id: error.request_id.clone(),
-            verdict: error.verdict,
-            remedy: error.remedy.clone(),
-        });
     }
 
     fn publish(&mut self) {
@@ -474,9 +276,6 @@ impl<K: KeyService> Keeping<K> {
         self.tell.send_replace(self.report.clone());
     }
 }
-
-/// The volume is being detached: its keeper ends.
-struct Detached;
 
 /// Random, from 0 to 1.
 fn random() -> f64 {

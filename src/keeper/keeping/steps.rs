@@ -10,11 +10,10 @@ use crate::audit::Owed;
 use crate::audit::record::{Event as Record, Kind};
 use crate::clock::now;
 use crate::exit::ExitCode;
-use crate::export::{Export, ExportError, ORPHANS, QUIESCE};
-use crate::keeper::Command;
-use crate::keeper::keeping::{GRACE, Keeping, MOMENT, TICK};
-use crate::keeper::plan;
+use crate::export::{ExportError, ORPHANS};
+use crate::keeper::keeping::{GRACE, Keeping, TICK};
 use crate::keeper::threads::apart;
+use crate::keeper::{Command, plan, settle};
 use crate::key::VolumeKey;
 use crate::key::lease::{FenceReason, Moment, Step};
 use crate::kms::{KeyService, Proof, ServiceError};
@@ -213,20 +212,4 @@ enum NotUnwrapped {
     Stalled(ExportError),
     /// KMS gave none.
     Refused(ServiceError),
-}
-
-/// What [`Export::settle`] does, on a thread of its own.
-pub(crate) async fn settle(export: &Arc<Export>) {
-    let settling = Arc::clone(export);
-    if let Err(error) = apart("fence", move || settling.settle()).await {
-        error!(volume = export.name(), %error, "no thread for a fence: its keeper sees to it itself");
-        let deadline = Instant::now() + QUIESCE;
-        while !export.is_settled() {
-            if Instant::now() >= deadline {
-                export.cut_off();
-                break;
-            }
-            sleep_until(Instant::now() + MOMENT).await;
-        }
-    }
 }

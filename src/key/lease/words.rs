@@ -289,7 +289,7 @@ pub enum Step {
     None,
     /// Close the fence.
     Fence(FenceReason),
-    /// Unwrap the key and open the fence; tell the lease [how that
-    /// went](crate::key::lease::KeyLease::restored).
+    /// Unwrap the key and open the fence; tell [`restored`](crate::key::lease::KeyLease::restored)
+    /// or [`restore_failed`](crate::key::lease::KeyLease::restore_failed).
     Restore,
 }
