@@ -19,7 +19,8 @@ import java.util.Random;
 /**
  * Appends to a Raft journal of Atomix, and acknowledges what is safe: mapped segments, for each commit
  * an msync, then an O_DSYNC write of 256 bytes with the last flushed index, as Zeebe's has it. Goes on
- * after the last whole record that Atomix finds.
+ * after the last whole record that Atomix finds. To verify opens the journal as to append does, which
+ * brings the segments into order and adds no record.
  *
  * <pre>
  *     AtomixJournal append DIR ACKS SEED SEGMENT_MIB
@@ -53,8 +54,10 @@ public final class AtomixJournal {
     var journal = new AtomixJournal(directory, Long.parseLong(args[3]), Integer.parseInt(args[4]) << 20);
     if (args[0].equals("append")) {
       journal.append(acks);
-    } else {
+    } else if (args[0].equals("verify")) {
       System.exit(journal.verify(acks) ? 0 : 1);
+    } else {
+      throw new IllegalArgumentException(args[0]);
     }
   }
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import time
@@ -45,6 +46,14 @@ def does(*command, seconds=60):
     with contextlib.suppress(Failure):
         return outcome(*command, seconds=seconds)[0] == 0
     return False
+
+
+def java_home():
+    """JAVA_HOME, or that of the java in PATH."""
+    found, java = os.environ.get("JAVA_HOME"), shutil.which("java")
+    if not (found or java):
+        raise Failure("there is no Java: neither JAVA_HOME nor java in PATH")
+    return found or str(pathlib.Path(java).resolve().parents[1])
 
 
 def wait(child, seconds=60):

@@ -7,11 +7,10 @@ import pathlib
 import random
 import shutil
 import socket
-import subprocess
 import time
 
 from parts import acks
-from parts.shell import FETCHED, Failure, Process, run, until, wait
+from parts.shell import FETCHED, Failure, Process, java_home, run, until, wait
 
 from .server import Server
 
@@ -212,9 +211,3 @@ def living(group):
         if int(member_of) == group and state not in "ZX":
             found.append(stat.parent.name)
     return found
-
-
-def java_home():
-    """JAVA_HOME, or that of the java in PATH."""
-    found = os.environ.get("JAVA_HOME")
-    return found or str(pathlib.Path(subprocess.run(["readlink", "-f", shutil.which("java")], capture_output=True, text=True).stdout.strip()).parents[1])

@@ -6,7 +6,7 @@ import sys
 import time
 
 from parts import acks
-from parts.shell import FETCHED, ROOT, Failure, Process, outcome, until
+from parts.shell import FETCHED, ROOT, Failure, Process, java_home, outcome, until
 
 HERE = ROOT / "workloads" / "programs"
 
@@ -83,9 +83,11 @@ class Atomix(Writer):
 
     def command(self, verb, data):
         place = FETCHED / "atomix"
-        java = ["java", "-Xmx128m", "-XX:+UseSerialGC", "-XX:-UsePerfData", "-XX:-CreateCoredumpOnCrash", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
-                "-cp", f"{place}:{place}/lib/*", "AtomixJournal"]
-        return [*java, verb, data / self.name, self.acks, self.seed, *self.arguments]
+        if not (place / "version").exists():
+            raise Failure("Atomix is not there; workloads/fetch --full brings it")
+        java = [f"{java_home()}/bin/java", "-Xmx128m", "-XX:+UseSerialGC", "-XX:-UsePerfData", "-XX:-CreateCoredumpOnCrash",
+                f"-XX:ErrorFile={self.log}.crash-%p", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{place}:{place}/lib/*"]
+        return [*java, "AtomixJournal", verb, data / self.name, self.acks, self.seed, *self.arguments]
 
 
 class RocksDb(Writer):
