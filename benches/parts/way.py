@@ -1,5 +1,6 @@
 """The way to KMS, as bad as it is told to be: a proxy that harms single exchanges byte by byte."""
 
+import collections
 import re
 import socket
 import struct
@@ -22,6 +23,7 @@ class Way:
         self.denied = {}
         self.allowed = {}
         self.kept = []
+        self.exchanges = collections.deque(maxlen=400)
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self.listen, daemon=True).start()
@@ -30,6 +32,12 @@ class Way:
         """When the first answer that denied this volume's canary or key was delivered unharmed."""
         with self.lock:
             return min((at for at in self.denied.get(volume, []) if at >= since), default=None)
+
+    def tale(self, volume, since):
+        """What went on for this volume, a line for each exchange: when, what was done to it, and what was told to KMS's client."""
+        with self.lock:
+            return [f"{asked - since:.3f} to {done - since:.3f} s: {harm or 'unharmed'}, {said}"
+                    for asked, done, uuid, harm, said in self.exchanges if uuid == volume and done >= since]
 
     def longest_without(self, volume, since):
         """The longest time that this volume was without an unharmed success, of those that had not ended by `since`. A
@@ -73,6 +81,17 @@ class Way:
             old = self.random.choice(self.kept) if self.kept else b""
             asked = time.monotonic()
             self.counts[harm or "unharmed"] = self.counts.get(harm or "unharmed", 0) + 1
+        said = "cut off"
+        try:
+            goes_on = self.pass_on(client, request, harm, place, pause, old, asked)
+            said = "denied" if self.last_denial(request) >= asked else "answered" if goes_on else "no answer"
+            return goes_on
+        finally:
+            with self.lock:
+                self.exchanges.append((asked, time.monotonic(), volume_of(request), harm, said))
+
+    def pass_on(self, client, request, harm, place, pause, old, asked):
+        """The same, harmed so. Says whether the connection goes on."""
         if harm == "reset":
             reset(client)
             return False
@@ -109,20 +128,30 @@ class Way:
             self.remember(request, answer, asked)
         return True
 
+    def last_denial(self, request):
+        with self.lock:
+            return max(self.denied.get(volume_of(request), []), default=0)
+
     def remember(self, request, answer, asked):
-        volume = re.search(rb'"byokd:volume-uuid":\s*"([^"]+)"', request)
+        volume = volume_of(request)
         with self.lock:
             self.kept = self.kept[-50:] + [answer]
             if volume and b"TrentService.Decrypt" in request and any(word in answer for word in DENIALS):
-                self.denied.setdefault(volume[1].decode(), []).append(time.monotonic())
+                self.denied.setdefault(volume, []).append(time.monotonic())
             elif volume and b'"Plaintext"' in answer:
-                self.allowed[volume[1].decode()] = self.allowed.get(volume[1].decode(), [])[-50:] + [asked]
+                self.allowed[volume] = self.allowed.get(volume, [])[-50:] + [asked]
 
     def ask(self, request):
         with socket.create_connection(("127.0.0.1", self.kms_port), timeout=5) as kms:
             kms.settimeout(5)
             kms.sendall(request)
             return message(kms)
+
+
+def volume_of(request):
+    """The uuid of the volume that a request is for."""
+    volume = re.search(rb'"byokd:volume-uuid":\s*"([^"]+)"', request)
+    return volume and volume[1].decode()
 
 
 def message(connection):
