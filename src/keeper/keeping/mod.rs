@@ -85,8 +85,8 @@ enum Event {
 }
 
 impl<K: KeyService> Keeping<K> {
-    /// For the key of `export`, as [`Keeper::start`](crate::keeper::Keeper::start) has it, with what tells it things and what it
-    /// tells.
+    /// For the key of `export`, as [`Keeper::start`](crate::keeper::Keeper::start) has it, with what
+    /// tells it things and what it tells.
     pub(super) fn new(
         export: Arc<Export>,
         kms: Arc<K>,
