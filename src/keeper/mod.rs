@@ -22,15 +22,11 @@ use tracing::error;
 
 use crate::audit::Audit;
 use crate::export::{Export, QUIESCE};
-use crate::keeper::group::{Groups, HearsWithin, Seat};
-use crate::keeper::keeping::Keeping;
+use crate::keeper::group::{HearsWithin, Seat};
 use crate::keeper::plan::PlanStep;
 use crate::keeper::threads::apart;
 use crate::key::lease::{FenceReason, LeasePolicy, LeaseWord, Moment, Verdict};
-use crate::key::wrapped::Role;
-use crate::kms::{Evidence, KeyService};
-use crate::metrics::counters::VolumeCounters;
-use crate::progress::Part;
+use crate::kms::Evidence;
 
 /// The least step of time that is waited for.
 const MOMENT: Duration = Duration::from_millis(5);
@@ -125,22 +121,6 @@ pub struct Terms {
 }
 
 impl Keeper {
-    /// Starts keeping the lease on `export`'s key, which has just been unwrapped: probes go to
-    /// `kms`, as `role`, in step with the other volumes of `groups`. `part` says that it goes on.
-    pub fn start<K: KeyService>(
-        export: Arc<Export>,
-        kms: Arc<K>,
-        terms: Terms,
-        groups: &Groups,
-        role: Option<&Role>,
-        part: Part,
-        counters: Arc<VolumeCounters>,
-    ) -> Self {
-        let (keeping, commands, reports) =
-            Keeping::new(export, kms, terms, groups, role, part, counters);
-        Self { commands, reports, task: tokio::spawn(keeping.run()) }
-    }
-
     /// What is known now.
     #[must_use]
     pub fn report(&self) -> KeyReport {

@@ -1,4 +1,4 @@
-//! The task of a keeper: what it waits for, whom it asks, and what it tells.
+//! The task of a keeper: its start, what it waits for, whom it asks, and what it tells.
 
 mod probing;
 mod steps;
@@ -18,7 +18,7 @@ use crate::export::Export;
 use crate::keeper::group::{Groups, Heard, Seat};
 use crate::keeper::keeping::probing::Detached;
 use crate::keeper::plan::PlanStep;
-use crate::keeper::{Command, KeyReport, MOMENT, Terms};
+use crate::keeper::{Command, Keeper, KeyReport, MOMENT, Terms};
 use crate::key::lease::{KeyLease, LeaseWord, Moment, Step, Verdict};
 use crate::key::wrapped::Role;
 use crate::kms::KeyService;
@@ -36,7 +36,7 @@ const TICK: Duration = Duration::from_secs(5);
 const GRACE: Duration = Duration::from_secs(10);
 
 /// A lease, and what is needed to keep it.
-pub(super) struct Keeping<K> {
+struct Keeping<K> {
     export: Arc<Export>,
     /// What is probed and unwrapped, and goes with `seat`.
     header: Arc<Header>,
@@ -84,10 +84,10 @@ enum Event {
     Time,
 }
 
-impl<K: KeyService> Keeping<K> {
-    /// For the key of `export`, as [`Keeper::start`](crate::keeper::Keeper::start) has it, with what
-    /// tells it things and what it tells.
-    pub(super) fn new(
+impl Keeper {
+    /// Starts keeping the lease on `export`'s key, which has just been unwrapped: probes go to
+    /// `kms`, as `role`, in step with the other volumes of `groups`. `part` says that it goes on.
+    pub fn start<K: KeyService>(
         export: Arc<Export>,
         kms: Arc<K>,
         terms: Terms,
@@ -95,7 +95,7 @@ impl<K: KeyService> Keeping<K> {
         role: Option<&Role>,
         part: Part,
         counters: Arc<VolumeCounters>,
-    ) -> (Self, mpsc::Sender<Command>, watch::Receiver<KeyReport>) {
+    ) -> Self {
         let Terms { policy, asked, on_fence, audit } = terms;
         let lease = KeyLease::new(policy, asked);
         let header = export.volume().header();
@@ -124,7 +124,7 @@ impl<K: KeyService> Keeping<K> {
         let ago = policy.interval.mul_f64(0.5 * random());
         let probed = Instant::now().checked_sub(ago).unwrap_or_else(Instant::now);
         let (next, planned_for) = (seat.next(probed, 0.0), seat.shape());
-        let mut keeping = Self {
+        let mut keeping = Keeping {
             export,
             header,
             kms,
@@ -149,11 +149,13 @@ impl<K: KeyService> Keeping<K> {
             published: now(),
         };
         keeping.publish();
-        (keeping, commands, reports)
+        Self { commands, reports, task: tokio::spawn(keeping.run()) }
     }
+}
 
+impl<K: KeyService> Keeping<K> {
     /// Keeps the lease until the volume is detached.
-    pub(super) async fn run(mut self) {
+    async fn run(mut self) {
         let mut interrupted = None;
         loop {
             let event = match interrupted.take() {
