@@ -448,8 +448,7 @@ impl Transmission {
             return false;
         }
         let stream = &self.stream;
-        let found: Result<_, Infallible> = self.rest_spin.until(|| Ok(stream.is_readable()));
-        let Ok(found) = found;
+        let Ok(found) = self.rest_spin.until(|| Ok::<_, Infallible>(stream.is_readable()));
         found
     }
 

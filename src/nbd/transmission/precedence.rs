@@ -98,7 +98,7 @@ impl Precedence {
         };
         self.stands_back = self.has_to(read, written, flushes, came, &FLUSHES);
         if self.stands_back != self.back.is_some() && !self.stuck {
-            self.step(self.stands_back);
+            self.step();
         }
     }
 
@@ -107,14 +107,14 @@ impl Precedence {
         self.stands_back
     }
 
-    fn step(&mut self, stands_back: bool) {
+    fn step(&mut self) {
         match self.back.take() {
-            None if stands_back => match turns::stand_back() {
+            None if self.stands_back => match turns::stand_back() {
                 Ok(back) => self.back = Some(back),
                 // It has been said why.
                 Err(_) => self.stuck = true,
             },
-            Some(back) if !stands_back => {
+            Some(back) if !self.stands_back => {
                 if let Err(error) = back.come_forward() {
                     warn!(%error, "a connection that stood back for others cannot come forward");
                     self.stuck = true;
