@@ -36,7 +36,7 @@ class Way:
     def tale(self, volume, since):
         """What went on for this volume, a line for each exchange: when, what was done to it, and what was told to KMS's client."""
         with self.lock:
-            return [f"{asked - since:.3f} to {done - since:.3f} s: {harm or 'unharmed'}, {said}"
+            return [f"{asked - since:.3f} to {done - since:.3f} s: {harm or 'unharmed'}, {said or 'no answer'}"
                     for asked, done, uuid, harm, said in self.exchanges if uuid == volume and done >= since]
 
     def longest_without(self, volume, since):
@@ -83,34 +83,33 @@ class Way:
             self.counts[harm or "unharmed"] = self.counts.get(harm or "unharmed", 0) + 1
         said = "cut off"
         try:
-            goes_on = self.pass_on(client, request, harm, place, pause, old, asked)
-            said = "denied" if self.last_denial(request) >= asked else "answered" if goes_on else "no answer"
-            return goes_on
+            said = self.pass_on(client, request, harm, place, pause, old, asked)
+            return bool(said)
         finally:
             with self.lock:
                 self.exchanges.append((asked, time.monotonic(), volume_of(request), harm, said))
 
     def pass_on(self, client, request, harm, place, pause, old, asked):
-        """The same, harmed so. Says whether the connection goes on."""
+        """The same, harmed so. Says what was told; nothing if the connection ends with it."""
         if harm == "reset":
             reset(client)
-            return False
+            return ""
         if harm == "garbage":
             client.sendall(bytes(int(place * 251 + n * 7) % 256 for n in range(300)))
-            return False
+            return ""
         if harm == "replay" and old:
             client.sendall(old)
-            return True
+            return "replayed"
         if harm == "flip-request":
             request = flipped(request, place)
         if harm == "cut-request":
             request = request[: int(place * len(request))]
         answer = self.ask(request)
         if not answer:
-            return False
+            return ""
         if harm == "cut":
             client.sendall(answer[: int(place * len(answer))])
-            return False
+            return ""
         if harm == "delay":
             time.sleep(pause)
         if harm == "flip":
@@ -125,21 +124,20 @@ class Way:
         else:
             client.sendall(answer)
         if harm in (None, "split", "replay"):
-            self.remember(request, answer, asked)
-        return True
-
-    def last_denial(self, request):
-        with self.lock:
-            return max(self.denied.get(volume_of(request), []), default=0)
+            return self.remember(request, answer, asked)
+        return "answered"
 
     def remember(self, request, answer, asked):
+        """Notes an answer that was delivered unharmed; says what it told."""
         volume = volume_of(request)
         with self.lock:
             self.kept = self.kept[-50:] + [answer]
             if volume and b"TrentService.Decrypt" in request and any(word in answer for word in DENIALS):
                 self.denied.setdefault(volume, []).append(time.monotonic())
-            elif volume and b'"Plaintext"' in answer:
+                return "denied"
+            if volume and b'"Plaintext"' in answer:
                 self.allowed[volume] = self.allowed.get(volume, [])[-50:] + [asked]
+        return "answered"
 
     def ask(self, request):
         with socket.create_connection(("127.0.0.1", self.kms_port), timeout=5) as kms:
