@@ -68,6 +68,7 @@ pub struct IoCounters {
     operations: [Operation; IoOperation::ALL.len()],
     cipher_calls: AtomicU64,
     cipher_nanos: AtomicU64,
+    aside_nanos: AtomicU64,
 }
 
 #[derive(Default)]
@@ -131,6 +132,14 @@ impl IoCounters {
     }
 }
 
+/// For the thread beside a connection's own, alone.
+impl IoCounters {
+    /// A large piece was in the cipher for so long.
+    pub fn cipher_aside(&self, took: Duration) {
+        bump(&self.aside_nanos, u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
+    }
+}
+
 /// What connections have counted, together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct IoTotals {
@@ -186,7 +195,9 @@ impl IoTotals {
             total.bytes += read(&counted.bytes);
             total.requests += read(&counted.requests);
         }
-        self.cipher += Duration::from_nanos(read(&counters.cipher_nanos));
+        let cipher = [&counters.cipher_nanos, &counters.aside_nanos];
+        self.cipher +=
+            cipher.into_iter().map(|nanos| Duration::from_nanos(read(nanos))).sum::<Duration>();
     }
 
     /// Each operation with its name.

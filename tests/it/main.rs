@@ -24,6 +24,7 @@ mod hostile;
 mod journal;
 mod keeper;
 mod kms;
+mod large;
 mod layering;
 mod luks2;
 mod matrix;

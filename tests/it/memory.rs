@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use aes::cipher::{BlockCipherEncrypt, KeyInit};
 use base64::Engine as _;
@@ -21,7 +22,7 @@ use crate::customer::Customer;
 use crate::metrics::{get, value};
 use crate::mounts::{LoopDevice, can_mount};
 use crate::raw::{FLUSH, READ, Raw, TRIM, WRITE, request};
-use crate::support::{Daemon, Running, have, nbdsh, python_nbd, run, until};
+use crate::support::{Daemon, PATIENCE, Running, have, nbdsh, python_nbd, run, until};
 
 /// Whether the memory of other processes can be read here.
 fn can_scan() -> bool {
@@ -339,6 +340,48 @@ fn a_volume_whose_requests_wait_holds_no_key_and_nothing_decrypted() {
     scene.customer.set_enabled(true);
     assert_eq!(waiting.simple_reply(2), 0);
     assert!(waiting.take_vec(1 << 20).chunks(PLAIN).all(|chunk| chunk == scene.plain));
+}
+
+/// Reads and writes pieces of 1 MiB, several at a time, until one is refused.
+fn stream(scene: &Scene) {
+    let data = scene.plain.repeat((1 << 20) / PLAIN);
+    let mut client = Raw::connected(&scene.daemon.dir.path().join("nbd/v.sock"), "v");
+    let (mut refused, started) = (false, Instant::now());
+    while !refused {
+        assert!(started.elapsed() < PATIENCE, "nothing was refused");
+        for n in 0..4 {
+            client.send(&request(0, WRITE, n, n << 20, 1 << 20));
+            client.send(&data);
+        }
+        refused |= errors(&mut client, 4).iter().any(|error| *error != 0);
+        (0..4).for_each(|n| client.send(&request(0, READ, n, n << 20, 1 << 20)));
+        for _ in 0..4 {
+            match client.any_reply() {
+                (_, 0) => assert!(client.take_vec(1 << 20) == data),
+                _ => refused = true,
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_is_left_of_large_pieces_that_a_fence_met_on_their_way() {
+    if !can_scan() {
+        return;
+    }
+    let scene = Scene::new();
+    scene.daemon.ok(&["attach", "v"]);
+    for _ in 0..5 {
+        std::thread::scope(|scope| {
+            scope.spawn(|| stream(&scene));
+            until("data is on its way", || scene.requests("v") > 100.0 && scene.found() == IN_USE);
+            scene.customer.set_enabled(false);
+            until("the volume is fenced", || scene.daemon.state("v") == "fenced");
+        });
+        assert!(scene.found().is_empty(), "fenced: {:?}", scene.found());
+        scene.customer.set_enabled(true);
+        until("it is served again", || scene.daemon.state("v") == "serving");
+    }
 }
 
 #[test]

@@ -68,6 +68,7 @@ impl Transmission {
     /// Gives up everything that was decrypted, and keeps what is in flight.
     pub(super) fn let_go(&mut self) -> Outcome {
         self.holding = true;
+        self.take_all_done()?;
         let mut read = Vec::new();
         for task in self.tasks.iter_mut().filter(|task| task.whole.iter().any(Option::is_some)) {
             task.again = true;

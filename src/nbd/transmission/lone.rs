@@ -10,7 +10,7 @@ use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::buffer::{Ciphertext, Plaintext};
-use crate::nbd::transmission::parts::do_now;
+use crate::nbd::transmission::parts::perform;
 use crate::nbd::transmission::{Outcome, Part, Transmission};
 use crate::nbd::wire::Errno;
 use crate::store::uring::{Completion, Op};
@@ -55,7 +55,7 @@ impl Transmission {
     /// Has the store do this alone, and waits; `None` if the fence closed meanwhile.
     fn alone(&mut self, at: SectorRange, op: Op) -> Outcome<Option<Completion>> {
         if self.store.speed() == Speed::Immediate {
-            return Ok(Some(do_now(&self.store, at, op)));
+            return Ok(Some(perform(&self.store, at, op)));
         }
         let part = Part::new(None, at, 0..0, None, &op);
         self.submit(part, op)?;

@@ -3,16 +3,19 @@
 //! One thread per connection runs this from beginning to end: it takes whatever requests have
 //! arrived, does those that memory answers at once, hands the others to its ring, and sends the
 //! replies that are ready in one gather. It waits in exactly three places: for the peer with nothing
-//! in flight (idle, all plaintext wiped), for the ring (woken by completions, its socket, or the
-//! fence), and for the peer to take replies.
+//! in flight (idle, all plaintext wiped), for what is in flight (woken by completions, its socket, or
+//! the fence), and for the peer to take replies. Where there are processors for it, [`aside`] is a
+//! second thread, which large pieces are left to at stores that answer from memory.
 //!
 //! A request larger than [`MAX_BUFFER`](crate::buffer::MAX_BUFFER) is done in parts; a `Task` counts its parts down. A write
 //! that does not cover whole sectors is a read-modify-write under [`Lane::begin_partial`].
 
+mod aside;
 mod given_up;
 mod handover;
 mod hold;
 mod inbox;
+mod large;
 mod lone;
 mod parts;
 mod precedence;
@@ -42,7 +45,9 @@ use crate::export::{Budget, Client, Export};
 use crate::fence::Gate;
 use crate::metrics::io::IoOperation;
 use crate::nbd::stream::NbdStream;
+use crate::nbd::transmission::aside::Aside;
 use crate::nbd::transmission::inbox::Inbox;
+use crate::nbd::transmission::large::Bulk;
 use crate::nbd::transmission::precedence::Precedence;
 use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::slab::Slab;
@@ -193,6 +198,12 @@ pub struct Transmission {
     outbox: Vec<Reply>,
     outbox_bytes: usize,
     ring: Option<Ring>,
+    /// Once there was something for it.
+    aside: Option<Aside>,
+    /// While it moves large pieces.
+    bulk: Option<Bulk>,
+    /// The client has sent more before a large write was answered.
+    pipelines: bool,
     /// After the ring, which uses it to its end.
     store: Arc<Backing>,
     ended: Vec<Completion>,
@@ -256,6 +267,9 @@ impl Transmission {
             outbox: Vec::with_capacity(OUTBOX_REPLIES + 1),
             outbox_bytes: 0,
             ring: None,
+            aside: None,
+            bulk: None,
+            pipelines: false,
             store,
             ended: Vec::new(),
             tasks: Slab::default(),
@@ -366,6 +380,8 @@ impl Transmission {
         self.inbox = Inbox::default();
         self.pool.trim();
         self.orphan_parts();
+        // Whose client is gone is answered nothing.
+        let _taken = self.take_all_done();
         self.client.set_idle(true);
         self.at_end = true;
         for Later { part, op, .. } in std::mem::take(&mut self.later) {
@@ -387,6 +403,7 @@ impl Transmission {
     fn receive_idle(&mut self) -> Outcome<bool> {
         self.pool.wipe();
         self.inbox.wipe();
+        self.bulk = None;
         self.note_closing();
         registers::wipe();
         self.client.set_idle(true);
@@ -411,6 +428,7 @@ impl Transmission {
         self.pool.trim();
         self.inbox.shrink();
         self.ring = None;
+        self.aside = None;
         self.rested = true;
     }
 

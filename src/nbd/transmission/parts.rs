@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::buffer::{Ciphertext, MAX_BUFFER};
 use crate::device::Claim;
 use crate::export::Stance;
+use crate::nbd::transmission::aside::Aside;
 use crate::nbd::transmission::requests::operation;
 use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::{Data, Outcome, Part, Reply, Task, Transmission};
@@ -43,8 +44,7 @@ impl Transmission {
 
     pub(super) fn submit(&mut self, part: Part, op: Op) -> Outcome {
         if self.store.speed() == Speed::Immediate {
-            let ended = do_now(&self.store, part.at, op);
-            return self.finish(part, ended);
+            return self.do_now(part, op);
         }
         match self.make_room() {
             // The fence may have closed meanwhile, and the client may have sent the next one by now.
@@ -61,6 +61,23 @@ impl Transmission {
             Some(ring) => Ok(ring.push(&self.store, op, at, token as u64)?),
             None => Ok(()),
         }
+    }
+
+    /// Has a store in memory do it: by a plain call, or beside this thread.
+    fn do_now(&mut self, part: Part, op: Op) -> Outcome {
+        let (part, op) = if let Op::Read(data) = op {
+            match self.leave_read(part, data.into_buffer()) {
+                Ok(()) => return Ok(()),
+                Err((part, buffer)) => (part, Op::Read(Ciphertext::new(buffer))),
+            }
+        } else {
+            (part, op)
+        };
+        let ended = perform(&self.store, part.at, op);
+        if part.claim.is_some() {
+            self.note_pipelining(part.at);
+        }
+        self.finish(part, ended)
     }
 
     fn is_answered(&self, part: &Part) -> bool {
@@ -238,7 +255,8 @@ impl Transmission {
     /// takes what has come.
     pub(super) fn wait_and_watch(&mut self) -> Outcome {
         // Who has been told that his request failed may send the next one.
-        if self.watch > 0 || self.given_up || self.at_end {
+        let aside = self.aside.as_ref().is_some_and(Aside::has_any);
+        if aside || self.watch > 0 || self.given_up || self.at_end {
             return self.wait(None, !self.at_end);
         }
         let before = self.parts.len();
@@ -261,12 +279,9 @@ impl Transmission {
             self.pool.wipe();
             self.inbox.wipe();
         }
-        if self.ring.is_none() {
-            self.ring = Some(Ring::new()?);
-        }
-        let Some(ring) = self.ring.as_mut() else { return Ok(()) };
         let socket = watches.then(|| self.stream.as_fd());
-        let due = self.later.iter().filter(|_| ring.has_room()).map(|later| later.due);
+        let has_room = self.ring.as_ref().is_none_or(Ring::has_room);
+        let due = self.later.iter().filter(|_| has_room).map(|later| later.due);
         // Nobody wakes it while somebody tries to bring the key back.
         let hold_ends = self.holding.then(|| self.export.hold_ends_in()).flatten();
         let now = Instant::now();
@@ -275,7 +290,12 @@ impl Transmission {
         let timeout = timeout.map(|due| due.saturating_duration_since(now));
         let mut ended = std::mem::take(&mut self.ended);
         registers::wipe();
-        let waited = ring.wait(socket, self.client.waker(), timeout, &mut ended);
+        let waker = self.client.waker();
+        let waited = match (&self.aside, &mut self.ring) {
+            (Some(aside), _) if aside.has_any() => aside.wait(socket, waker, timeout),
+            (_, Some(ring)) => ring.wait(socket, waker, timeout, &mut ended),
+            (_, none) => none.insert(Ring::new()?).wait(socket, waker, timeout, &mut ended),
+        };
         if self.watch > 0 {
             self.watch -= 1;
         }
@@ -288,6 +308,7 @@ impl Transmission {
             }
         }
         self.ended = ended;
+        finished = finished.and(self.take_done());
         if !self.later.is_empty() {
             finished = finished.and(self.start_due());
         }
@@ -350,6 +371,8 @@ impl Transmission {
             self.abandon(part, op)?;
         }
         self.send()?;
+        self.take_all_done()?;
+        self.given_up &= self.parts.len() > 0;
         self.pool.wipe();
         self.inbox.wipe();
         self.note_closing();
@@ -404,6 +427,18 @@ impl Transmission {
 }
 
 impl Part {
+    /// A write of what is not encrypted yet, which a thread beside the connection's own does.
+    pub(super) fn write(
+        task: usize,
+        at: SectorRange,
+        claim: Claim,
+        held: usize,
+        durability: Durability,
+    ) -> Self {
+        let claim = Some(claim);
+        Self { claim, held, durability, ..Self::bare(Some(task), at, "write") }
+    }
+
     pub(super) fn new(
         task: Option<usize>,
         at: SectorRange,
@@ -419,23 +454,27 @@ impl Part {
             Op::WillNeed => ("read ahead", 0, Durability::Cached),
         };
         let then_flush = matches!(op, Op::Discard(Durability::Durable));
+        Self { wanted, claim, held, durability, then_flush, ..Self::bare(task, at, doing) }
+    }
+
+    fn bare(task: Option<usize>, at: SectorRange, doing: &'static str) -> Self {
         Self {
             task,
             at,
-            wanted,
-            claim,
-            held,
+            wanted: 0..0,
+            claim: None,
+            held: 0,
             orphan: false,
             doing,
-            durability,
-            then_flush,
+            durability: Durability::Cached,
+            then_flush: false,
             failures: 0,
         }
     }
 }
 
 /// Does it by plain calls: for a store that does not make its caller wait.
-pub(super) fn do_now(backing: &Backing, at: SectorRange, op: Op) -> Completion {
+pub(super) fn perform(backing: &Backing, at: SectorRange, op: Op) -> Completion {
     let (result, buffer) = match op {
         Op::Read(data) => match backing.read(at, data.into_buffer()) {
             Ok(data) => (Ok(()), Some(data)),

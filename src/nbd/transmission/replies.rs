@@ -78,6 +78,7 @@ impl Transmission {
     /// A buffer for the sectors of `at`, when this connection may hold it.
     pub(super) fn take(&mut self, at: SectorRange) -> Outcome<Buffer> {
         let len = index(at.len());
+        self.take_done()?;
         loop {
             if self.held == 0 || self.given_up {
                 // Every connection may have one buffer, whatever the others hold; and one more

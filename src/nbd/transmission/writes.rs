@@ -85,6 +85,10 @@ impl Transmission {
                     self.release(held);
                     return self.part_refused(task, self.why_given_up());
                 }
+                plain = match self.leave_write(task, at, plain, durability) {
+                    Ok(()) => return Ok(()),
+                    Err(plain) => plain,
+                };
                 self.sealed(plain, at, held)?
             }
             Source::Zeroes => {
@@ -115,7 +119,7 @@ impl Transmission {
     }
 
     /// Encrypts what is to be written, when the fence lets it.
-    fn sealed(
+    pub(super) fn sealed(
         &mut self,
         mut plain: Plaintext,
         at: SectorRange,

@@ -1,0 +1,183 @@
+//! Large pieces of data, many at a time over one connection, at stores in memory: those that a thread
+//! beside the connection's own deals with.
+
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use byokd::export::Export;
+use byokd::key::lease::FenceReason;
+
+use crate::hold::{export, key, serve_in};
+use crate::raw::{READ, Raw, WRITE, request};
+use crate::support::{Daemon, until};
+
+/// Of the volume.
+const SIZE: usize = 3 << 20;
+/// Requests at a time.
+const DEPTH: usize = 6;
+
+const PIECE: usize = SIZE / DEPTH;
+
+/// All of the volume: places and lengths.
+const ALL: [(usize, usize); DEPTH] = [
+    (0, PIECE),
+    (PIECE, PIECE),
+    (2 * PIECE, PIECE),
+    (3 * PIECE, PIECE),
+    (4 * PIECE, PIECE),
+    (5 * PIECE, PIECE),
+];
+
+const EPERM: u32 = 1;
+
+/// A client with much under way, and what the volume has to hold.
+struct Stream {
+    raw: Raw,
+    held: Vec<u8>,
+    rounds: usize,
+    /// Requests that were refused.
+    refused: usize,
+}
+
+impl Stream {
+    fn new(socket: &Path) -> Self {
+        let held = vec![0; SIZE];
+        let mut stream = Self { raw: Raw::connected(socket, "v"), held, rounds: 0, refused: 0 };
+        // What was never written reads as anything.
+        while stream.batch(WRITE, &ALL) > 0 {}
+        stream
+    }
+
+    /// Writes some of it, and reads all of it.
+    fn round(&mut self) {
+        self.rounds += 1;
+        let pieces = self.pieces();
+        for (n, (at, len)) in pieces.iter().enumerate() {
+            let seed = self.rounds * 31 + n * 7;
+            for (i, byte) in self.held[*at..at + len].iter_mut().enumerate() {
+                *byte = (seed + i / 500).to_le_bytes()[0];
+            }
+        }
+        // What was refused may be there or not; a file system writes it again as well.
+        while self.batch(WRITE, &pieces) > 0 {}
+        self.batch(READ, &ALL);
+    }
+
+    /// Places and lengths: most of them large, some not whole sectors, none over another.
+    fn pieces(&self) -> Vec<(usize, usize)> {
+        let piece = |(n, (at, len))| match (self.rounds + n) % 5 {
+            0 => (at + 777, 300_000),
+            1 => (at, 128 << 10),
+            2 => (at + 8192, 4096),
+            _ => (at, len),
+        };
+        ALL.into_iter().enumerate().map(piece).collect()
+    }
+
+    /// Asks for all of them before it takes an answer, and holds what is read against what there has
+    /// to be; how many were refused.
+    fn batch(&mut self, command: u16, pieces: &[(usize, usize)]) -> usize {
+        for (n, (at, len)) in pieces.iter().enumerate() {
+            let short = u32::try_from(*len).unwrap();
+            self.raw.send(&request(0, command, n as u64, *at as u64, short));
+            if command == WRITE {
+                self.raw.send(&self.held[*at..at + len]);
+            }
+        }
+        let mut answered = [false; DEPTH];
+        let mut refused = 0;
+        for _ in pieces {
+            let (cookie, error) = self.raw.any_reply();
+            let n = usize::try_from(cookie).unwrap();
+            assert!(!std::mem::replace(&mut answered[n], true), "each is answered once");
+            assert!([0, EPERM].contains(&error), "error {error}");
+            let (at, len) = pieces[n];
+            if error == EPERM {
+                refused += 1;
+            } else if command == READ {
+                let read = self.raw.take_vec(len);
+                assert!(read == self.held[at..at + len], "round {}, at {at}", self.rounds);
+            }
+        }
+        self.refused += refused;
+        refused
+    }
+}
+
+/// Whether a connection of the daemon has a thread beside its own.
+fn has_one_beside(daemon: &Daemon) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    let names =
+        threads.filter_map(|thread| std::fs::read(thread.unwrap().path().join("comm")).ok());
+    names.into_iter().any(|name| name == b"nbd-aside\n")
+}
+
+#[test]
+fn what_a_thread_beside_the_connection_moves_is_right_and_it_ends_when_there_is_nothing_to_move() {
+    let daemon = Daemon::start();
+    daemon.volume("v", "3M", &daemon.key());
+    assert!(!has_one_beside(&daemon), "nothing has come yet");
+    let mut stream = Stream::new(&daemon.dir.path().join("nbd/v.sock"));
+    for _ in 0..200 {
+        stream.round();
+    }
+    let cores = available_parallelism().unwrap().get();
+    assert_eq!(has_one_beside(&daemon), cores > 1, "on {cores} processors");
+    assert_eq!(stream.refused, 0);
+    until("the thread ends", || !has_one_beside(&daemon));
+    stream.round();
+    daemon.ok(&["detach", "v"]);
+    daemon.ok(&["attach", "v"]);
+    stream.raw = Raw::connected(&daemon.dir.path().join("nbd/v.sock"), "v");
+    let all = stream.raw.read(0, u32::try_from(SIZE).unwrap());
+    assert!(all == stream.held, "and so it is after detaching and attaching");
+}
+
+/// Closes and opens the fence until told, and counts how often.
+fn close_and_open(export: &Export, rounds: &AtomicU32, over: &AtomicBool) {
+    while !over.load(Ordering::Relaxed) {
+        let _destroyed = export.fence(FenceReason::Denied);
+        until("the store has ended what was given up", || export.stalled() == 0);
+        export.restore(key()).unwrap();
+        let enough = export.io().requests() + u64::from(rounds.fetch_add(1, Ordering::Relaxed) % 7);
+        until("requests go on", || {
+            over.load(Ordering::Relaxed) || export.io().requests() >= enough
+        });
+    }
+}
+
+/// Streams while the fence closes and opens; how many requests were refused.
+fn streams_through_a_fence(hold: Option<Duration>) -> usize {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let export = export(dir.path(), hold);
+    let socket = serve_in(dir.path(), &export);
+    let mut stream = Stream::new(&socket);
+    let (over, rounds) = (AtomicBool::new(false), AtomicU32::new(0));
+    std::thread::scope(|scope| {
+        let closer = scope.spawn(|| close_and_open(&export, &rounds, &over));
+        // Whatever fails in there, the closer has to end.
+        let streams = AssertUnwindSafe(|| {
+            while rounds.load(Ordering::Relaxed) < 300 {
+                stream.round();
+            }
+        });
+        let streamed = std::panic::catch_unwind(streams);
+        over.store(true, Ordering::Relaxed);
+        closer.join().unwrap();
+        streamed.unwrap();
+    });
+    stream.refused
+}
+
+#[test]
+fn large_pieces_wait_for_the_key_and_none_is_lost() {
+    assert_eq!(streams_through_a_fence(Some(Duration::from_secs(600))), 0);
+}
+
+#[test]
+fn large_pieces_are_refused_while_the_fence_is_closed_and_what_was_acknowledged_is_there() {
+    assert!(streams_through_a_fence(None) > 0, "the fence was closed");
+}
