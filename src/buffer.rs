@@ -111,6 +111,16 @@ impl Buffer {
         std::hint::black_box(self.bytes());
         (self.len, self.dirty) = (len, 0);
     }
+
+    /// Wipes what plaintext may lie behind the bytes in use.
+    fn wipe_behind(&mut self) {
+        if self.dirty > self.len {
+            let in_use = std::mem::replace(&mut self.len, self.dirty);
+            std::hint::black_box(&mut self.bytes_mut()[in_use..]).fill(0);
+            std::hint::black_box(self.bytes());
+            (self.len, self.dirty) = (in_use, in_use);
+        }
+    }
 }
 
 impl Drop for Buffer {
@@ -183,6 +193,17 @@ impl Ciphertext {
     /// Where it starts, for a ring that keeps the buffer while the kernel uses it.
     pub fn as_mut_ptr(&mut self) -> *mut u8 {
         self.0.as_mut_ptr()
+    }
+
+    /// Wipes what plaintext from before may lie behind the bytes.
+    pub(crate) fn wipe_behind(&mut self) {
+        self.0.wipe_behind();
+    }
+
+    /// Wipes what plaintext from before may be left, in the place of the bytes as well: for a read
+    /// that failed.
+    pub(crate) fn wipe(&mut self) {
+        self.0.wipe();
     }
 
     /// The buffer, for decrypting in place or for reuse.

@@ -21,10 +21,11 @@ impl Transmission {
     /// Whether this is a place between two requests; everything is answered then. Else the rest of
     /// a request's header has been received.
     pub(super) fn between_requests(&mut self) -> Outcome<bool> {
+        // Before anything is waited for that hears no fence.
+        self.settle()?;
+        self.send()?;
         let have = self.inbox.bytes().len();
         if have == 0 {
-            self.settle()?;
-            self.send()?;
             return Ok(self.again.is_empty());
         }
         // Payloads are received exactly wherever they are.

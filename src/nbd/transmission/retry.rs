@@ -48,7 +48,7 @@ impl Transmission {
         ended: Completion,
         answered: bool,
     ) -> Option<(Part, Completion)> {
-        let Completion { token, result: Err(error), buffer: Some(data) } = ended else {
+        let Completion { token, result: Err(error), buffer: Some(mut data) } = ended else {
             return Some((part, ended));
         };
         // A write that has to be durable is a flush as well, and none is repeated.
@@ -57,8 +57,12 @@ impl Transmission {
             return Some((part, Completion { token, result: Err(error), buffer: Some(data) }));
         }
         let due = Instant::now() + pause(part.failures);
-        let op =
-            if part.claim.is_some() { Op::Write(data, part.durability) } else { Op::Read(data) };
+        let op = if part.claim.is_some() {
+            Op::Write(data, part.durability)
+        } else {
+            data.wipe();
+            Op::Read(data)
+        };
         let part = Part { failures: part.failures + 1, ..part };
         self.later.push(Later { due, part, op });
         None

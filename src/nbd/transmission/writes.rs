@@ -66,6 +66,7 @@ impl Transmission {
                         }
                         Err(error) => error,
                     };
+                    buffer.wipe();
                     if !self.wait_out(&error)? {
                         break Err((error, buffer));
                     }
