@@ -49,7 +49,7 @@ impl Client {
     ///
     /// # Errors
     /// There are no more descriptors to be had.
-    pub(super) fn new(socket: BorrowedFd<'_>, kind: PeerKind, closings: u64) -> io::Result<Self> {
+    pub(crate) fn new(socket: BorrowedFd<'_>, kind: PeerKind, closings: u64) -> io::Result<Self> {
         let pid = match kind {
             // It calls itself what it was made by, which is us.
             PeerKind::Kernel => Some(0),
@@ -89,7 +89,7 @@ impl Client {
         self.wake();
     }
 
-    /// What it counts; for its own thread alone.
+    /// What it counts; for its own thread, and the one beside it, alone.
     #[inline]
     pub(crate) fn io(&self) -> &IoCounters {
         &self.io

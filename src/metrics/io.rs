@@ -1,9 +1,9 @@
 //! What a connection counts of its requests.
 //!
-//! A counter is written by its connection's own thread alone, without a locked instruction, on cache
-//! lines that nobody else writes; whoever scrapes reads all connections' and adds them up. Clocks
-//! are read once for what was received together and once for what is sent together, and around every
-//! sixteenth call of the cipher: `docs/PERFORMANCE.md` says what that costs.
+//! A counter is written by one thread alone, without a locked instruction, on cache lines that hardly
+//! anybody else writes: all but one by their connection's own. Whoever scrapes reads all connections'
+//! and adds them up. Clocks are read once for what was received together and once for what is sent
+//! together, and around every sixteenth call of the cipher: `docs/PERFORMANCE.md` says what that costs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

@@ -1,4 +1,5 @@
-//! The NBD server: fixed newstyle, one thread per connection.
+//! The NBD server: fixed newstyle, one thread per connection, and a second one while it moves large
+//! pieces to and from a store in memory.
 //!
 //! What is spoken, of NBD's `proto.md`:
 //!

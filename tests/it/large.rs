@@ -5,7 +5,7 @@ use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::available_parallelism;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use byokd::export::Export;
 use byokd::key::lease::FenceReason;
@@ -136,17 +136,27 @@ fn what_a_thread_beside_the_connection_moves_is_right_and_it_ends_when_there_is_
     assert!(all == stream.held, "and so it is after detaching and attaching");
 }
 
-/// Closes and opens the fence until told, and counts how often.
-fn close_and_open(export: &Export, rounds: &AtomicU32, over: &AtomicBool) {
+/// Closes and opens the fence until told, and counts how often. Half the times it took no longer than
+/// this until requests went on.
+fn close_and_open(export: &Export, rounds: &AtomicU32, over: &AtomicBool) -> Duration {
+    let mut waits = Vec::new();
     while !over.load(Ordering::Relaxed) {
         let _destroyed = export.fence(FenceReason::Denied);
         until("the store has ended what was given up", || export.stalled() == 0);
         export.restore(key()).unwrap();
-        let enough = export.io().requests() + u64::from(rounds.fetch_add(1, Ordering::Relaxed) % 7);
-        until("requests go on", || {
-            over.load(Ordering::Relaxed) || export.io().requests() >= enough
-        });
+        let (open, before) = (Instant::now(), export.io().requests());
+        let goes_on = |more| {
+            let enough = before + more;
+            until("requests go on", || {
+                over.load(Ordering::Relaxed) || export.io().requests() >= enough
+            });
+        };
+        goes_on(1);
+        waits.push(open.elapsed());
+        goes_on(u64::from(rounds.fetch_add(1, Ordering::Relaxed) % 7));
     }
+    waits.sort_unstable();
+    waits[waits.len() / 2]
 }
 
 /// Streams while the fence closes and opens; how many requests were refused.
@@ -160,14 +170,15 @@ fn streams_through_a_fence(hold: Option<Duration>) -> usize {
         let closer = scope.spawn(|| close_and_open(&export, &rounds, &over));
         // Whatever fails in there, the closer has to end.
         let streams = AssertUnwindSafe(|| {
-            while rounds.load(Ordering::Relaxed) < 300 {
+            while rounds.load(Ordering::Relaxed) < 300 && !closer.is_finished() {
                 stream.round();
             }
         });
         let streamed = std::panic::catch_unwind(streams);
         over.store(true, Ordering::Relaxed);
-        closer.join().unwrap();
+        let waited = closer.join().unwrap();
         streamed.unwrap();
+        assert!(waited < Duration::from_millis(250), "{waited:?} until requests went on");
     });
     stream.refused
 }
@@ -180,4 +191,31 @@ fn large_pieces_wait_for_the_key_and_none_is_lost() {
 #[test]
 fn large_pieces_are_refused_while_the_fence_is_closed_and_what_was_acknowledged_is_there() {
     assert!(streams_through_a_fence(None) > 0, "the fence was closed");
+}
+
+/// A write that is done holds nobody up, though the client of its connection takes no replies.
+#[test]
+fn others_write_parts_of_sectors_while_a_client_of_large_pieces_takes_no_replies() {
+    let daemon = Daemon::start();
+    daemon.volume("v", "3M", &daemon.key());
+    let socket = daemon.dir.path().join("nbd/v.sock");
+    let mut other = Raw::connected(&socket, "v");
+    for _ in 0..20 {
+        let mut lazy = Raw::connected(&socket, "v");
+        for n in 0..6 {
+            let (command, at) = (if n < 3 { WRITE } else { READ }, (n % 3) << 20);
+            lazy.send(&request(0, command, n, at, 1 << 20));
+            if command == WRITE {
+                lazy.send(&vec![1; 1 << 20]);
+            }
+        }
+        assert_eq!(other.write(777, &[2; 1000]), 0);
+        for _ in 0..6 {
+            let (n, error) = lazy.any_reply();
+            assert_eq!(error, 0);
+            if n >= 3 {
+                lazy.take_vec(1 << 20);
+            }
+        }
+    }
 }

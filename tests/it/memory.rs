@@ -7,8 +7,10 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use aes::cipher::{BlockCipherEncrypt, KeyInit};
@@ -382,6 +384,52 @@ fn nothing_is_left_of_large_pieces_that_a_fence_met_on_their_way() {
         scene.customer.set_enabled(true);
         until("it is served again", || scene.daemon.state("v") == "serving");
     }
+}
+
+#[test]
+fn nothing_decrypted_of_large_pieces_waits_for_the_key() {
+    if !can_scan() {
+        return;
+    }
+    let scene = Scene::new();
+    scene.daemon.define("v", "on_denial = \"hold\"\nhold_for = \"10m\"");
+    scene.daemon.ok(&["attach", "v"]);
+    let data = scene.plain.repeat((1 << 20) / PLAIN);
+    let mut client = Raw::connected(&scene.daemon.dir.path().join("nbd/v.sock"), "v");
+    for n in 0..4 {
+        assert_eq!(client.write(n << 20, &data), 0);
+    }
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Not all of a size, so that they lie where larger ones were.
+        let reads = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                for (n, len) in (0..).zip([1 << 20, 640 << 10, 1 << 20, 704 << 10]) {
+                    client.send(&request(0, READ, n, n << 20, len));
+                }
+                for _ in 0..4 {
+                    let (n, error) = client.any_reply();
+                    let len = [1 << 20, 640 << 10, 1 << 20, 704 << 10][usize::try_from(n).unwrap()];
+                    assert_eq!(error, 0);
+                    assert!(client.take_vec(len) == data[..len]);
+                }
+            }
+        });
+        let held = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            for _ in 0..5 {
+                until("data is on its way", || scene.found() == IN_USE);
+                scene.customer.set_enabled(false);
+                until("the volume is fenced", || scene.daemon.state("v") == "fenced");
+                assert!(scene.found().is_empty(), "held: {:?}", scene.found());
+                scene.customer.set_enabled(true);
+                until("it is served again", || scene.daemon.state("v") == "serving");
+            }
+        }));
+        scene.customer.set_enabled(true);
+        over.store(true, Ordering::Relaxed);
+        reads.join().unwrap();
+        held.unwrap();
+    });
 }
 
 #[test]

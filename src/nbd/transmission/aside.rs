@@ -3,9 +3,9 @@
 //! sends the last. With one thread the client waits at a full socket meanwhile, or at an empty one.
 //!
 //! It has a gate of its own in the fence, as a connection has. What the gate refuses comes back as it
-//! is, and the connection deals with it as with its own. It takes nothing while the fence is closed,
-//! and whoever has to know that it holds nothing [waits for it](Aside::rest): microseconds of
-//! arithmetic and copies to and from memory.
+//! is, and the connection deals with it as with its own. Who has to know that it holds nothing in the
+//! clear [waits for it](Aside::rest): at most for two pieces to be copied and encrypted, about a
+//! millisecond.
 
 use std::collections::VecDeque;
 use std::io;
@@ -20,15 +20,15 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 
 use crate::buffer::{Buffer, Ciphertext, Plaintext};
+use crate::device::{Claim, Lane};
 use crate::export::Client;
 use crate::fence::Gate;
-use crate::metrics::io::IoCounters;
 use crate::registers;
 use crate::store::{Backing, Durability};
 use crate::units::SectorRange;
 
-/// Pieces that it has at a time: the one under way, and the next. What is more its connection does
-/// sooner by itself.
+/// Pieces that it has at a time: one under way, and the next. Its connection is sooner done with a third
+/// by itself.
 const MOST: usize = 2;
 
 /// It encrypts and makes system calls.
@@ -38,8 +38,8 @@ const STACK: usize = 128 << 10;
 pub(super) enum Work {
     /// Read it, and decrypt it.
     Read(Buffer),
-    /// Encrypt it, and write it.
-    Write(Plaintext, Durability),
+    /// Encrypt it, and write it, as this claim allows.
+    Write(Plaintext, Durability, Claim),
 }
 
 /// How that ended.
@@ -48,12 +48,12 @@ pub(super) enum End {
     Read(Plaintext),
     /// Read, and the gate gave no pass.
     Sealed(Ciphertext),
-    /// Encrypted and written.
+    /// Encrypted and written; the claim has ended with it.
     Written(Ciphertext),
     /// The gate gave no pass: it is as it was.
-    Refused(Plaintext),
-    /// The store failed.
-    Failed(io::Error, Ciphertext),
+    Refused(Plaintext, Claim),
+    /// The store failed at reading it, or at writing it by this claim.
+    Failed(io::Error, Ciphertext, Option<Claim>),
 }
 
 /// One piece has been dealt with.
@@ -63,11 +63,22 @@ pub(super) struct Done {
     pub(super) end: End,
 }
 
+/// What it does its work with.
+pub(super) struct Hand {
+    /// For it alone.
+    pub(super) gate: Gate,
+    pub(super) store: Arc<Backing>,
+    /// Its connection's.
+    pub(super) lane: Arc<Lane>,
+    pub(super) client: Arc<Client>,
+}
+
 /// See the module's text.
 pub(super) struct Aside {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
-    in_flight: usize,
+    /// Pieces that have not come back.
+    out: usize,
 }
 
 struct Shared {
@@ -102,40 +113,41 @@ impl Aside {
     ///
     /// # Errors
     /// No more threads or descriptors are to be had.
-    pub(super) fn new(gate: Gate, store: Arc<Backing>, client: Arc<Client>) -> io::Result<Self> {
+    pub(super) fn new(hand: Hand) -> io::Result<Self> {
         let told = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let (work, rests) = (Condvar::new(), Condvar::new());
         let shared = Arc::new(Shared { state: Mutex::default(), work, rests, told });
         let thread = std::thread::Builder::new().name("nbd-aside".into()).stack_size(STACK);
         let its = Arc::clone(&shared);
-        let thread = thread.spawn(move || its.run(&gate, &store, &client))?;
-        Ok(Self { shared, thread: Some(thread), in_flight: 0 })
+        let thread = thread.spawn(move || its.run(&hand))?;
+        Ok(Self { shared, thread: Some(thread), out: 0 })
     }
 
     /// Whether it takes one more.
     pub(super) fn has_room(&self) -> bool {
-        self.in_flight < MOST
+        let state = self.shared.lock();
+        state.queue.len() + usize::from(state.busy) < MOST
     }
 
-    /// Whether there is anything that it has not given back.
+    /// Whether there is anything that has not come back.
     pub(super) fn has_any(&self) -> bool {
-        self.in_flight > 0
+        self.out > 0
     }
 
     /// Hands a piece over.
     pub(super) fn push(&mut self, token: usize, at: SectorRange, work: Work) {
-        self.in_flight += 1;
+        self.out += 1;
         self.shared.lock().queue.push_back(Job { token, at, work });
         self.shared.work.notify_one();
     }
 
     /// What is done.
     pub(super) fn take(&mut self) -> Vec<Done> {
-        if self.in_flight == 0 {
+        if self.out == 0 {
             return Vec::new();
         }
         let done = std::mem::take(&mut self.shared.lock().done);
-        self.in_flight -= done.len();
+        self.out -= done.len();
         done
     }
 
@@ -187,7 +199,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, gate: &Gate, store: &Backing, client: &Client) {
+    fn run(&self, hand: &Hand) {
         let mut state = self.lock();
         loop {
             let Some(Job { token, at, work }) = state.queue.pop_front() else {
@@ -201,7 +213,7 @@ impl Shared {
             };
             state.busy = true;
             drop(state);
-            let end = work.done(at, gate, store, client.io());
+            let end = hand.perform(at, work);
             state = self.lock();
             state.busy = false;
             state.done.push(Done { token, end });
@@ -213,28 +225,34 @@ impl Shared {
     }
 }
 
-impl Work {
-    fn done(self, at: SectorRange, gate: &Gate, store: &Backing, io: &IoCounters) -> End {
-        match self {
-            Self::Read(buffer) => {
-                let data = match store.read(at, buffer) {
+impl Hand {
+    fn perform(&self, at: SectorRange, work: Work) -> End {
+        match work {
+            Work::Read(buffer) => {
+                let data = match self.store.read(at, buffer) {
                     Ok(data) => data,
-                    Err((error, buffer)) => return End::Failed(error, Ciphertext::new(buffer)),
+                    Err((error, buffer)) => {
+                        return End::Failed(error, Ciphertext::new(buffer), None);
+                    }
                 };
-                let Ok(pass) = gate.enter() else { return End::Sealed(data) };
+                let Ok(pass) = self.gate.enter() else { return End::Sealed(data) };
                 let began = Instant::now();
                 let plain = pass.unseal(data, at);
-                io.cipher_aside(began.elapsed());
+                self.client.io().cipher_aside(began.elapsed());
                 End::Read(plain)
             }
-            Self::Write(plain, durability) => {
-                let Ok(pass) = gate.enter() else { return End::Refused(plain) };
+            Work::Write(plain, durability, claim) => {
+                let Ok(pass) = self.gate.enter() else { return End::Refused(plain, claim) };
                 let began = Instant::now();
                 let data = pass.seal(plain, at);
-                io.cipher_aside(began.elapsed());
-                match store.write(at, &data, durability) {
-                    Ok(()) => End::Written(data),
-                    Err(error) => End::Failed(error, data),
+                self.client.io().cipher_aside(began.elapsed());
+                match self.store.write(at, &data, durability) {
+                    Ok(()) => {
+                        // Others may wait for that, and the connection for its client.
+                        self.lane.end(claim);
+                        End::Written(data)
+                    }
+                    Err(error) => End::Failed(error, data, Some(claim)),
                 }
             }
         }
@@ -254,9 +272,12 @@ impl Drop for Aside {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
     use crate::buffer::Pool;
+    use crate::device::WriteOrder;
+    use crate::export::PeerKind;
     use crate::fence::Fence;
     use crate::key::VolumeKey;
     use crate::key::lease::FenceReason;
@@ -283,14 +304,21 @@ mod tests {
         let at = Geometry::new(LEN as u64, SectorSize::B4096).sectors(0, LEN as u64).unwrap();
         let store = Backing::open(&file, 0, at, false, DirectIo::Auto).unwrap();
         let fence = Fence::open(key()).unwrap();
-        let (gate, io, mut pool) = (fence.gate(), IoCounters::default(), Pool::new());
+        let lane = Arc::new(Arc::new(WriteOrder::default()).lane());
+        let (socket, _peer) = UnixStream::pair().unwrap();
+        let client = Arc::new(Client::new(socket.as_fd(), PeerKind::Program, 0).unwrap());
+        let hand = Hand { gate: fence.gate(), store: Arc::new(store), lane, client };
+        let mut pool = Pool::new();
         let mut plain = |byte| {
             let mut plain = Plaintext::new(pool.take(LEN).unwrap());
             plain.bytes_mut().fill(byte);
             plain
         };
-        let write = |plain| Work::Write(plain, Durability::Cached).done(at, &gate, &store, &io);
-        let read = |buffer| Work::Read(buffer).done(at, &gate, &store, &io);
+        let write = |plain| {
+            let claim = hand.lane.begin(at).unwrap();
+            hand.perform(at, Work::Write(plain, Durability::Cached, claim))
+        };
+        let read = |buffer| hand.perform(at, Work::Read(buffer));
         let End::Written(data) = write(plain(3)) else { panic!("it is written") };
         let written = data.bytes().to_vec();
         assert_ne!(written, [3; LEN], "encrypted");
@@ -298,8 +326,9 @@ mod tests {
         assert_eq!(back.bytes(), [3; LEN]);
 
         let _receipt = fence.close(FenceReason::Denied);
-        let End::Refused(back) = write(plain(4)) else { panic!("it is refused") };
+        let End::Refused(back, claim) = write(plain(4)) else { panic!("it is refused") };
         assert_eq!(back.bytes(), [4; LEN]);
+        hand.lane.end(claim);
         let End::Sealed(data) = read(Pool::new().take(LEN).unwrap()) else {
             panic!("it is read, and not decrypted")
         };

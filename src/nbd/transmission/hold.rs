@@ -4,7 +4,8 @@
 //! socket fills up and nothing else. It holds no key and nothing that was decrypted: replies that
 //! were ready go out when the fence closes, what had been read of a larger reply is wiped and read
 //! again, and what is in flight in the store is ciphertext both ways. What the client has sent and
-//! is not encrypted yet (a request, and up to 68 KiB behind it) waits in locked memory.
+//! is not encrypted yet (a request, two of 1 MiB at most that were left to the thread beside it, and
+//! up to 68 KiB behind them) waits in locked memory.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -31,9 +32,12 @@ impl Transmission {
             match self.export.stance() {
                 Stance::Serving => return Ok(true),
                 Stance::Refusing => return Ok(false),
-                Stance::Held => {}
+                Stance::Held => self.let_go()?,
             }
-            self.let_go()?;
+            // Somebody in there may have waited until now, and taken the wake-up.
+            if self.export.stance() != Stance::Held {
+                continue;
+            }
             let at_most = PollTimeout::from(LOOK_AGAIN_MILLIS);
             if self.wait_beside_waker(self.stream.as_fd(), HANG_UP, at_most) {
                 // Done later, its requests could undo those of a client that has come since.
@@ -91,8 +95,13 @@ impl Transmission {
         loop {
             match unseal(&self.gate, self.client.io(), data, at) {
                 Ok(plain) => return Ok(Ok(plain)),
-                Err((error, back)) if self.wait_out(&error)? => data = back,
-                Err(refused) => return Ok(Err(refused)),
+                Err((error, mut back)) => {
+                    back.wipe_behind();
+                    if !self.wait_out(&error)? {
+                        return Ok(Err((error, back)));
+                    }
+                    data = back;
+                }
             }
         }
     }

@@ -5,15 +5,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::thread::available_parallelism;
 
+use tracing::debug;
+
 use crate::buffer::{Buffer, Plaintext};
-use crate::nbd::transmission::aside::{Aside, Done, End, Work};
+use crate::nbd::transmission::aside::{Aside, Done, End, Hand, Work};
 use crate::nbd::transmission::parts::perform;
 use crate::nbd::transmission::{Data, Outcome, Part, Transmission};
 use crate::store::uring::{Completion, Op};
 use crate::store::{Durability, Speed};
 use crate::units::SectorRange;
 
-/// Bytes from which a piece is large: what handing it over costs shows no more beside doing it.
+/// Bytes from which a piece is large: to hand it to another thread costs little beside doing it
+/// (`docs/PERFORMANCE.md`).
 const LARGE: u64 = 128 << 10;
 
 /// A connection that moves large pieces, until it waits for its client with nothing to do.
@@ -45,7 +48,7 @@ impl Drop for Bulk {
 impl Transmission {
     /// Leaves a read to the thread beside this one, or gives the buffer back.
     pub(super) fn leave_read(&mut self, part: Part, buffer: Buffer) -> Result<(), (Part, Buffer)> {
-        if !self.is_for_another(part.at) || !self.has_more() {
+        if !self.is_large(part.at) || !self.has_more() || !self.aside_has_room() {
             return Err((part, buffer));
         }
         self.leave(part, Work::Read(buffer));
@@ -60,52 +63,58 @@ impl Transmission {
         plain: Plaintext,
         durability: Durability,
     ) -> Result<(), Plaintext> {
+        let goes_on = self.is_large(at) && (self.pipelines || self.has_more());
         let refused = self.tasks.expect(task).answered;
-        if refused || !self.is_for_another(at) || !(self.pipelines || self.has_more()) {
+        if !goes_on || refused || !self.aside_has_room() {
             return Err(plain);
         }
         // Whoever has to wait for other writers holds nothing in the clear meanwhile.
         let Ok(claim) = self.lane.begin(at) else { return Err(plain) };
         self.tasks.expect(task).parts += 1;
-        let part = Part::write(task, at, claim, plain.bytes().len(), durability);
-        self.leave(part, Work::Write(plain, durability));
+        let part = Part::write(task, at, plain.bytes().len(), durability);
+        self.leave(part, Work::Write(plain, durability, claim));
         Ok(())
     }
 
-    /// Whether a piece is better dealt with beside this thread, if there is something to do here
+    /// Whether a piece is one for the thread beside this one; notes those who move such pieces.
+    fn is_large(&mut self, at: SectorRange) -> bool {
+        let is_large = at.len() >= LARGE
+            && self.store.speed() == Speed::Immediate
+            && !self.precedence.stands_back();
+        if is_large {
+            self.bulk.get_or_insert_with(Bulk::begins);
+        }
+        is_large && Bulk::have_two_each()
+    }
+
+    /// Whether the client has sent more than what is being looked at: there is something to do here
     /// meanwhile.
-    fn is_for_another(&mut self, at: SectorRange) -> bool {
-        if at.len() < LARGE
-            || self.store.speed() != Speed::Immediate
-            || self.precedence.stands_back()
-        {
-            return false;
-        }
-        self.bulk.get_or_insert_with(Bulk::begins);
-        Bulk::have_two_each() && self.aside_with_room()
-    }
-
-    fn aside_with_room(&mut self) -> bool {
-        if self.aside.is_none() {
-            let gate = self.export.gatekeeper().gate();
-            let aside = Aside::new(gate, Arc::clone(&self.store), Arc::clone(&self.client));
-            // Where no more threads are to be had, this one does it all.
-            self.aside = aside.ok();
-        }
-        self.aside.as_ref().is_some_and(Aside::has_room)
-    }
-
-    /// Whether the client has sent more than what is being looked at.
     fn has_more(&self) -> bool {
         !self.inbox.bytes().is_empty() || self.stream.is_readable()
+    }
+
+    /// Whether the thread beside this one takes one more; starts it if there is none.
+    fn aside_has_room(&mut self) -> bool {
+        if self.aside.is_none() {
+            let hand = Hand {
+                gate: self.export.gatekeeper().gate(),
+                store: Arc::clone(&self.store),
+                lane: Arc::clone(&self.lane),
+                client: Arc::clone(&self.client),
+            };
+            match Aside::new(hand) {
+                Ok(aside) => self.aside = Some(aside),
+                Err(error) => debug!(%error, "large pieces have no thread of their own"),
+            }
+        }
+        self.aside.as_ref().is_some_and(Aside::has_room)
     }
 
     fn leave(&mut self, part: Part, work: Work) {
         let at = part.at;
         let token = self.parts.insert(part);
-        if let Some(aside) = &mut self.aside {
-            aside.push(token, at, work);
-        }
+        let aside = self.aside.as_mut().expect("whoever leaves it something has looked for room");
+        aside.push(token, at, work);
     }
 
     /// Notes, before a large write is answered, whether its client waits for that.
@@ -118,15 +127,17 @@ impl Transmission {
     /// Goes on with what the thread beside this one has done.
     pub(super) fn take_done(&mut self) -> Outcome {
         let Some(aside) = &mut self.aside else { return Ok(()) };
-        let mut taken = Ok(());
         let mut done = aside.take();
         // What was decrypted first: the others may have to wait for the key.
-        done.sort_by_key(|done| matches!(done.end, End::Refused(_) | End::Sealed(_)));
-        // All of it is accounted for, also when a reply cannot be sent.
+        done.sort_by_key(|done| matches!(done.end, End::Refused(..) | End::Sealed(_)));
+        let mut taken = Ok(());
         for Done { token, end } in done {
-            if let Some(part) = self.parts.remove(token) {
-                taken = taken.and(self.done(part, end));
+            let Some(part) = self.parts.remove(token) else { continue };
+            if taken.is_err() {
+                // The connection ends: nothing more comes of it, but all of it is accounted for.
+                self.tasks.expect(task_of(&part)).answered = true;
             }
+            taken = taken.and(self.go_on(part, end));
         }
         taken
     }
@@ -139,47 +150,49 @@ impl Transmission {
         self.take_done()
     }
 
-    fn done(&mut self, part: Part, end: End) -> Outcome {
+    fn go_on(&mut self, part: Part, end: End) -> Outcome {
         let ended = |result, data| Completion { token: 0, result, buffer: Some(data) };
         match end {
             End::Read(plain) => self.has_read(part, plain),
-            End::Refused(plain) => self.write_after_all(part, plain),
             End::Sealed(data) => self.finish(part, ended(Ok(()), data)),
             End::Written(data) => {
                 self.note_pipelining(part.at);
                 self.finish(part, ended(Ok(()), data))
             }
-            End::Failed(error, data) => self.finish(part, ended(Err(error), data)),
+            End::Refused(plain, claim) => {
+                self.write_after_all(Part { claim: Some(claim), ..part }, plain)
+            }
+            End::Failed(error, data, claim) => {
+                self.finish(Part { claim, ..part }, ended(Err(error), data))
+            }
         }
     }
 
     /// A part was read and decrypted.
     fn has_read(&mut self, part: Part, plain: Plaintext) -> Outcome {
-        let Part { task: Some(task), at, wanted, held, orphan, .. } = part else { return Ok(()) };
-        if orphan {
-            self.export.orphan_ended();
-        }
-        let data = Data { plain, wanted, held };
+        let task = task_of(&part);
+        let data = Data { plain, wanted: part.wanted, held: part.held };
         if self.tasks.expect(task).answered {
             self.drop_data(vec![Some(data)]);
             return self.part_ended(task, Ok(()));
         }
-        self.data_ready(task, at, data)
+        self.data_ready(task, part.at, data)
     }
 
     /// The fence was closed before a part was encrypted: it is done here, if it is to be done at all.
     fn write_after_all(&mut self, part: Part, plain: Plaintext) -> Outcome {
-        let Part { task: Some(task), at, held, durability, .. } = part else { return Ok(()) };
+        let (task, at) = (task_of(&part), part.at);
         let sealed = if self.tasks.expect(task).answered {
             self.pool.give_plaintext(plain);
-            self.release(held);
+            self.release(part.held);
             Ok(Err(self.why_given_up()))
         } else {
-            self.sealed(plain, at, held).map(|sealed| sealed.map_err(|error| self.refused(error)))
+            let sealed = self.sealed(plain, at, part.held);
+            sealed.map(|sealed| sealed.map_err(|error| self.refused(error)))
         };
         let refused = match sealed {
             Ok(Ok(data)) => {
-                let ended = perform(&self.store, at, Op::Write(data, durability));
+                let ended = perform(&self.store, at, Op::Write(data, part.durability));
                 return self.finish(part, ended);
             }
             Ok(Err(errno)) => Ok(errno),
@@ -188,9 +201,10 @@ impl Transmission {
         if let Some(claim) = part.claim {
             self.lane.end(claim);
         }
-        if part.orphan {
-            self.export.orphan_ended();
-        }
         self.part_ended(task, Err(refused?))
     }
+}
+
+fn task_of(part: &Part) -> usize {
+    part.task.expect("only parts of tasks are left to another thread")
 }

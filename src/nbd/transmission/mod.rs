@@ -198,7 +198,7 @@ pub struct Transmission {
     outbox: Vec<Reply>,
     outbox_bytes: usize,
     ring: Option<Ring>,
-    /// Once there was something for it.
+    /// Once something was left to it.
     aside: Option<Aside>,
     /// While it moves large pieces.
     bulk: Option<Bulk>,
@@ -378,10 +378,10 @@ impl Transmission {
             task.whole.clear();
         }
         self.inbox = Inbox::default();
+        // All of it is answered, so that nothing is sent that could fail.
+        let _taken = self.take_all_done();
         self.pool.trim();
         self.orphan_parts();
-        // Whose client is gone is answered nothing.
-        let _taken = self.take_all_done();
         self.client.set_idle(true);
         self.at_end = true;
         for Later { part, op, .. } in std::mem::take(&mut self.later) {

@@ -73,8 +73,9 @@ impl Transmission {
         } else {
             (part, op)
         };
+        let writes = matches!(op, Op::Write(..));
         let ended = perform(&self.store, part.at, op);
-        if part.claim.is_some() {
+        if writes {
             self.note_pipelining(part.at);
         }
         self.finish(part, ended)
@@ -348,7 +349,6 @@ impl Transmission {
     /// The fence has closed: whoever waits is told so now. What the kernel has is only waited for.
     pub(super) fn give_up_in_flight(&mut self) -> Outcome {
         let style = self.modes.style;
-        self.orphan_parts();
         let waiting: Vec<_> = self
             .tasks
             .iter_mut()
@@ -362,6 +362,8 @@ impl Transmission {
         let read: Vec<_> =
             self.tasks.iter_mut().flat_map(|task| std::mem::take(&mut task.whole)).collect();
         self.drop_data(read);
+        self.take_all_done()?;
+        self.orphan_parts();
         for (request, came) in waiting {
             self.count(&request, Errno::Perm);
             self.unsent.extend(came.map(|came| (operation(&request), came)));
@@ -371,8 +373,6 @@ impl Transmission {
             self.abandon(part, op)?;
         }
         self.send()?;
-        self.take_all_done()?;
-        self.given_up &= self.parts.len() > 0;
         self.pool.wipe();
         self.inbox.wipe();
         self.note_closing();
@@ -427,16 +427,9 @@ impl Transmission {
 }
 
 impl Part {
-    /// A write of what is not encrypted yet, which a thread beside the connection's own does.
-    pub(super) fn write(
-        task: usize,
-        at: SectorRange,
-        claim: Claim,
-        held: usize,
-        durability: Durability,
-    ) -> Self {
-        let claim = Some(claim);
-        Self { claim, held, durability, ..Self::bare(Some(task), at, "write") }
+    /// A write that a thread beside the connection's own does, which has the claim as well.
+    pub(super) fn write(task: usize, at: SectorRange, held: usize, durability: Durability) -> Self {
+        Self { held, durability, ..Self::bare(Some(task), at, "write") }
     }
 
     pub(super) fn new(
