@@ -4,13 +4,13 @@
 //!
 //! It has a gate of its own in the fence, as a connection has. What the gate refuses comes back as it
 //! is, and the connection deals with it as with its own. Who has to know that it holds nothing in the
-//! clear [waits for it](Aside::rest): at most for two pieces to be copied and encrypted, about a
+//! clear [waits for it](Aside::take_all): at most for three pieces to be copied and encrypted, about a
 //! millisecond.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -27,9 +27,9 @@ use crate::registers;
 use crate::store::{Backing, Durability};
 use crate::units::SectorRange;
 
-/// Pieces that it has at a time: one under way, and the next. Its connection is sooner done with a third
-/// by itself.
-const MOST: usize = 2;
+/// Pieces that it has at a time: one under way, the next, and one that is done and waits to be taken
+/// back. Its connection is sooner done with a fourth by itself.
+const MOST: usize = 3;
 
 /// It encrypts and makes system calls.
 const STACK: usize = 128 << 10;
@@ -75,31 +75,14 @@ pub(super) struct Hand {
 
 /// See the module's text.
 pub(super) struct Aside {
-    shared: Arc<Shared>,
+    /// `None`: the thread is to end.
+    jobs: Option<Sender<Job>>,
+    done: Receiver<Done>,
+    /// Written to after each that is done, for an owner that waits.
+    told: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
     /// Pieces that have not come back.
     out: usize,
-}
-
-struct Shared {
-    state: Mutex<State>,
-    /// There is something to do.
-    work: Condvar,
-    /// There is nothing to do any more.
-    rests: Condvar,
-    /// For an owner that waits.
-    told: EventFd,
-}
-
-#[derive(Default)]
-struct State {
-    queue: VecDeque<Job>,
-    busy: bool,
-    done: Vec<Done>,
-    /// The owner waits for what is done.
-    awaited: bool,
-    /// The owner is gone.
-    over: bool,
 }
 
 struct Job {
@@ -114,19 +97,19 @@ impl Aside {
     /// # Errors
     /// No more threads or descriptors are to be had.
     pub(super) fn new(hand: Hand) -> io::Result<Self> {
-        let told = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let (work, rests) = (Condvar::new(), Condvar::new());
-        let shared = Arc::new(Shared { state: Mutex::default(), work, rests, told });
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let told = Arc::new(EventFd::from_flags(flags)?);
+        let (jobs, its_jobs) = mpsc::channel();
+        let (its_done, done) = mpsc::channel();
+        let tells = Arc::clone(&told);
         let thread = std::thread::Builder::new().name("nbd-aside".into()).stack_size(STACK);
-        let its = Arc::clone(&shared);
-        let thread = thread.spawn(move || its.run(&hand))?;
-        Ok(Self { shared, thread: Some(thread), out: 0 })
+        let thread = thread.spawn(move || hand.run(&its_jobs, &its_done, &tells))?;
+        Ok(Self { jobs: Some(jobs), done, told, thread: Some(thread), out: 0 })
     }
 
     /// Whether it takes one more.
     pub(super) fn has_room(&self) -> bool {
-        let state = self.shared.lock();
-        state.queue.len() + usize::from(state.busy) < MOST
+        self.out < MOST
     }
 
     /// Whether there is anything that has not come back.
@@ -136,9 +119,9 @@ impl Aside {
 
     /// Hands a piece over.
     pub(super) fn push(&mut self, token: usize, at: SectorRange, work: Work) {
+        let sent = self.jobs.as_ref().map(|jobs| jobs.send(Job { token, at, work }));
+        assert!(matches!(sent, Some(Ok(()))), "the thread lives as long as this");
         self.out += 1;
-        self.shared.lock().queue.push_back(Job { token, at, work });
-        self.shared.work.notify_one();
     }
 
     /// What is done.
@@ -146,9 +129,16 @@ impl Aside {
         if self.out == 0 {
             return Vec::new();
         }
-        let done = std::mem::take(&mut self.shared.lock().done);
+        // What is told of later was taken now, and ends a wait for nothing.
+        let _count = self.told.read();
+        let done: Vec<_> = self.done.try_iter().collect();
         self.out -= done.len();
         done
+    }
+
+    /// All that it has, when that is done: it holds nothing then.
+    pub(super) fn take_all(&mut self) -> Vec<Done> {
+        self.done.iter().take(std::mem::take(&mut self.out)).collect()
     }
 
     /// Waits for something to be done, or for `socket` (if given) to become readable, or for `waker`, or
@@ -162,70 +152,31 @@ impl Aside {
         waker: BorrowedFd<'_>,
         timeout: Option<Duration>,
     ) -> io::Result<bool> {
-        let mut state = self.shared.lock();
-        state.awaited = state.done.is_empty();
-        let timeout = if state.awaited { timeout } else { Some(Duration::ZERO) };
-        drop(state);
-        let watched = [Some(waker), Some(self.shared.told.as_fd()), socket];
+        let watched = [Some(waker), Some(self.told.as_fd()), socket];
         let mut fds: Vec<_> =
             watched.into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        let polled = ppoll(&mut fds, timeout.map(TimeSpec::from), None);
-        self.shared.lock().awaited = false;
-        match polled {
-            Ok(_) => {}
-            Err(Errno::EINTR) => return Ok(false),
-            Err(errno) => return Err(errno.into()),
-        }
-        let is_ready = |fd: &PollFd<'_>| fd.any() != Some(false);
-        if is_ready(&fds[1]) {
-            // It fails only where there is nothing to take.
-            let _count = self.shared.told.read();
-        }
-        Ok(is_ready(&fds[0]))
-    }
-
-    /// Waits until it has nothing in hand.
-    pub(super) fn rest(&self) {
-        let mut state = self.shared.lock();
-        while state.busy || !state.queue.is_empty() {
-            state = self.shared.rests.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic ends the process (panic = "abort"); in tests the data is still whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn run(&self, hand: &Hand) {
-        let mut state = self.lock();
-        loop {
-            let Some(Job { token, at, work }) = state.queue.pop_front() else {
-                if state.over {
-                    return;
-                }
-                self.rests.notify_all();
-                registers::wipe();
-                state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            state.busy = true;
-            drop(state);
-            let end = hand.perform(at, work);
-            state = self.lock();
-            state.busy = false;
-            state.done.push(Done { token, end });
-            if std::mem::take(&mut state.awaited) {
-                // It fails only when the counter is full, and then it is readable already.
-                let _told = self.told.write(1);
-            }
+        match ppoll(&mut fds, timeout.map(TimeSpec::from), None) {
+            Ok(_) => Ok(fds[0].any() != Some(false)),
+            Err(Errno::EINTR) => Ok(false),
+            Err(errno) => Err(errno.into()),
         }
     }
 }
 
 impl Hand {
+    fn run(&self, jobs: &Receiver<Job>, done: &Sender<Done>, told: &EventFd) {
+        for Job { token, at, work } in jobs {
+            let end = self.perform(at, work);
+            registers::wipe();
+            if done.send(Done { token, end }).is_err() {
+                // The owner is gone.
+                return;
+            }
+            // It fails only when the counter is full, and then it is readable already.
+            let _told = told.write(1);
+        }
+    }
+
     fn perform(&self, at: SectorRange, work: Work) -> End {
         match work {
             Work::Read(buffer) => {
@@ -262,8 +213,7 @@ impl Hand {
 impl Drop for Aside {
     fn drop(&mut self) {
         let Some(thread) = self.thread.take() else { return };
-        self.shared.lock().over = true;
-        self.shared.work.notify_one();
+        self.jobs = None;
         // If it panicked, that has been said.
         let _ended = thread.join();
     }

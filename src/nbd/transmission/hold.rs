@@ -4,7 +4,7 @@
 //! socket fills up and nothing else. It holds no key and nothing that was decrypted: replies that
 //! were ready go out when the fence closes, what had been read of a larger reply is wiped and read
 //! again, and what is in flight in the store is ciphertext both ways. What the client has sent and
-//! is not encrypted yet (a request, two of 1 MiB at most that were left to the thread beside it, and
+//! is not encrypted yet (a request, three of 1 MiB at most that were left to the thread beside it, and
 //! up to 68 KiB behind them) waits in locked memory.
 
 use std::io;

@@ -126,8 +126,17 @@ impl Transmission {
 
     /// Goes on with what the thread beside this one has done.
     pub(super) fn take_done(&mut self) -> Outcome {
-        let Some(aside) = &mut self.aside else { return Ok(()) };
-        let mut done = aside.take();
+        let done = self.aside.as_mut().map(Aside::take);
+        self.go_on_with(done.unwrap_or_default())
+    }
+
+    /// The same, once it has nothing more in hand: nor is there anything in the clear with it then.
+    pub(super) fn take_all_done(&mut self) -> Outcome {
+        let done = self.aside.as_mut().map(Aside::take_all);
+        self.go_on_with(done.unwrap_or_default())
+    }
+
+    fn go_on_with(&mut self, mut done: Vec<Done>) -> Outcome {
         // What was decrypted first: the others may have to wait for the key.
         done.sort_by_key(|done| matches!(done.end, End::Refused(..) | End::Sealed(_)));
         let mut taken = Ok(());
@@ -140,14 +149,6 @@ impl Transmission {
             taken = taken.and(self.go_on(part, end));
         }
         taken
-    }
-
-    /// The same, once it has nothing more in hand: nor is there anything in the clear with it then.
-    pub(super) fn take_all_done(&mut self) -> Outcome {
-        if let Some(aside) = &self.aside {
-            aside.rest();
-        }
-        self.take_done()
     }
 
     fn go_on(&mut self, part: Part, end: End) -> Outcome {

@@ -4,7 +4,7 @@
 //! arrived, does those that memory answers at once, hands the others to its ring, and sends the
 //! replies that are ready in one gather. It waits in exactly three places: for the peer with nothing
 //! in flight (idle, all plaintext wiped), for what is in flight (woken by completions, its socket, or
-//! the fence), and for the peer to take replies. Where there are processors for it, [`aside`] is a
+//! the fence), and for the peer to take replies. Where there are processors for it, `aside` is a
 //! second thread, which large pieces are left to at stores that answer from memory.
 //!
 //! A request larger than [`MAX_BUFFER`](crate::buffer::MAX_BUFFER) is done in parts; a `Task` counts its parts down. A write
