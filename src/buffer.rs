@@ -102,24 +102,23 @@ impl Buffer {
 
     /// Wipes what plaintext it may still hold from before.
     pub(crate) fn wipe(&mut self) {
-        if self.dirty == 0 {
-            return;
-        }
-        let len = std::mem::replace(&mut self.len, self.dirty);
-        // Plain stores, which are far quicker than volatile ones; whoever looks sees them.
-        std::hint::black_box(self.bytes_mut()).fill(0);
-        std::hint::black_box(self.bytes());
-        (self.len, self.dirty) = (len, 0);
+        self.wipe_from(0);
     }
 
     /// Wipes what plaintext may lie behind the bytes in use.
     fn wipe_behind(&mut self) {
-        if self.dirty > self.len {
-            let in_use = std::mem::replace(&mut self.len, self.dirty);
-            std::hint::black_box(&mut self.bytes_mut()[in_use..]).fill(0);
-            std::hint::black_box(self.bytes());
-            (self.len, self.dirty) = (in_use, in_use);
+        self.wipe_from(self.len);
+    }
+
+    fn wipe_from(&mut self, start: usize) {
+        if self.dirty <= start {
+            return;
         }
+        let len = std::mem::replace(&mut self.len, self.dirty);
+        // Plain stores, which are far quicker than volatile ones; whoever looks sees them.
+        std::hint::black_box(&mut self.bytes_mut()[start..]).fill(0);
+        std::hint::black_box(self.bytes());
+        (self.len, self.dirty) = (len, start);
     }
 }
 
@@ -329,6 +328,21 @@ mod tests {
         let clean = pool.take_clean(5000).unwrap();
         pool.give(clean);
         assert!(pool.take(8192).unwrap().bytes().iter().all(|b| *b == 0));
+    }
+
+    #[test]
+    fn what_lies_behind_ciphertext_is_wiped_and_the_ciphertext_stays() {
+        let mut pool = Pool::new();
+        let mut plain = Plaintext::new(pool.take(8192).unwrap());
+        plain.bytes_mut().fill(0xaa);
+        pool.give_plaintext(plain);
+        let mut data = Ciphertext::new(pool.take(5000).unwrap());
+        data.bytes_mut().fill(0xbb);
+        data.wipe_behind();
+        assert_eq!(data.bytes(), [0xbb; 5000]);
+        pool.give_ciphertext(data);
+        let all = pool.take(8192).unwrap();
+        assert!(all.bytes()[5000..].iter().all(|b| *b == 0));
     }
 
     #[test]
