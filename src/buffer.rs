@@ -296,6 +296,15 @@ impl Pool {
 mod tests {
     use super::*;
 
+    /// A pool with one buffer, of 8192 bytes, which held plaintext.
+    fn with_plaintext_in_it() -> Pool {
+        let mut pool = Pool::new();
+        let mut plain = Plaintext::new(pool.take(8192).unwrap());
+        plain.bytes_mut().fill(0xaa);
+        pool.give_plaintext(plain);
+        pool
+    }
+
     #[test]
     fn buffers_are_aligned_for_direct_io_and_reused() {
         let mut pool = Pool::new();
@@ -311,10 +320,7 @@ mod tests {
 
     #[test]
     fn what_lies_behind_a_shorter_use_is_wiped_too() {
-        let mut pool = Pool::new();
-        let mut plain = Plaintext::new(pool.take(8192).unwrap());
-        plain.bytes_mut().fill(0xaa);
-        pool.give_plaintext(plain);
+        let mut pool = with_plaintext_in_it();
         // The same memory, used for less, and encrypted.
         let mut shorter = Plaintext::new(pool.take(5000).unwrap());
         shorter.bytes_mut().fill(0xbb);
@@ -332,10 +338,7 @@ mod tests {
 
     #[test]
     fn what_lies_behind_ciphertext_is_wiped_and_the_ciphertext_stays() {
-        let mut pool = Pool::new();
-        let mut plain = Plaintext::new(pool.take(8192).unwrap());
-        plain.bytes_mut().fill(0xaa);
-        pool.give_plaintext(plain);
+        let mut pool = with_plaintext_in_it();
         let mut data = Ciphertext::new(pool.take(5000).unwrap());
         data.bytes_mut().fill(0xbb);
         data.wipe_behind();
@@ -347,10 +350,7 @@ mod tests {
 
     #[test]
     fn plaintext_given_back_is_gone_after_a_wipe() {
-        let mut pool = Pool::new();
-        let mut plain = Plaintext::new(pool.take(8192).unwrap());
-        plain.bytes_mut().fill(0xaa);
-        pool.give_plaintext(plain);
+        let mut pool = with_plaintext_in_it();
         pool.wipe();
         assert!(pool.take(8192).unwrap().bytes().iter().all(|b| *b == 0));
     }

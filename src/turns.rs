@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "no crate sets a thread's slice")]
 
 use std::io::{self, ErrorKind};
-use std::sync::OnceLock;
+use std::sync::{LazyLock, OnceLock};
 use std::thread;
 
 use nix::libc;
@@ -20,6 +20,14 @@ const NICEST: i32 = 19;
 
 /// What `struct sched_attr` was in its first version, in bytes.
 const SIZE: u32 = 48;
+
+/// Processors that there are for this process, as found when it is asked for first: finding out reads
+/// files.
+pub fn processors() -> usize {
+    static FOUND: LazyLock<usize> =
+        LazyLock::new(|| thread::available_parallelism().map_or(1, |found| found.get()));
+    *FOUND
+}
 
 /// Gives the calling thread short turns, which come soon: a flush is not to wait until threads that move
 /// bulk data have had their own. It gets no more of a processor than before. Linux has it since

@@ -195,9 +195,8 @@ impl IoTotals {
             total.bytes += read(&counted.bytes);
             total.requests += read(&counted.requests);
         }
-        let cipher = [&counters.cipher_nanos, &counters.aside_nanos];
-        self.cipher +=
-            cipher.into_iter().map(|nanos| Duration::from_nanos(read(nanos))).sum::<Duration>();
+        self.cipher += Duration::from_nanos(read(&counters.cipher_nanos));
+        self.cipher += Duration::from_nanos(read(&counters.aside_nanos));
     }
 
     /// Each operation with its name.

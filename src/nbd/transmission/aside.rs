@@ -229,20 +229,10 @@ mod tests {
     use crate::device::WriteOrder;
     use crate::export::PeerKind;
     use crate::fence::Fence;
-    use crate::key::VolumeKey;
     use crate::key::lease::FenceReason;
-    use crate::key::secret::SecretMemoryError;
     use crate::store::DirectIo;
     use crate::units::{Geometry, SectorSize};
-
-    fn key() -> VolumeKey {
-        VolumeKey::init_with(|key| {
-            key[..32].fill(1);
-            key[32..].fill(2);
-            Ok::<_, SecretMemoryError>(())
-        })
-        .unwrap()
-    }
+    use crate::volume::tests::key;
 
     #[test]
     fn what_a_closed_gate_does_not_let_through_comes_back_as_it_was() {
@@ -253,7 +243,7 @@ mod tests {
         file.set_len(LEN as u64).unwrap();
         let at = Geometry::new(LEN as u64, SectorSize::B4096).sectors(0, LEN as u64).unwrap();
         let store = Backing::open(&file, 0, at, false, DirectIo::Auto).unwrap();
-        let fence = Fence::open(key()).unwrap();
+        let fence = Fence::open(key(1)).unwrap();
         let lane = Arc::new(Arc::new(WriteOrder::default()).lane());
         let (socket, _peer) = UnixStream::pair().unwrap();
         let client = Arc::new(Client::new(socket.as_fd(), PeerKind::Program, 0).unwrap());

@@ -1,18 +1,18 @@
 //! Large pieces of data on stores that answer from memory: whether one is left to the thread beside
 //! the connection's own, and how it goes on with what that has done.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock};
-use std::thread::available_parallelism;
 
 use tracing::debug;
 
-use crate::buffer::{Buffer, Plaintext};
+use crate::buffer::Plaintext;
 use crate::nbd::transmission::aside::{Aside, Done, End, Hand, Work};
 use crate::nbd::transmission::parts::perform;
 use crate::nbd::transmission::{Data, Outcome, Part, Transmission};
 use crate::store::uring::{Completion, Op};
 use crate::store::{Durability, Speed};
+use crate::turns;
 use crate::units::SectorRange;
 
 /// Bytes from which a piece is large: to hand it to another thread costs little beside doing it
@@ -33,9 +33,7 @@ impl Bulk {
 
     /// Whether there is a second processor for each of them.
     fn have_two_each() -> bool {
-        static CORES: LazyLock<usize> =
-            LazyLock::new(|| available_parallelism().map_or(1, |cores| cores.get()));
-        BULKY.load(Ordering::Relaxed) * 2 <= *CORES
+        BULKY.load(Ordering::Relaxed) * 2 <= turns::processors()
     }
 }
 
@@ -46,13 +44,9 @@ impl Drop for Bulk {
 }
 
 impl Transmission {
-    /// Leaves a read to the thread beside this one, or gives the buffer back.
-    pub(super) fn leave_read(&mut self, part: Part, buffer: Buffer) -> Result<(), (Part, Buffer)> {
-        if !self.is_large(part.at) || !self.has_more() || !self.aside_has_room() {
-            return Err((part, buffer));
-        }
-        self.leave(part, Work::Read(buffer));
-        Ok(())
+    /// Whether a read is [left](Transmission::leave) to the thread beside this one.
+    pub(super) fn leaves_read(&mut self, at: SectorRange) -> bool {
+        self.is_large(at) && self.has_more() && self.aside_has_room()
     }
 
     /// Leaves a write to the thread beside this one, or gives the plaintext back.
@@ -110,7 +104,8 @@ impl Transmission {
         self.aside.as_ref().is_some_and(Aside::has_room)
     }
 
-    fn leave(&mut self, part: Part, work: Work) {
+    /// Leaves a part to the thread beside this one, which has room.
+    pub(super) fn leave(&mut self, part: Part, work: Work) {
         let at = part.at;
         let token = self.parts.insert(part);
         let aside = self.aside.as_mut().expect("whoever leaves it something has looked for room");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::buffer::{Ciphertext, MAX_BUFFER};
 use crate::device::Claim;
 use crate::export::Stance;
-use crate::nbd::transmission::aside::Aside;
+use crate::nbd::transmission::aside::{Aside, Work};
 use crate::nbd::transmission::requests::operation;
 use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::{Data, Outcome, Part, Reply, Task, Transmission};
@@ -65,18 +65,18 @@ impl Transmission {
 
     /// Has a store in memory do it: by a plain call, or beside this thread.
     fn do_now(&mut self, part: Part, op: Op) -> Outcome {
-        let (part, op) = if let Op::Read(data) = op {
-            match self.leave_read(part, data.into_buffer()) {
-                Ok(()) => return Ok(()),
-                Err((part, buffer)) => (part, Op::Read(Ciphertext::new(buffer))),
+        let at = part.at;
+        let writes = match op {
+            Op::Read(data) if self.leaves_read(at) => {
+                self.leave(part, Work::Read(data.into_buffer()));
+                return Ok(());
             }
-        } else {
-            (part, op)
+            Op::Write(..) => true,
+            Op::Read(_) | Op::Flush | Op::Discard(_) | Op::WillNeed => false,
         };
-        let writes = matches!(op, Op::Write(..));
-        let ended = perform(&self.store, part.at, op);
+        let ended = perform(&self.store, at, op);
         if writes {
-            self.note_pipelining(part.at);
+            self.note_pipelining(at);
         }
         self.finish(part, ended)
     }

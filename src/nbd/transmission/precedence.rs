@@ -1,8 +1,8 @@
 //! Who goes first where processors are scarce: a journal waits for each flush before it goes on, a merge
 //! beside it for nothing so small. While one connection asks for flushes of little, others that move
 //! much stand back: they have two thirds of their weight while somebody else wants the same processor,
-//! and do not look for what is to come (`docs/PERFORMANCE.md`). A connection that asks for such flushes itself, often enough for what it
-//! moves, stays where it is.
+//! and do not look for what is to come (`docs/PERFORMANCE.md`). A connection that asks for such flushes
+//! itself, often enough for what it moves, stays where it is.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};

@@ -8,8 +8,10 @@
 //! at a time.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::{available_parallelism, yield_now};
+use std::thread::yield_now;
 use std::time::{Duration, Instant};
+
+use crate::turns;
 
 /// How long to look: over twice what a client needs to be woken and to send its next request
 /// (`docs/PERFORMANCE.md`).
@@ -34,7 +36,7 @@ pub(super) struct Spin {
 
 impl Default for Spin {
     fn default() -> Self {
-        let cores = available_parallelism().map_or(1, |cores| cores.get());
+        let cores = turns::processors();
         // A client needs a core as well, and so does what it works for. On one core looking would
         // keep the client from sending.
         let most = if cores > 1 { (cores / 4).max(1) } else { 0 };
