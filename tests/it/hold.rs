@@ -1,10 +1,11 @@
 //! Requests that wait for the key, at an export whose fence closes and opens many times a second.
 
 use std::os::unix::net::UnixListener;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use byokd::export::{Export, ExportOptions, ExportTable};
 use byokd::key::VolumeKey;
@@ -79,19 +80,62 @@ pub(crate) fn open(backing: &Path, hold: Option<Duration>, direct: DirectIo) -> 
     Export::open(volume.map_err(|(_, error)| error).unwrap(), key(), options).unwrap()
 }
 
-/// Opens and closes the fence until told, and counts how often.
-fn open_and_close(export: &Export, rounds: &AtomicU32, over: &AtomicBool) {
+/// Closes and opens the fence until told, after up to `apart` requests each time, and counts how often.
+/// Half the times it took no longer than this until requests went on.
+fn open_and_close(
+    export: &Export,
+    holds: bool,
+    apart: u64,
+    rounds: &AtomicU32,
+    over: &AtomicBool,
+) -> Duration {
+    let mut waits = Vec::new();
     while !over.load(Ordering::Relaxed) {
         let _destroyed = export.fence(FenceReason::Denied);
-        assert!(export.is_held(), "the fence is closed, and requests wait");
+        assert_eq!(export.is_held(), holds, "the fence is closed, and requests wait or do not");
         until("the store has ended what was given up", || export.stalled() == 0);
         export.restore(key()).unwrap();
-        let round = rounds.fetch_add(1, Ordering::Relaxed);
-        let enough = export.io().requests() + u64::from(round % 16);
-        until("requests go on", || {
-            over.load(Ordering::Relaxed) || export.io().requests() >= enough
-        });
+        let (open, before) = (Instant::now(), export.io().requests());
+        let go_on = |more| {
+            until("requests go on", || {
+                over.load(Ordering::Relaxed) || export.io().requests() >= before + more
+            });
+        };
+        let more = u64::from(rounds.fetch_add(1, Ordering::Relaxed)) % apart;
+        if more > 0 {
+            go_on(1);
+            waits.push(open.elapsed());
+        }
+        go_on(more);
     }
+    waits.sort_unstable();
+    waits[waits.len() / 2]
+}
+
+/// Has `work` done again and again until the fence has been closed and opened so often meanwhile. Half
+/// the times it took no longer than this until requests went on.
+pub(crate) fn while_the_key_goes_and_comes(
+    export: &Export,
+    holds: bool,
+    apart: u64,
+    closings: u32,
+    mut work: impl FnMut(),
+) -> Duration {
+    let (over, rounds) = (AtomicBool::new(false), AtomicU32::new(0));
+    std::thread::scope(|scope| {
+        let closer = scope.spawn(|| open_and_close(export, holds, apart, &rounds, &over));
+        // Whatever fails in there, the closer has to end.
+        let works = AssertUnwindSafe(|| {
+            while rounds.load(Ordering::Relaxed) < closings && !closer.is_finished() {
+                work();
+            }
+        });
+        let worked = std::panic::catch_unwind(works);
+        over.store(true, Ordering::Relaxed);
+        let waited = closer.join().unwrap();
+        worked.unwrap();
+        waited
+    })
 }
 
 /// Serves it on a socket in `dir`.
@@ -113,20 +157,10 @@ fn no_request_fails(place: &Path) {
     let dir = tempfile::tempdir_in(place).unwrap();
     let export = held_export(dir.path(), Duration::from_secs(600));
     let socket = serve_in(dir.path(), &export);
-    let (over, rounds) = (AtomicBool::new(false), AtomicU32::new(0));
-    std::thread::scope(|scope| {
-        let closer = scope.spawn(|| open_and_close(&export, &rounds, &over));
-        // Whatever fails in there, the closer has to end.
-        let worked = std::panic::catch_unwind(|| {
-            while rounds.load(Ordering::Relaxed) < CLOSINGS {
-                everybody_works(&socket);
-            }
-        });
-        over.store(true, Ordering::Relaxed);
-        closer.join().unwrap();
-        worked.unwrap();
+    while_the_key_goes_and_comes(&export, true, 16, CLOSINGS, || {
+        everybody_works(&socket);
     });
-    assert_eq!(export.failed(), 0, "after {rounds:?} closings");
+    assert_eq!(export.failed(), 0, "after {CLOSINGS} closings");
 }
 
 #[test]

@@ -1,16 +1,11 @@
 //! Large pieces of data, many at a time over one connection, at stores in memory: those that a thread
 //! beside the connection's own deals with.
 
-use std::panic::AssertUnwindSafe;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::available_parallelism;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use byokd::export::Export;
-use byokd::key::lease::FenceReason;
-
-use crate::hold::{export, key, serve_in};
+use crate::hold::{export, serve_in, while_the_key_goes_and_comes};
 use crate::raw::{READ, Raw, WRITE, request};
 use crate::support::{Daemon, until};
 
@@ -136,50 +131,14 @@ fn what_a_thread_beside_the_connection_moves_is_right_and_it_ends_when_there_is_
     assert!(all == stream.held, "and so it is after detaching and attaching");
 }
 
-/// Closes and opens the fence until told, and counts how often. Half the times it took no longer than
-/// this until requests went on.
-fn close_and_open(export: &Export, rounds: &AtomicU32, over: &AtomicBool) -> Duration {
-    let mut waits = Vec::new();
-    while !over.load(Ordering::Relaxed) {
-        let _destroyed = export.fence(FenceReason::Denied);
-        until("the store has ended what was given up", || export.stalled() == 0);
-        export.restore(key()).unwrap();
-        let (open, before) = (Instant::now(), export.io().requests());
-        let goes_on = |more| {
-            let enough = before + more;
-            until("requests go on", || {
-                over.load(Ordering::Relaxed) || export.io().requests() >= enough
-            });
-        };
-        goes_on(1);
-        waits.push(open.elapsed());
-        goes_on(u64::from(rounds.fetch_add(1, Ordering::Relaxed) % 7));
-    }
-    waits.sort_unstable();
-    waits[waits.len() / 2]
-}
-
 /// Streams while the fence closes and opens; how many requests were refused.
 fn streams_through_a_fence(hold: Option<Duration>) -> usize {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let export = export(dir.path(), hold);
     let socket = serve_in(dir.path(), &export);
     let mut stream = Stream::new(&socket);
-    let (over, rounds) = (AtomicBool::new(false), AtomicU32::new(0));
-    std::thread::scope(|scope| {
-        let closer = scope.spawn(|| close_and_open(&export, &rounds, &over));
-        // Whatever fails in there, the closer has to end.
-        let streams = AssertUnwindSafe(|| {
-            while rounds.load(Ordering::Relaxed) < 300 && !closer.is_finished() {
-                stream.round();
-            }
-        });
-        let streamed = std::panic::catch_unwind(streams);
-        over.store(true, Ordering::Relaxed);
-        let waited = closer.join().unwrap();
-        streamed.unwrap();
-        assert!(waited < Duration::from_millis(250), "{waited:?} until requests went on");
-    });
+    let waited = while_the_key_goes_and_comes(&export, hold.is_some(), 7, 300, || stream.round());
+    assert!(waited < Duration::from_millis(250), "{waited:?} until requests went on");
     stream.refused
 }
 

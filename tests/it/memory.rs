@@ -236,6 +236,14 @@ impl Scene {
         Self { customer, daemon, needles, plain, front }
     }
 
+    /// With its volume attached, whose requests wait for the key.
+    fn holding() -> Self {
+        let scene = Self::new();
+        scene.daemon.define("v", "on_denial = \"hold\"\nhold_for = \"10m\"");
+        scene.daemon.ok(&["attach", "v"]);
+        scene
+    }
+
     /// With a volume `w` on a disk that can be made to hang, and its key to search for. The disk goes
     /// first, for the daemon could not end without it.
     fn on_a_disk_that_can_hang() -> (Self, HangingDisk) {
@@ -325,9 +333,7 @@ fn a_volume_whose_requests_wait_holds_no_key_and_nothing_decrypted() {
     if !can_scan() {
         return;
     }
-    let scene = Scene::new();
-    scene.daemon.define("v", "on_denial = \"hold\"\nhold_for = \"10m\"");
-    scene.daemon.ok(&["attach", "v"]);
+    let scene = Scene::holding();
     scene.work();
     // A client that takes none of the reply to a large read, and one that waits for its reply.
     let socket = scene.daemon.dir.path().join("nbd/v.sock");
@@ -388,12 +394,12 @@ fn nothing_is_left_of_large_pieces_that_a_fence_met_on_their_way() {
 
 #[test]
 fn nothing_decrypted_of_large_pieces_waits_for_the_key() {
+    /// Not all of a size, so that they lie where larger ones were.
+    const LENGTHS: [u32; 4] = [1 << 20, 640 << 10, 1 << 20, 704 << 10];
     if !can_scan() {
         return;
     }
-    let scene = Scene::new();
-    scene.daemon.define("v", "on_denial = \"hold\"\nhold_for = \"10m\"");
-    scene.daemon.ok(&["attach", "v"]);
+    let scene = Scene::holding();
     let data = scene.plain.repeat((1 << 20) / PLAIN);
     let mut client = Raw::connected(&scene.daemon.dir.path().join("nbd/v.sock"), "v");
     for n in 0..4 {
@@ -401,15 +407,14 @@ fn nothing_decrypted_of_large_pieces_waits_for_the_key() {
     }
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        // Not all of a size, so that they lie where larger ones were.
         let reads = scope.spawn(|| {
             while !over.load(Ordering::Relaxed) {
-                for (n, len) in (0..).zip([1 << 20, 640 << 10, 1 << 20, 704 << 10]) {
+                for (n, len) in (0..).zip(LENGTHS) {
                     client.send(&request(0, READ, n, n << 20, len));
                 }
                 for _ in 0..4 {
                     let (n, error) = client.any_reply();
-                    let len = [1 << 20, 640 << 10, 1 << 20, 704 << 10][usize::try_from(n).unwrap()];
+                    let len = LENGTHS[usize::try_from(n).unwrap()] as usize;
                     assert_eq!(error, 0);
                     assert!(client.take_vec(len) == data[..len]);
                 }
