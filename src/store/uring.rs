@@ -24,8 +24,25 @@ use crate::units::SectorRange;
 /// requests than that wait in the socket.
 const ENTRIES: u32 = 128;
 
-const SOCKET: u64 = u64::MAX;
-const WAKER: u64 = u64::MAX - 1;
+/// What ends a wait besides an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watched {
+    /// The client sends more.
+    Socket,
+    /// Somebody wants the connection to look around.
+    Waker,
+    /// The thread beside the connection's own has something done.
+    Aside,
+}
+
+impl Watched {
+    const ALL: [Self; 3] = [Self::Socket, Self::Waker, Self::Aside];
+
+    /// Unlike the index of any slot.
+    fn tag(self) -> u64 {
+        u64::MAX - self as u64
+    }
+}
 
 /// What to do with the sectors of a range.
 pub enum Op {
@@ -71,8 +88,8 @@ pub struct Ring {
     slots: Vec<Option<Slot>>,
     free: Vec<usize>,
     in_flight: usize,
-    socket_armed: bool,
-    waker_armed: bool,
+    /// By [`Watched`].
+    armed: [bool; Watched::ALL.len()],
 }
 
 impl Ring {
@@ -98,8 +115,7 @@ impl Ring {
             slots: Vec::new(),
             free: Vec::new(),
             in_flight: 0,
-            socket_armed: false,
-            waker_armed: false,
+            armed: [false; Watched::ALL.len()],
         })
     }
 
@@ -112,8 +128,8 @@ impl Ring {
     /// Whether another operation fits.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        // Two entries stay for the socket and the waker.
-        self.in_flight + 2 < ENTRIES as usize
+        // Some entries stay for what is watched.
+        self.in_flight + Watched::ALL.len() < ENTRIES as usize
     }
 
     /// Queues an operation; [`Ring::wait`] or [`Ring::submit`] hands it to the kernel. `backing`
@@ -237,33 +253,25 @@ impl Ring {
         }
     }
 
-    /// Hands what is queued to the kernel and waits for a completion, or for `socket` (if given) to
-    /// become readable, or for `waker`, or until `timeout`. Completions are added to `ended`; says
-    /// whether the waker was written to. Of the socket it says nothing: what was watched for in an
-    /// earlier wait may end this one.
+    /// Hands what is queued to the kernel and waits for a completion, or for one of `watched` to become
+    /// readable, each always the same descriptor, or until `timeout`. Completions are added to
+    /// `ended`; says whether the waker was written to. Of the others it says nothing: what was watched
+    /// for in an earlier wait may end this one.
     ///
     /// # Errors
     /// The kernel refused the whole call.
-    pub fn wait(
+    pub fn wait<'a>(
         &mut self,
-        socket: Option<BorrowedFd<'_>>,
-        waker: BorrowedFd<'_>,
+        watched: impl IntoIterator<Item = (Watched, BorrowedFd<'a>)>,
         timeout: Option<Duration>,
         ended: &mut Vec<Completion>,
     ) -> io::Result<bool> {
-        let poll = |fd: RawFd, tag| {
-            let mask = libc::POLLIN as u32;
-            opcode::PollAdd::new(Fd(fd), mask).build().user_data(tag)
-        };
-        if let Some(socket) = socket
-            && !self.socket_armed
-        {
-            self.enqueue(&poll(socket.as_raw_fd(), SOCKET))?;
-            self.socket_armed = true;
-        }
-        if !self.waker_armed {
-            self.enqueue(&poll(waker.as_raw_fd(), WAKER))?;
-            self.waker_armed = true;
+        for (what, fd) in watched {
+            if !self.armed[what as usize] {
+                let poll = opcode::PollAdd::new(Fd(fd.as_raw_fd()), libc::POLLIN as u32);
+                self.enqueue(&poll.build().user_data(what.tag()))?;
+                self.armed[what as usize] = true;
+            }
         }
         self.enter(1, timeout)?;
         self.reap(ended)
@@ -274,13 +282,12 @@ impl Ring {
         let mut again = Vec::new();
         loop {
             let Some(event) = self.ring.completion().next() else { break };
-            match event.user_data() {
-                SOCKET => self.socket_armed = false,
-                WAKER => {
-                    self.waker_armed = false;
-                    woken = true;
+            match Watched::ALL.iter().find(|what| what.tag() == event.user_data()) {
+                Some(what) => {
+                    self.armed[*what as usize] = false;
+                    woken |= *what == Watched::Waker;
                 }
-                _ => self.ended(&event, ended, &mut again),
+                None => self.ended(&event, ended, &mut again),
             }
         }
         for index in again {

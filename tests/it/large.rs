@@ -1,13 +1,15 @@
-//! Large pieces of data, many at a time over one connection, at stores in memory: those that a thread
-//! beside the connection's own deals with.
+//! Large pieces of data, many at a time over one connection: those that a thread beside the connection's
+//! own deals with.
 
 use std::path::Path;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
+use tempfile::TempDir;
+
 use crate::hold::{export, serve_in, while_the_key_goes_and_comes};
 use crate::raw::{READ, Raw, WRITE, request};
-use crate::support::{Daemon, until};
+use crate::support::{Daemon, in_memory, on_disk, until};
 
 /// Of the volume.
 const SIZE: usize = 3 << 20;
@@ -112,17 +114,22 @@ fn has_one_beside(daemon: &Daemon) -> bool {
 
 #[test]
 fn what_a_thread_beside_the_connection_moves_is_right_and_it_ends_when_there_is_nothing_to_move() {
-    let daemon = Daemon::start();
+    for daemon in [Daemon::start(), Daemon::start_on_disk()] {
+        streams_and_rests(&daemon);
+    }
+}
+
+fn streams_and_rests(daemon: &Daemon) {
     daemon.volume("v", "3M", &daemon.key());
-    assert!(!has_one_beside(&daemon), "nothing has come yet");
+    assert!(!has_one_beside(daemon), "nothing has come yet");
     let mut stream = Stream::new(&daemon.dir.path().join("nbd/v.sock"));
     for _ in 0..200 {
         stream.round();
     }
     let cores = available_parallelism().unwrap().get();
-    assert_eq!(has_one_beside(&daemon), cores > 1, "on {cores} processors");
+    assert_eq!(has_one_beside(daemon), cores > 1, "on {cores} processors");
     assert_eq!(stream.refused, 0);
-    until("the thread ends", || !has_one_beside(&daemon));
+    until("the thread ends", || !has_one_beside(daemon));
     stream.round();
     daemon.ok(&["detach", "v"]);
     daemon.ok(&["attach", "v"]);
@@ -132,8 +139,7 @@ fn what_a_thread_beside_the_connection_moves_is_right_and_it_ends_when_there_is_
 }
 
 /// Streams while the fence closes and opens; how many requests were refused.
-fn streams_through_a_fence(hold: Option<Duration>) -> usize {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+fn streams_through_a_fence(dir: &TempDir, hold: Option<Duration>) -> usize {
     let export = export(dir.path(), hold);
     let socket = serve_in(dir.path(), &export);
     let mut stream = Stream::new(&socket);
@@ -144,15 +150,19 @@ fn streams_through_a_fence(hold: Option<Duration>) -> usize {
 
 #[test]
 fn large_pieces_wait_for_the_key_and_none_is_lost() {
-    assert_eq!(streams_through_a_fence(Some(Duration::from_secs(600))), 0);
+    for dir in [in_memory(), on_disk()] {
+        assert_eq!(streams_through_a_fence(&dir, Some(Duration::from_secs(600))), 0);
+    }
 }
 
 #[test]
 fn large_pieces_are_refused_while_the_fence_is_closed_and_what_was_acknowledged_is_there() {
-    assert!(streams_through_a_fence(None) > 0, "the fence was closed");
+    for dir in [in_memory(), on_disk()] {
+        assert!(streams_through_a_fence(&dir, None) > 0, "the fence was closed");
+    }
 }
 
-/// A write that is done holds nobody up, though the client of its connection takes no replies.
+/// A write to memory that is done holds nobody up, though the client of its connection takes no replies.
 #[test]
 fn others_write_parts_of_sectors_while_a_client_of_large_pieces_takes_no_replies() {
     let daemon = Daemon::start();

@@ -11,6 +11,7 @@ use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::available_parallelism;
 use std::time::Instant;
 
 use aes::cipher::{BlockCipherEncrypt, KeyInit};
@@ -24,7 +25,9 @@ use crate::customer::Customer;
 use crate::metrics::{get, value};
 use crate::mounts::{LoopDevice, can_mount};
 use crate::raw::{FLUSH, READ, Raw, TRIM, WRITE, request};
-use crate::support::{Daemon, PATIENCE, Running, have, nbdsh, python_nbd, run, until};
+use crate::support::{
+    Daemon, PATIENCE, Running, have, in_memory, nbdsh, on_disk, python_nbd, run, until,
+};
 
 /// Whether the memory of other processes can be read here.
 fn can_scan() -> bool {
@@ -217,6 +220,11 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
+        Self::made_in(in_memory())
+    }
+
+    /// With its volume in that directory.
+    fn made_in(dir: TempDir) -> Self {
         let customer = Customer::new();
         let front = TlsFront::new(&customer);
         let settings = customer.settings("", "probe_interval = \"1s\"\n");
@@ -227,7 +235,7 @@ impl Scene {
              [http]\nsocket = \"{}\"\n{settings}",
             http.display()
         );
-        let daemon = Daemon::configured_with(&settings, front.environment());
+        let daemon = Daemon::configured_in(dir, &settings, front.environment());
         daemon.create("v", "8M", customer.key.as_str());
         let key = customer.volume_key(&daemon.backing("v"));
         let mut plain = vec![0; PLAIN];
@@ -377,11 +385,17 @@ fn nothing_is_left_of_large_pieces_that_a_fence_met_on_their_way() {
     if !can_scan() {
         return;
     }
-    let scene = Scene::new();
+    for dir in [in_memory(), on_disk()] {
+        streams_into_fences(&Scene::made_in(dir));
+    }
+}
+
+/// Five times.
+fn streams_into_fences(scene: &Scene) {
     scene.daemon.ok(&["attach", "v"]);
     for _ in 0..5 {
         std::thread::scope(|scope| {
-            scope.spawn(|| stream(&scene));
+            scope.spawn(|| stream(scene));
             until("data is on its way", || scene.requests("v") > 100.0 && scene.found() == IN_USE);
             scene.customer.set_enabled(false);
             until("the volume is fenced", || scene.daemon.state("v") == "fenced");
@@ -640,6 +654,41 @@ fn nothing_in_the_clear_waits_for_a_store_that_hangs() {
         assert_eq!(client.write(12345, b"as before"), 0);
         assert_eq!(client.read(12345, 9), b"as before");
     }
+}
+
+/// More reads at a time than a connection's ring takes, and a large write in the middle of them.
+#[test]
+fn a_large_piece_that_finds_a_store_full_and_hanging_is_given_up_with_the_rest() {
+    /// What a ring of 128 takes besides what is watched.
+    const FULL: u64 = 125;
+    const MORE: usize = 10;
+    if !can_scan() || !can_mount(&["nbdsh", "nbdkit"]) {
+        return;
+    }
+    let (scene, disk) = Scene::on_a_disk_that_can_hang();
+    let data = scene.plain.repeat((1 << 20) / PLAIN);
+    let reads = |from| (from..).map(|n| request(0, READ, n, n << 12, 4096));
+    disk.signal("-STOP");
+    let mut client = Raw::connected(&scene.daemon.dir.path().join("nbd/w.sock"), "w");
+    for read in reads(0).take(usize::try_from(FULL).unwrap()) {
+        client.send(&read);
+    }
+    until("the ring is full", || scene.in_flight("w") >= 125.0);
+    client.send(&[request(0, WRITE, FULL, 4 << 20, 1 << 20), data.clone()].concat());
+    client.send(&reads(FULL + 1).take(MORE).collect::<Vec<_>>().concat());
+    // With one processor nothing more is looked at before it can be written.
+    let taken = if available_parallelism().unwrap().get() > 1 { 127.0 } else { 126.0 };
+    until("it has been encrypted elsewhere, or waits", || scene.in_flight("w") >= taken);
+    scene.customer.set_enabled(false);
+    until("the volume is fenced", || scene.daemon.state("w") == "fenced");
+    assert!(scene.found().is_empty(), "fenced, and the store hangs: {:?}", scene.found());
+    let all = usize::try_from(FULL).unwrap() + 1 + MORE;
+    assert_eq!(errors(&mut client, all), vec![1; all], "EPERM");
+    disk.signal("-CONT");
+    scene.customer.set_enabled(true);
+    until("it is served again", || scene.daemon.state("w") == "serving");
+    assert_eq!(client.write(4 << 20, &data), 0);
+    assert!(client.read(4 << 20, 1 << 20) == data);
 }
 
 /// The start of the volume `w`, which its store answers from a cache when it hangs.

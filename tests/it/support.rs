@@ -48,13 +48,12 @@ impl Drop for Daemon {
 impl Daemon {
     /// In memory: fast, and no test fills a disk.
     pub(crate) fn start() -> Self {
-        Self::start_in(tempfile::tempdir_in("/dev/shm").expect("a directory in memory"))
+        Self::start_in(in_memory())
     }
 
     /// On the disk that holds the target directory: `O_DIRECT` and the ring.
     pub(crate) fn start_on_disk() -> Self {
-        let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        Self::start_in(tempfile::tempdir_in(target).expect("a directory on disk"))
+        Self::start_in(on_disk())
     }
 
     pub(crate) fn start_in(dir: TempDir) -> Self {
@@ -78,7 +77,11 @@ impl Daemon {
 
     /// The same with more in its environment.
     pub(crate) fn configured_with(settings: &str, env: Vec<(String, String)>) -> Self {
-        let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
+        Self::configured_in(in_memory(), settings, env)
+    }
+
+    /// The same in that directory.
+    pub(crate) fn configured_in(dir: TempDir, settings: &str, env: Vec<(String, String)>) -> Self {
         let place = dir.path().display();
         let audit = if settings.contains("[audit]") {
             String::new()
@@ -281,6 +284,16 @@ fn spawn(dir: &Path, mode: Mode, env: &[(String, String)]) -> Child {
     };
     command.envs(env.iter().cloned());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("byokd starts")
+}
+
+/// A directory in memory, where stores answer at once.
+pub(crate) fn in_memory() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").expect("a directory in memory")
+}
+
+/// A directory on the disk that holds the target directory.
+pub(crate) fn on_disk() -> TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory on disk")
 }
 
 /// Waits until something is so; fails the test when it is not in time.

@@ -1,6 +1,7 @@
-//! A thread beside a connection's own, for large pieces of data on stores that answer from memory: it
-//! encrypts one and writes it, or reads one and decrypts it, while the connection receives the next or
-//! sends the last. With one thread the client waits at a full socket meanwhile, or at an empty one.
+//! A thread beside a connection's own, for large pieces of data: it encrypts one while the connection
+//! receives the next, where with one thread the client waits at a full socket. At stores that answer
+//! from memory it writes it as well, and reads and decrypts one while the connection sends the last; at
+//! others that is left to the connection and its ring.
 //!
 //! It has a gate of its own in the fence, as a connection has. What the gate refuses comes back as it
 //! is, and the connection deals with it as with its own. Who has to know that it holds nothing in the
@@ -12,12 +13,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::time::TimeSpec;
 
 use crate::buffer::{Buffer, Ciphertext, Plaintext};
 use crate::device::{Claim, Lane};
@@ -40,6 +38,8 @@ pub(super) enum Work {
     Read(Buffer),
     /// Encrypt it, and write it, as this claim allows.
     Write(Plaintext, Durability, Claim),
+    /// Encrypt it.
+    Encrypt(Plaintext),
 }
 
 /// How that ended.
@@ -50,8 +50,10 @@ pub(super) enum End {
     Sealed(Ciphertext),
     /// Encrypted and written; the claim has ended with it.
     Written(Ciphertext),
-    /// The gate gave no pass: it is as it was.
-    Refused(Plaintext, Claim),
+    /// Encrypted.
+    Encrypted(Ciphertext),
+    /// The gate gave no pass: it is as it was, and so is the claim to write it, if it came with one.
+    Refused(Plaintext, Option<Claim>),
     /// The store failed at reading it, or at writing it by this claim.
     Failed(io::Error, Ciphertext, Option<Claim>),
 }
@@ -141,25 +143,9 @@ impl Aside {
         self.done.iter().take(std::mem::take(&mut self.out)).collect()
     }
 
-    /// Waits for something to be done, or for `socket` (if given) to become readable, or for `waker`, or
-    /// until `timeout`; says whether the waker was written to.
-    ///
-    /// # Errors
-    /// The kernel refused the call.
-    pub(super) fn wait(
-        &self,
-        socket: Option<BorrowedFd<'_>>,
-        waker: BorrowedFd<'_>,
-        timeout: Option<Duration>,
-    ) -> io::Result<bool> {
-        let watched = [Some(waker), Some(self.told.as_fd()), socket];
-        let mut fds: Vec<_> =
-            watched.into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        match ppoll(&mut fds, timeout.map(TimeSpec::from), None) {
-            Ok(_) => Ok(fds[0].any() != Some(false)),
-            Err(Errno::EINTR) => Ok(false),
-            Err(errno) => Err(errno.into()),
-        }
+    /// Readable when something is done.
+    pub(super) fn told(&self) -> BorrowedFd<'_> {
+        self.told.as_fd()
     }
 }
 
@@ -192,11 +178,15 @@ impl Hand {
                 self.client.io().cipher_aside(began.elapsed());
                 End::Read(plain)
             }
+            Work::Encrypt(plain) => match self.encrypt(at, plain) {
+                Ok(data) => End::Encrypted(data),
+                Err(plain) => End::Refused(plain, None),
+            },
             Work::Write(plain, durability, claim) => {
-                let Ok(pass) = self.gate.enter() else { return End::Refused(plain, claim) };
-                let began = Instant::now();
-                let data = pass.seal(plain, at);
-                self.client.io().cipher_aside(began.elapsed());
+                let data = match self.encrypt(at, plain) {
+                    Ok(data) => data,
+                    Err(plain) => return End::Refused(plain, Some(claim)),
+                };
                 match self.store.write(at, &data, durability) {
                     Ok(()) => {
                         // Others may wait for that, and the connection for its client.
@@ -207,6 +197,14 @@ impl Hand {
                 }
             }
         }
+    }
+
+    fn encrypt(&self, at: SectorRange, plain: Plaintext) -> Result<Ciphertext, Plaintext> {
+        let Ok(pass) = self.gate.enter() else { return Err(plain) };
+        let began = Instant::now();
+        let data = pass.seal(plain, at);
+        self.client.io().cipher_aside(began.elapsed());
+        Ok(data)
     }
 }
 
@@ -266,9 +264,13 @@ mod tests {
         assert_eq!(back.bytes(), [3; LEN]);
 
         let _receipt = fence.close(FenceReason::Denied);
-        let End::Refused(back, claim) = write(plain(4)) else { panic!("it is refused") };
+        let End::Refused(back, Some(claim)) = write(plain(4)) else { panic!("it is refused") };
         assert_eq!(back.bytes(), [4; LEN]);
         hand.lane.end(claim);
+        let End::Refused(back, None) = hand.perform(at, Work::Encrypt(back)) else {
+            panic!("it is not encrypted")
+        };
+        assert_eq!(back.bytes(), [4; LEN]);
         let End::Sealed(data) = read(Pool::new().take(LEN).unwrap()) else {
             panic!("it is read, and not decrypted")
         };

@@ -1,14 +1,16 @@
-//! Large pieces of data on stores that answer from memory: whether one is left to the thread beside
-//! the connection's own, and how it goes on with what that has done.
+//! Large pieces of data: whether one is left to the thread beside the connection's own, and how it goes
+//! on with what that has done.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use tracing::debug;
 
-use crate::buffer::Plaintext;
+use crate::buffer::{Ciphertext, Plaintext};
 use crate::nbd::transmission::aside::{Aside, Done, End, Hand, Work};
-use crate::nbd::transmission::parts::perform;
+use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::{Data, Outcome, Part, Transmission};
 use crate::store::uring::{Completion, Op};
 use crate::store::{Durability, Speed};
@@ -17,7 +19,13 @@ use crate::units::SectorRange;
 
 /// Bytes from which a piece is large: to hand it to another thread costs little beside doing it
 /// (`docs/PERFORMANCE.md`).
-const LARGE: u64 = 128 << 10;
+const fn large(speed: Speed) -> u64 {
+    match speed {
+        Speed::Immediate => 128 << 10,
+        // It comes back to be written.
+        Speed::Queued => 256 << 10,
+    }
+}
 
 /// A connection that moves large pieces, until it waits for its client with nothing to do.
 pub(super) struct Bulk(());
@@ -57,7 +65,7 @@ impl Transmission {
         plain: Plaintext,
         durability: Durability,
     ) -> Result<(), Plaintext> {
-        let goes_on = self.is_large(at) && (self.pipelines || self.has_more());
+        let goes_on = self.is_large(at) && (self.pipelines || self.has_several());
         let refused = self.tasks.expect(task).answered;
         if !goes_on || refused || !self.aside_has_room() {
             return Err(plain);
@@ -66,19 +74,26 @@ impl Transmission {
         let Ok(claim) = self.lane.begin(at) else { return Err(plain) };
         self.tasks.expect(task).parts += 1;
         let part = Part::write(task, at, plain.bytes().len(), durability);
-        self.leave(part, Work::Write(plain, durability, claim));
+        match self.store.speed() {
+            Speed::Immediate => self.leave(part, Work::Write(plain, durability, claim)),
+            Speed::Queued => {
+                self.leave(Part { claim: Some(claim), ..part }, Work::Encrypt(plain));
+            }
+        }
         Ok(())
     }
 
     /// Whether a piece is one for the thread beside this one; notes those who move such pieces.
     fn is_large(&mut self, at: SectorRange) -> bool {
-        let is_large = at.len() >= LARGE
-            && self.store.speed() == Speed::Immediate
-            && !self.precedence.stands_back();
+        let is_large = self.is_of_size(at) && !self.precedence.stands_back();
         if is_large {
             self.bulk.get_or_insert_with(Bulk::begins);
         }
         is_large && Bulk::have_two_each()
+    }
+
+    fn is_of_size(&self, at: SectorRange) -> bool {
+        at.len() >= large(self.store.speed())
     }
 
     /// Whether the client has sent more than what is being looked at: there is something to do here
@@ -87,21 +102,32 @@ impl Transmission {
         !self.inbox.bytes().is_empty() || self.stream.is_readable()
     }
 
+    /// Whether the client has more under way than what is being looked at.
+    fn has_several(&self) -> bool {
+        self.parts.len() > 0 || self.has_more()
+    }
+
     /// Whether the thread beside this one takes one more; starts it if there is none.
     fn aside_has_room(&mut self) -> bool {
-        if self.aside.is_none() {
-            let hand = Hand {
-                gate: self.export.gatekeeper().gate(),
-                store: Arc::clone(&self.store),
-                lane: Arc::clone(&self.lane),
-                client: Arc::clone(&self.client),
-            };
-            match Aside::new(hand) {
-                Ok(aside) => self.aside = Some(aside),
-                Err(error) => debug!(%error, "large pieces have no thread of their own"),
-            }
+        if self.aside.is_none()
+            && let Err(error) = self.start_aside()
+        {
+            debug!(%error, "large pieces have no thread of their own");
         }
         self.aside.as_ref().is_some_and(Aside::has_room)
+    }
+
+    fn start_aside(&mut self) -> io::Result<()> {
+        // To wait for it.
+        self.need_ring()?;
+        let hand = Hand {
+            gate: self.export.gatekeeper().gate(),
+            store: Arc::clone(&self.store),
+            lane: Arc::clone(&self.lane),
+            client: Arc::clone(&self.client),
+        };
+        self.aside = Some(Aside::new(hand)?);
+        Ok(())
     }
 
     /// Leaves a part to the thread beside this one, which has room.
@@ -114,8 +140,8 @@ impl Transmission {
 
     /// Notes, before a large write is answered, whether its client waits for that.
     pub(super) fn note_pipelining(&mut self, at: SectorRange) {
-        if at.len() >= LARGE {
-            self.pipelines = self.parts.len() > 0 || self.has_more();
+        if self.is_of_size(at) {
+            self.pipelines = self.has_several();
         }
     }
 
@@ -155,8 +181,9 @@ impl Transmission {
                 self.note_pipelining(part.at);
                 self.finish(part, ended(Ok(()), data))
             }
+            End::Encrypted(data) => self.write_encrypted(part, data),
             End::Refused(plain, claim) => {
-                self.write_after_all(Part { claim: Some(claim), ..part }, plain)
+                self.write_after_all(Part { claim: claim.or(part.claim), ..part }, plain)
             }
             End::Failed(error, data, claim) => {
                 self.finish(Part { claim, ..part }, ended(Err(error), data))
@@ -175,6 +202,20 @@ impl Transmission {
         self.data_ready(task, part.at, data)
     }
 
+    /// A part that the ring is to write was encrypted. This waits for nothing: whoever closes the fence
+    /// may wait for it.
+    fn write_encrypted(&mut self, part: Part, data: Ciphertext) -> Outcome {
+        let op = Op::Write(data, part.durability);
+        if self.is_answered(&part) {
+            return self.abandon(part, op);
+        }
+        if self.ring.as_ref().is_some_and(|ring| !ring.has_room()) {
+            self.later.push(Later { due: Instant::now(), part, op });
+            return Ok(());
+        }
+        self.submit(part, op)
+    }
+
     /// The fence was closed before a part was encrypted: it is done here, if it is to be done at all.
     fn write_after_all(&mut self, part: Part, plain: Plaintext) -> Outcome {
         let (task, at) = (task_of(&part), part.at);
@@ -188,8 +229,8 @@ impl Transmission {
         };
         let refused = match sealed {
             Ok(Ok(data)) => {
-                let ended = perform(&self.store, at, Op::Write(data, part.durability));
-                return self.finish(part, ended);
+                let op = Op::Write(data, part.durability);
+                return self.submit(part, op);
             }
             Ok(Err(errno)) => Ok(errno),
             Err(broken) => Err(broken),

@@ -81,6 +81,10 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(60);
 /// After a wait that found the client sending more meanwhile, the next waits watch the socket too.
 const WATCH_CREDIT: u8 = 64;
 
+/// So much of a payload that has not come is looked for also while something is in flight: the client
+/// is in the middle of sending it, and may be waiting for room in its socket.
+const LONG_REST: usize = 64 << 10;
+
 /// Extents in one block status reply: bounded work however fragmented the file is.
 const MOST_EXTENTS: usize = 4096;
 
@@ -481,7 +485,7 @@ impl Transmission {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let closings = self.closings;
                     self.take_in_hand();
-                    let waited = self.wait_for_more();
+                    let waited = self.wait_for_more(to.len() - got);
                     void |= self.closings != closings && !self.export.holds();
                     if void {
                         to[..got].zeroize();
@@ -501,15 +505,22 @@ impl Transmission {
         Ok(!void)
     }
 
-    /// Waits for more from the client, or for whatever else has to be done.
-    fn wait_for_more(&mut self) -> Outcome {
+    /// Waits for more of a payload, of which so much has not come, or for whatever else has to be done.
+    fn wait_for_more(&mut self, rest: usize) -> Outcome {
         self.send()?;
-        if self.tasks_in_flight() {
+        // A shorter one is as good as here; what the store has done is taken meanwhile.
+        let looks = rest >= LONG_REST || !self.tasks_in_flight();
+        if looks && self.look_for_rest() {
+            // What has been encrypted meanwhile goes to the store.
+            self.take_done()?;
+            if let Some(ring) = self.ring.as_mut() {
+                ring.submit()?;
+            }
+        } else if self.tasks_in_flight() {
             self.watch = WATCH_CREDIT;
             return self.wait_and_watch();
-        }
-        // A client that is slow to send is not cut off by a fence: it is told like any other.
-        if !self.look_for_rest() {
+        } else {
+            // A client that is slow to send is not cut off by a fence: it is told like any other.
             self.wait_beside_waker(self.stream.as_fd(), PollFlags::POLLIN, PollTimeout::NONE);
         }
         self.notice_fence()

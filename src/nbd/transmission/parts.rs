@@ -1,5 +1,6 @@
 //! The parts of requests under way: started, ended, given up when the fence closes.
 
+use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::{Data, Outcome, Part, Reply, Task, Transmission};
 use crate::nbd::wire::{Chunk, Command, Errno, Head};
 use crate::registers;
-use crate::store::uring::{Completion, Op, Ring};
+use crate::store::uring::{Completion, Op, Ring, Watched};
 use crate::store::{Backing, Durability, Speed};
 use crate::units::SectorRange;
 
@@ -81,16 +82,14 @@ impl Transmission {
         self.finish(part, ended)
     }
 
-    fn is_answered(&self, part: &Part) -> bool {
+    pub(super) fn is_answered(&self, part: &Part) -> bool {
         part.task.and_then(|task| self.tasks.get(task)).is_some_and(|task| task.answered)
     }
 
     /// Waits until the ring has room; `false` if the fence has closed and the store keeps what fills
     /// it.
     fn make_room(&mut self) -> Outcome<bool> {
-        if self.ring.is_none() {
-            self.ring = Some(Ring::new()?);
-        }
+        self.need_ring()?;
         while self.ring.as_ref().is_some_and(|ring| !ring.has_room()) {
             if self.given_up {
                 return Ok(false);
@@ -99,6 +98,13 @@ impl Transmission {
             self.wait_for_ring()?;
         }
         Ok(true)
+    }
+
+    pub(super) fn need_ring(&mut self) -> io::Result<()> {
+        if self.ring.is_none() {
+            self.ring = Some(Ring::new()?);
+        }
+        Ok(())
     }
 
     /// A part that the store does not have is not done any more.
@@ -280,8 +286,13 @@ impl Transmission {
             self.pool.wipe();
             self.inbox.wipe();
         }
-        let socket = watches.then(|| self.stream.as_fd());
-        let has_room = self.ring.as_ref().is_none_or(Ring::has_room);
+        self.need_ring()?;
+        let Some(ring) = self.ring.as_mut() else { return Ok(()) };
+        let socket = watches.then(|| (Watched::Socket, self.stream.as_fd()));
+        let aside = self.aside.as_ref().filter(|aside| aside.has_any());
+        let aside = aside.map(|aside| (Watched::Aside, aside.told()));
+        let waker = (Watched::Waker, self.client.waker());
+        let has_room = ring.has_room();
         let due = self.later.iter().filter(|_| has_room).map(|later| later.due);
         // Nobody wakes it while somebody tries to bring the key back.
         let hold_ends = self.holding.then(|| self.export.hold_ends_in()).flatten();
@@ -291,12 +302,8 @@ impl Transmission {
         let timeout = timeout.map(|due| due.saturating_duration_since(now));
         let mut ended = std::mem::take(&mut self.ended);
         registers::wipe();
-        let waker = self.client.waker();
-        let waited = match (&self.aside, &mut self.ring) {
-            (Some(aside), _) if aside.has_any() => aside.wait(socket, waker, timeout),
-            (_, Some(ring)) => ring.wait(socket, waker, timeout, &mut ended),
-            (_, none) => none.insert(Ring::new()?).wait(socket, waker, timeout, &mut ended),
-        };
+        let watched = [socket, aside, Some(waker)].into_iter().flatten();
+        let waited = ring.wait(watched, timeout, &mut ended);
         if self.watch > 0 {
             self.watch -= 1;
         }
