@@ -1,5 +1,5 @@
 //! The NBD server: fixed newstyle, one thread per connection, and a second one while it moves large
-//! pieces to and from a store in memory.
+//! pieces.
 //!
 //! What is spoken, of NBD's `proto.md`:
 //!

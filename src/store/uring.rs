@@ -1,5 +1,5 @@
 //! A ring of one connection: backing I/O in flight, each with its buffer, and what its owner waits
-//! for besides: its socket and its waker.
+//! for besides: its socket, its waker, and the thread beside its own.
 //!
 //! The ring owns a buffer from submission to completion, so whatever happens to the request or its
 //! client, the kernel never writes to memory that is used for something else. An operation whose
@@ -20,8 +20,8 @@ use crate::buffer::Ciphertext;
 use crate::store::{Backing, Durability};
 use crate::units::SectorRange;
 
-/// Entries of a ring. Chosen over the queue depth clients use (128 for the kernel's client); more
-/// requests than that wait in the socket.
+/// Entries of a ring. Chosen by the queue depth that clients use (128 for the kernel's client); more
+/// requests than it takes wait in the socket.
 const ENTRIES: u32 = 128;
 
 /// What ends a wait besides an operation.
@@ -101,12 +101,13 @@ impl Ring {
         let tuned = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
+            .setup_taskrun_flag()
             .setup_cqsize(ENTRIES * 2)
             .dontfork()
             .build(ENTRIES);
         let ring = match tuned {
             Ok(ring) => ring,
-            // Kernels before 6.1 do not know the two flags.
+            // Kernels before 6.1 do not know all of these.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::new(ENTRIES)?,
             Err(error) => return Err(error),
         };
@@ -215,13 +216,19 @@ impl Ring {
 
     fn enqueue(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         loop {
-            // SAFETY: the descriptor is the caller's backing, socket or waker, which outlive the
-            // ring; a buffer named by the entry is owned by its slot until the completion.
+            // SAFETY: the descriptor is the caller's backing or what it watches, which outlive
+            // the ring; a buffer named by the entry is owned by its slot until the completion.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
             self.ring.submit()?;
         }
+    }
+
+    /// Whether something has ended, or the kernel has to go on with it in this thread: the next wait does
+    /// that.
+    pub fn has_ended(&mut self) -> bool {
+        self.ring.submission().taskrun() || !self.ring.completion().is_empty()
     }
 
     /// Hands what is queued to the kernel without waiting.

@@ -12,7 +12,7 @@ use crate::buffer::{Ciphertext, Plaintext};
 use crate::nbd::transmission::aside::{Aside, Done, End, Hand, Work};
 use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::{Data, Outcome, Part, Transmission};
-use crate::store::uring::{Completion, Op};
+use crate::store::uring::{Completion, Op, Ring};
 use crate::store::{Durability, Speed};
 use crate::turns;
 use crate::units::SectorRange;
@@ -138,7 +138,7 @@ impl Transmission {
         aside.push(token, at, work);
     }
 
-    /// Notes, before a large write is answered, whether its client waits for that.
+    /// Notes, before a large write to a store in memory is answered, whether its client waits for that.
     pub(super) fn note_pipelining(&mut self, at: SectorRange) {
         if self.is_of_size(at) {
             self.pipelines = self.has_several();
@@ -147,8 +147,13 @@ impl Transmission {
 
     /// Goes on with what the thread beside this one has done.
     pub(super) fn take_done(&mut self) -> Outcome {
-        let done = self.aside.as_mut().map(Aside::take);
-        self.go_on_with(done.unwrap_or_default())
+        let done = self.aside.as_mut().map(Aside::take).unwrap_or_default();
+        if done.is_empty() {
+            return Ok(());
+        }
+        self.go_on_with(done)?;
+        // Somebody in there may have waited for the key, and taken the wake-up.
+        self.notice_fence()
     }
 
     /// The same, once it has nothing more in hand: nor is there anything in the clear with it then.
@@ -202,8 +207,8 @@ impl Transmission {
         self.data_ready(task, part.at, data)
     }
 
-    /// A part that the ring is to write was encrypted. This waits for nothing: whoever closes the fence
-    /// may wait for it.
+    /// A part was encrypted, and goes to the store, which is not waited for: others that have come back with
+    /// it may be in the clear.
     fn write_encrypted(&mut self, part: Part, data: Ciphertext) -> Outcome {
         let op = Op::Write(data, part.durability);
         if self.is_answered(&part) {
@@ -213,7 +218,9 @@ impl Transmission {
             self.later.push(Later { due: Instant::now(), part, op });
             return Ok(());
         }
-        self.submit(part, op)
+        self.submit(part, op)?;
+        // It may be long until the ring is looked at again.
+        Ok(self.ring.as_mut().map_or(Ok(()), Ring::submit)?)
     }
 
     /// The fence was closed before a part was encrypted: it is done here, if it is to be done at all.
@@ -228,10 +235,7 @@ impl Transmission {
             sealed.map(|sealed| sealed.map_err(|error| self.refused(error)))
         };
         let refused = match sealed {
-            Ok(Ok(data)) => {
-                let op = Op::Write(data, part.durability);
-                return self.submit(part, op);
-            }
+            Ok(Ok(data)) => return self.write_encrypted(part, data),
             Ok(Err(errno)) => Ok(errno),
             Err(broken) => Err(broken),
         };

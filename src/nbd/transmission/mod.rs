@@ -5,7 +5,7 @@
 //! replies that are ready in one gather. It waits in exactly three places: for the peer with nothing
 //! in flight (idle, all plaintext wiped), for what is in flight (woken by completions, its socket, or
 //! the fence), and for the peer to take replies. Where there are processors for it, `aside` is a
-//! second thread, which large pieces are left to at stores that answer from memory.
+//! second thread, which large pieces are left to.
 //!
 //! A request larger than [`MAX_BUFFER`](crate::buffer::MAX_BUFFER) is done in parts; a `Task` counts its parts down. A write
 //! that does not cover whole sectors is a read-modify-write under [`Lane::begin_partial`].
@@ -508,22 +508,22 @@ impl Transmission {
     /// Waits for more of a payload, of which so much has not come, or for whatever else has to be done.
     fn wait_for_more(&mut self, rest: usize) -> Outcome {
         self.send()?;
-        // A shorter one is as good as here; what the store has done is taken meanwhile.
-        let looks = rest >= LONG_REST || !self.tasks_in_flight();
-        if looks && self.look_for_rest() {
-            // What has been encrypted meanwhile goes to the store.
-            self.take_done()?;
-            if let Some(ring) = self.ring.as_mut() {
-                ring.submit()?;
+        let busy = self.tasks_in_flight();
+        let found = (rest >= LONG_REST || !busy) && self.look_for_rest();
+        match (busy, found) {
+            // What has ended meanwhile is not to wait until the client has sent all.
+            (true, true) => self.take_ended(),
+            (true, false) => {
+                self.watch = WATCH_CREDIT;
+                self.wait_and_watch()
             }
-        } else if self.tasks_in_flight() {
-            self.watch = WATCH_CREDIT;
-            return self.wait_and_watch();
-        } else {
-            // A client that is slow to send is not cut off by a fence: it is told like any other.
-            self.wait_beside_waker(self.stream.as_fd(), PollFlags::POLLIN, PollTimeout::NONE);
+            (false, true) => self.notice_fence(),
+            (false, false) => {
+                // A client that is slow to send is not cut off by a fence: it is told like any other.
+                self.wait_beside_waker(self.stream.as_fd(), PollFlags::POLLIN, PollTimeout::NONE);
+                self.notice_fence()
+            }
         }
-        self.notice_fence()
     }
 
     fn discard_payload(&mut self, mut left: u64) -> Outcome {

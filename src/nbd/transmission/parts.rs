@@ -280,6 +280,18 @@ impl Transmission {
         self.wait(Some(until), false)
     }
 
+    /// Goes on with what has ended, without sleeping.
+    pub(super) fn take_ended(&mut self) -> Outcome {
+        if self.ring.as_mut().is_some_and(Ring::has_ended) {
+            return self.wait_until(Instant::now());
+        }
+        if let Some(ring) = self.ring.as_mut() {
+            ring.submit()?;
+        }
+        self.notice_fence()?;
+        self.take_done()
+    }
+
     fn wait(&mut self, until: Option<Instant>, watches: bool) -> Outcome {
         if self.given_up {
             // It may be long until the store is done, and nobody else wipes meanwhile.
@@ -316,16 +328,19 @@ impl Transmission {
             }
         }
         self.ended = ended;
+        if matches!(waited, Ok(true)) {
+            self.client.awake();
+        }
+        // Before anything that it gives up is handed to the store.
+        finished = finished.and(self.notice_fence());
         finished = finished.and(self.take_done());
         if !self.later.is_empty() {
             finished = finished.and(self.start_due());
         }
         self.given_up &= self.parts.len() > 0;
         finished?;
-        if waited? {
-            self.client.awake();
-        }
-        self.notice_fence()
+        waited?;
+        Ok(())
     }
 
     /// Acts on a fence that has closed since the last look.
@@ -333,17 +348,16 @@ impl Transmission {
         let (stance, closings) = self.export.look();
         let news = closings != self.closings;
         match stance {
-            Stance::Serving if news && self.export.holds() => {
+            Stance::Serving | Stance::Held if news && self.export.holds() => {
                 self.let_go()?;
-                self.holding = false;
-                Ok(())
+                // Somebody in there may have waited for what is to be known now.
+                self.notice_fence()
             }
             Stance::Serving if news => self.give_up_in_flight(),
             Stance::Serving => {
                 self.holding = false;
                 Ok(())
             }
-            Stance::Held if news => self.let_go(),
             Stance::Held => Ok(()),
             Stance::Refusing if news || self.holding => {
                 self.holding = false;
@@ -434,7 +448,7 @@ impl Transmission {
 }
 
 impl Part {
-    /// A write that a thread beside the connection's own does, which has the claim as well.
+    /// A write that is left to the thread beside the connection's own.
     pub(super) fn write(task: usize, at: SectorRange, held: usize, durability: Durability) -> Self {
         Self { held, durability, ..Self::bare(Some(task), at, "write") }
     }
