@@ -140,11 +140,14 @@ fn a_denial_is_seen_by_prometheus_and_so_is_its_end() {
     }
 
     daemon.ok(&["dev", "key", "enable", &key]);
+    let restores =
+        |page: &str| value(page, "byokd_volume_restores_total{volume=\"v\",outcome=\"ok\"}");
+    // Requests are served a moment before that is counted.
     until("its end is told", || {
         page = scrape(&address);
-        state(&page, "serving") == 1.0
+        state(&page, "serving") == 1.0 && restores(&page) > 0.0
     });
-    assert_eq!(value(&page, "byokd_volume_restores_total{volume=\"v\",outcome=\"ok\"}"), 1.0);
+    assert_eq!(restores(&page), 1.0);
     // A volume that is forgotten leaves no series.
     daemon.ok(&["detach", "v"]);
     daemon.ok(&["volume", "forget", "v"]);
