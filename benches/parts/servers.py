@@ -164,8 +164,8 @@ def _byokd(place, scratch, size, plain):
         key = ctl("dev", "key", "create")
         # It makes a file itself; of a device, a size of 0 is all of it.
         backing = place.store("byokd", size + BYOKD_HEADER) if place.loop else place.directory / "byokd.img"
-        size = ("--size", 0) if place.loop else ("--size", size, "--preallocate")
-        ctl("volume", "create", "v", "--backing", backing, *size, "--key", key, "--purpose", "zeebe")
+        extent = ("--size", 0) if place.loop else ("--size", size, "--preallocate")
+        ctl("volume", "create", "v", "--backing", backing, *extent, "--key", key, "--purpose", "zeebe")
         ctl("attach", "v")
         run("nbdcopy", plain, server.uri)
         failed.pop_all()

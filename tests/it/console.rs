@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::metrics::address;
-use crate::support::{Daemon, have, nbdsh, run, until};
+use crate::support::{Daemon, have, in_memory, nbdsh, run, until};
 
 /// The Python that has what tests/install/browser.sh installs.
 pub(crate) fn python() -> Option<PathBuf> {
@@ -57,7 +57,7 @@ fn the_console_asks_for_the_token_and_shows_nothing_without_it() {
     if !have(&["chromium", "chromedriver"]) {
         return;
     }
-    let place = tempfile::tempdir_in("/dev/shm").unwrap();
+    let place = in_memory();
     let token = place.path().join("token");
     std::fs::write(&token, "0123456789abcdef\n").unwrap();
     std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o600)).unwrap();

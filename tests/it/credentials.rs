@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use crate::customer::Customer;
-use crate::support::{Daemon, have, nbdsh, until};
+use crate::support::{Daemon, have, in_memory, nbdsh, until};
 
 /// How a source of credentials answers.
 #[derive(Clone, Copy, PartialEq)]
@@ -205,7 +205,7 @@ fn a_pod_without_sts_keeps_its_volumes() {
     }
     let customer = Customer::new();
     let source = Source::new(Mood::Gives);
-    let place = tempfile::tempdir_in("/dev/shm").unwrap();
+    let place = in_memory();
     let token = place.path().join("token");
     let write_token = |path: &Path| std::fs::write(path, "an.identity.token").unwrap();
     write_token(&token);

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
-use crate::support::{Daemon, run};
+use crate::support::{Daemon, in_memory, run};
 
 /// A key service with one key, and what a customer's console is to it.
 pub(crate) struct Customer {
@@ -29,7 +29,7 @@ pub(crate) struct Customer {
 
 impl Customer {
     pub(crate) fn new() -> Self {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = in_memory();
         let runtime = Runtime::new().unwrap();
         let kms = runtime.block_on(DevKms::start(dir.path(), DEV_REGION)).unwrap();
         let config = aws_sdk_kms::Config::builder()

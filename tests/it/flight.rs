@@ -19,7 +19,7 @@ use crate::backing::HangingDisk;
 use crate::hold::{export, key, make, open, serve_in};
 use crate::mounts::can_mount;
 use crate::raw::{DISC, FLUSH, READ, Raw, WRITE, WRITE_ZEROES, request};
-use crate::support::{PATIENCE, until};
+use crate::support::{PATIENCE, in_memory, on_disk, until};
 
 const SECTOR: u64 = 4096;
 const PERM: u32 = 1;
@@ -53,7 +53,7 @@ fn more_than_the_store_takes(client: &mut Raw) {
 
 #[test]
 fn what_was_refused_before_the_store_had_it_never_gets_there() {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let dir = on_disk();
     let export = export(dir.path(), None);
     let socket = serve_in(dir.path(), &export);
     let mut client = Raw::connected(&socket, "v");
@@ -82,7 +82,7 @@ fn what_was_refused_before_the_store_had_it_never_gets_there() {
 
 #[test]
 fn a_fence_that_was_closed_for_good_is_opened_by_no_key() {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let dir = on_disk();
     let export = export(dir.path(), Some(Duration::from_secs(60)));
     let socket = serve_in(dir.path(), &export);
     let mut client = Raw::connected(&socket, "v");
@@ -112,7 +112,7 @@ fn on_a_disk_that_hangs(
     if !can_mount(&["nbdkit"]) {
         return None;
     }
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let made = dir.path().join("v.img");
     make(&made);
     let disk = HangingDisk::new();
@@ -246,7 +246,7 @@ fn a_key_that_is_back_does_not_wait_for_a_connection_that_waits_for_it() {
 /// The store told the daemon before this one, and tells it once.
 #[test]
 fn the_kernels_first_flush_after_a_failed_last_one_fails_and_no_other() {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let dir = on_disk();
     let export = export(dir.path(), None);
     let (tell, told) = mpsc::channel();
     export.unflushed().since_before(move || tell.send(()).unwrap());

@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use tracing_subscriber::filter::EnvFilter;
 
 use crate::mounts::can_mount;
-use crate::support::{Daemon, JOURNALED, Running, run, until, unwrap_token};
+use crate::support::{Daemon, JOURNALED, Running, in_memory, run, until, unwrap_token};
 
 type Entry = BTreeMap<String, Vec<u8>>;
 
@@ -55,7 +55,7 @@ fn a_denial_is_in_the_journal_with_its_volume_key_and_request() {
     if !can_mount(&["unshare", "cryptsetup"]) {
         return;
     }
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let journald = UnixDatagram::bind(dir.path().join("socket")).unwrap();
     let entries = listen(journald);
     let daemon = Daemon::journaled(dir);
@@ -159,7 +159,7 @@ fn a_panic_is_in_the_journal() {
     if !can_mount(&["unshare"]) {
         return;
     }
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let entries = listen(UnixDatagram::bind(dir.path().join("socket")).unwrap());
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-euc", JOURNALED]);

@@ -25,7 +25,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::hold::{held_export, key};
 use crate::raw::{Raw, request};
-use crate::support::until;
+use crate::support::{in_memory, until};
 
 /// A customer's decisions, without a KMS.
 #[derive(Default)]
@@ -125,7 +125,7 @@ impl Kept {
 
 #[test]
 fn a_fence_needs_no_thread_that_other_work_may_use_up() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let runtime = Builder::new_multi_thread()
         .worker_threads(1)
         .max_blocking_threads(1)
@@ -154,7 +154,7 @@ fn a_fence_needs_no_thread_that_other_work_may_use_up() {
 
 #[test]
 fn a_denial_is_recorded_that_follows_a_fault_of_our_own_with_the_same_words() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let runtime = Runtime::new().unwrap();
     let kept = Kept::start(&runtime, dir.path(), Duration::from_secs(2), Vec::new());
     kept.will.fails.store(true, Ordering::SeqCst);
@@ -169,7 +169,7 @@ fn a_denial_is_recorded_that_follows_a_fault_of_our_own_with_the_same_words() {
 
 #[test]
 fn a_restore_under_way_keeps_neither_an_operator_nor_requests_waiting() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let runtime = Runtime::new().unwrap();
     let kept = Kept::start(&runtime, dir.path(), Duration::from_secs(2), Vec::new());
     let table = ExportTable::new();

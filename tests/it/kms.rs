@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::customer::Customer;
 use crate::matrix::{Row, matrix};
-use crate::support::{Daemon, have, nbdsh, output, until};
+use crate::support::{Daemon, have, in_memory, nbdsh, output, until};
 
 /// How long a probe may take here, and what a busy machine may add.
 const LIMIT: Duration = Duration::from_millis(500 + 250);
@@ -506,7 +506,7 @@ fn the_policy_that_is_printed_is_enough_and_no_more() {
 
 #[test]
 fn without_ca_certificates_the_daemon_says_so_at_its_start_and_needs_none_for_plain_http() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let (bundle, none) = (dir.path().join("empty.pem"), dir.path().join("none"));
     std::fs::write(&bundle, "").unwrap();
     let missing = [("SSL_CERT_FILE", &bundle), ("SSL_CERT_DIR", &none)];
@@ -525,7 +525,7 @@ fn without_ca_certificates_the_daemon_says_so_at_its_start_and_needs_none_for_pl
     assert!(said.contains("no CA certificates"), "{said}");
     assert!(said.contains("Install the package ca-certificates"), "{said}");
     let env = missing.map(|(name, path)| (name.to_owned(), path.display().to_string()));
-    let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
+    let elsewhere = in_memory();
     let daemon = Daemon::start_with(elsewhere, env.to_vec());
     daemon.volume("v", "1M", &daemon.key());
     assert_eq!(daemon.state("v"), "serving", "{}", daemon.log());

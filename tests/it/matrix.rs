@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use crate::customer::Customer;
 use crate::metrics::get;
-use crate::support::{Daemon, PATIENCE, run};
+use crate::support::{Daemon, PATIENCE, in_memory, run};
 
 /// A fault, and what a probe that meets it has to say.
 pub(crate) struct Row {
@@ -244,7 +244,7 @@ struct Met {
 
 impl Stage {
     fn new(customer: &Customer, rows: Vec<Row>) -> Self {
-        let place = tempfile::tempdir_in("/dev/shm").unwrap();
+        let place = in_memory();
         let socket = place.path().join("http.sock");
         // It probes when it is told to, and when it has to make certain.
         let lease =

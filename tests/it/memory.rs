@@ -522,7 +522,7 @@ fn a_key_that_was_made_does_not_wait_for_a_store_that_hangs() {
 
 /// What is found in a core of `pid` that root makes by force, with gdb.
 fn found_in_core(scene: &Scene) -> Vec<&'static str> {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let pid = scene.daemon.pid();
     run(Command::new("gcore").arg("-o").arg(dir.path().join("core")).arg(pid.to_string()));
     let core = std::fs::read(dir.path().join(format!("core.{pid}"))).unwrap();
@@ -660,25 +660,25 @@ fn nothing_in_the_clear_waits_for_a_store_that_hangs() {
 #[test]
 fn a_large_piece_that_finds_a_store_full_and_hanging_is_given_up_with_the_rest() {
     /// What a ring of 128 takes besides what is watched.
-    const FULL: u64 = 125;
+    const FULL: u32 = 125;
     const MORE: usize = 10;
     if !can_scan() || !can_mount(&["nbdsh", "nbdkit"]) {
         return;
     }
     let (scene, disk) = Scene::on_a_disk_that_can_hang();
     let data = scene.plain.repeat((1 << 20) / PLAIN);
-    let reads = |from| (from..).map(|n| request(0, READ, n, n << 12, 4096));
+    let reads = |from: u32| (u64::from(from)..).map(|n| request(0, READ, n, n << 12, 4096));
     disk.signal("-STOP");
     let mut client = Raw::connected(&scene.daemon.dir.path().join("nbd/w.sock"), "w");
     for read in reads(0).take(usize::try_from(FULL).unwrap()) {
         client.send(&read);
     }
-    until("the ring is full", || scene.in_flight("w") >= 125.0);
-    client.send(&[request(0, WRITE, FULL, 4 << 20, 1 << 20), data.clone()].concat());
+    until("the ring is full", || scene.in_flight("w") >= f64::from(FULL));
+    client.send(&[request(0, WRITE, FULL.into(), 4 << 20, 1 << 20), data.clone()].concat());
     client.send(&reads(FULL + 1).take(MORE).collect::<Vec<_>>().concat());
     // With one processor nothing more is looked at before it can be written.
-    let taken = if available_parallelism().unwrap().get() > 1 { 127.0 } else { 126.0 };
-    until("it has been encrypted elsewhere, or waits", || scene.in_flight("w") >= taken);
+    let taken = FULL + if available_parallelism().unwrap().get() > 1 { 2 } else { 1 };
+    until("it has been encrypted elsewhere, or waits", || scene.in_flight("w") >= f64::from(taken));
     scene.customer.set_enabled(false);
     until("the volume is fenced", || scene.daemon.state("w") == "fenced");
     assert!(scene.found().is_empty(), "fenced, and the store hangs: {:?}", scene.found());

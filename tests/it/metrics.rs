@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use byokd::metrics::table;
 use tempfile::TempDir;
 
-use crate::support::{Daemon, have, nbdsh, until};
+use crate::support::{Daemon, have, in_memory, nbdsh, until};
 
 /// The status and body of a GET over an open connection.
 pub(crate) fn get(mut stream: impl Read + Write, path: &str, headers: &str) -> (u16, String) {
@@ -166,7 +166,7 @@ impl Guarded {
     pub(crate) const TOKEN: &str = "Authorization: Bearer 0123456789abcdef\r\n";
 
     pub(crate) fn start() -> Self {
-        let place = tempfile::tempdir_in("/dev/shm").unwrap();
+        let place = in_memory();
         let (token, socket) = (place.path().join("token"), place.path().join("http.sock"));
         std::fs::write(&token, "0123456789abcdef\n").unwrap();
         std::fs::set_permissions(&token, Permissions::from_mode(0o600)).unwrap();

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 use crate::customer::Customer;
 use crate::metrics::{address, get, scrape, value};
-use crate::support::{Daemon, Running, have, nbdsh, output, run, until};
+use crate::support::{Daemon, Running, have, in_memory, nbdsh, output, run, until};
 
 const RULES: [&str; 2] = ["monitoring/alerts.yml", "monitoring/slo.yml"];
 
@@ -136,7 +136,7 @@ impl Tests {
     }
 
     fn run(self) {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = in_memory();
         let files = RULES.map(|file| format!("  - {}\n", root().join(file).display())).concat();
         let text =
             format!("rule_files:\n{files}evaluation_interval: {INTERVAL}s\ntests:\n{}", self.0);
@@ -187,7 +187,7 @@ struct Scene {
 impl Scene {
     fn new() -> Self {
         let customer = Customer::new();
-        let place = tempfile::tempdir_in("/dev/shm").unwrap();
+        let place = in_memory();
         let socket = place.path().join("http.sock");
         let settings = customer.settings("", "probe_interval = \"1s\"\n");
         let settings = format!("[http]\nsocket = \"{}\"\n{settings}", socket.display());
@@ -418,7 +418,7 @@ struct Prometheus {
 
 impl Prometheus {
     fn of(daemon: &str) -> Self {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = in_memory();
         let files = RULES.map(|file| format!("  - {}\n", root().join(file).display())).concat();
         let settings = format!(
             "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files:\n{files}\

@@ -13,7 +13,7 @@ use byokd::log;
 use serde_json::Value;
 use tracing_subscriber::filter::EnvFilter;
 
-use crate::support::{Daemon, PATIENCE, Running, have, nbdsh, run, until, unwrap_token};
+use crate::support::{Daemon, PATIENCE, Running, have, in_memory, nbdsh, run, until, unwrap_token};
 
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 
@@ -94,7 +94,7 @@ fn a_denial_arrives_at_a_collector_with_its_volume_key_and_request() {
         return;
     }
     let (_collector, url, told) = collector(&python);
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let env = [
         (ENDPOINT, url.as_str()),
         ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20t-1"),
@@ -188,7 +188,7 @@ fn a_collector_that_hangs_holds_neither_a_fence_nor_a_stop_back() {
     // A second for the collector; the rest is for machines with much to do.
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
 
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let daemon = Daemon::start_with(dir, vec![(ENDPOINT.to_owned(), url)]);
     let key = daemon.key();
     daemon.volume("v", "8M", &key);

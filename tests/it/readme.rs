@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::{Daemon, have, run};
+use crate::support::{Daemon, have, in_memory, run};
 
 const README: &str = include_str!("../../README.md");
 
@@ -51,7 +51,7 @@ fn the_trial_by_hand_works() {
     if !have(&["nbdinfo", "nbdsh", "cryptsetup"]) {
         return;
     }
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let said = run(shell(&commands("Try it by hand")).current_dir(dir.path()));
     for word in ["b'hello'", "FENCED", "DisabledException", "serving", "byokd-aws-kms"] {
         assert!(said.contains(word), "{word}: {said}");

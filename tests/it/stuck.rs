@@ -19,7 +19,7 @@ use crate::customer::Customer;
 use crate::metrics::{address, scrape, value};
 use crate::mounts::{Frozen, LoopDevice, Mount, can_mount};
 use crate::raw::{READ, Raw, request};
-use crate::support::{Daemon, Running, have, nbdsh, run, until};
+use crate::support::{Daemon, Running, have, in_memory, nbdsh, run, until};
 
 /// A pipe that nobody reads and that takes nothing more once it is [`fill`]ed.
 fn pipe(path: &Path) -> File {
@@ -55,7 +55,7 @@ fn a_log_that_nobody_reads_holds_neither_a_fence_nor_a_stop_back() {
     if !have(&["nbdsh"]) {
         return;
     }
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let mut log = pipe(&dir.path().join("log"));
     let mut daemon = Daemon::start_in(dir);
     let key = daemon.key();

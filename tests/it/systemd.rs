@@ -18,7 +18,7 @@ use nix::unistd::{Pid, close, mkfifo};
 use crate::backing::HangingDisk;
 use crate::mounts::can_mount;
 use crate::raw::{READ, Raw, request};
-use crate::support::{Daemon, PATIENCE, Running, run, until};
+use crate::support::{Daemon, PATIENCE, Running, in_memory, run, until};
 
 /// What systemd is to the service.
 struct Manager {
@@ -30,14 +30,14 @@ struct Manager {
 
 impl Manager {
     fn at_a_path() -> Self {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = in_memory();
         let path = dir.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
         Self { socket, name: path.to_str().unwrap().to_owned(), _dir: dir }
     }
 
     fn abstractly() -> Self {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = in_memory();
         let name = dir.path().join("notify").to_str().unwrap().to_owned();
         let address = SocketAddr::from_abstract_name(&name).unwrap();
         let socket = UnixDatagram::bind_addr(&address).unwrap();
@@ -98,7 +98,7 @@ fn what_it_is(fd: RawFd) -> std::path::PathBuf {
 }
 
 fn ready_with_its_volumes_and_a_word_for_each_change(manager: &Manager) {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let mut daemon = Daemon::start_with(dir, vec![manager.env()]);
     let first = manager.hears_line("READY=1");
     assert!(first.contains("STATUS=0 volumes serving"), "{first}");
@@ -140,7 +140,7 @@ fn a_manager_at_an_abstract_address_is_told_as_well() {
 #[test]
 fn the_watchdog_hears_nothing_while_a_part_stands_still() {
     let manager = Manager::abstractly();
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let watchdog = ("WATCHDOG_USEC".to_owned(), "1000000".to_owned());
     let daemon = Daemon::start_with(dir, vec![manager.env(), watchdog]);
     manager.hears_line("WATCHDOG=1");
@@ -233,7 +233,7 @@ fn kernel_without_devices(daemon: &Daemon, silent: usize) {
 #[test]
 fn ready_is_said_though_a_store_hangs() {
     let manager = Manager::abstractly();
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let mut daemon = Daemon::start_with(dir, vec![manager.env()]);
     manager.hears_line("READY=1");
     let key = daemon.key();
@@ -304,7 +304,7 @@ fn connections_of_devices_are_stored_however_long_their_volumes_take_to_end() {
         return;
     }
     let manager = Manager::abstractly();
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let daemon = Daemon::start_with(dir, vec![manager.env()]);
     // It goes before the daemon, which could not end without it.
     let disk = HangingDisk::new();
@@ -335,7 +335,7 @@ fn connections_of_devices_are_stored_however_long_their_volumes_take_to_end() {
 #[test]
 fn a_start_that_fails_leaves_the_connections_of_devices_with_systemd() {
     let manager = Manager::abstractly();
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let (_ours, theirs) = UnixStream::pair().unwrap();
@@ -360,7 +360,7 @@ fn a_start_that_fails_leaves_the_connections_of_devices_with_systemd() {
 #[test]
 fn descriptors_that_nobody_knows_are_closed_with_a_word() {
     let manager = Manager::abstractly();
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let log = dir.path().join("log");
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     // The shell puts them where systemd would: a socket as 3, something else as 4.

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tempfile::TempDir;
 
 use crate::metrics::value;
-use crate::support::{Daemon, have, output, run, until};
+use crate::support::{Daemon, have, in_memory, output, run, until};
 
 const TOKEN: &str = "0123456789abcdef";
 const DAY: f64 = 86_400.0;
@@ -18,7 +18,7 @@ struct Files(TempDir);
 
 impl Files {
     fn new() -> Self {
-        let files = Self(tempfile::tempdir_in("/dev/shm").unwrap());
+        let files = Self(in_memory());
         files.write("token", TOKEN);
         files
     }

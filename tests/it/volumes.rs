@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::customer::Customer;
 use crate::mounts::{Mount, can_mount};
-use crate::support::{Daemon, Running, have, nbdsh, output, run, until, unwrap_token};
+use crate::support::{Daemon, Running, have, in_memory, nbdsh, output, run, until, unwrap_token};
 
 const DENIED: i32 = 3;
 const WRONG_STATE: i32 = 5;
@@ -318,7 +318,7 @@ fn what_is_left_of_the_allowance_is_as_it_is_when_it_is_asked_for() {
 
 #[test]
 fn a_trial_serves_http_where_it_is_told_to() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = in_memory();
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let mut byokd = Command::new(env!("CARGO_BIN_EXE_byokd"));
     let port = free.port().to_string();

@@ -74,9 +74,7 @@ impl Transmission {
         self.holding = true;
         self.take_all_done()?;
         // What was begun is not begun later.
-        if let Some(ring) = self.ring.as_mut() {
-            ring.submit()?;
-        }
+        self.submit_queued()?;
         let mut read = Vec::new();
         for task in self.tasks.iter_mut().filter(|task| task.whole.iter().any(Option::is_some)) {
             task.again = true;

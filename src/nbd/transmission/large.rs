@@ -12,7 +12,7 @@ use crate::buffer::{Ciphertext, Plaintext};
 use crate::nbd::transmission::aside::{Aside, Done, End, Hand, Work};
 use crate::nbd::transmission::retry::Later;
 use crate::nbd::transmission::{Data, Outcome, Part, Transmission};
-use crate::store::uring::{Completion, Op, Ring};
+use crate::store::uring::{Completion, Op};
 use crate::store::{Durability, Speed};
 use crate::turns;
 use crate::units::SectorRange;
@@ -220,7 +220,7 @@ impl Transmission {
         }
         self.submit(part, op)?;
         // It may be long until the ring is looked at again.
-        Ok(self.ring.as_mut().map_or(Ok(()), Ring::submit)?)
+        Ok(self.submit_queued()?)
     }
 
     /// The fence was closed before a part was encrypted: it is done here, if it is to be done at all.

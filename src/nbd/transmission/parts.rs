@@ -107,6 +107,11 @@ impl Transmission {
         Ok(())
     }
 
+    /// Hands the kernel what the ring has not yet handed it.
+    pub(super) fn submit_queued(&mut self) -> io::Result<()> {
+        self.ring.as_mut().map_or(Ok(()), Ring::submit)
+    }
+
     /// A part that the store does not have is not done any more.
     pub(super) fn abandon(&mut self, part: Part, op: Op) -> Outcome {
         let task = part.task;
@@ -285,9 +290,7 @@ impl Transmission {
         if self.ring.as_mut().is_some_and(Ring::has_ended) {
             return self.wait_until(Instant::now());
         }
-        if let Some(ring) = self.ring.as_mut() {
-            ring.submit()?;
-        }
+        self.submit_queued()?;
         self.notice_fence()?;
         self.take_done()
     }

@@ -31,9 +31,7 @@ impl Transmission {
             return Ok(());
         }
         // What the ring has not seen yet starts before the peer is waited for.
-        if let Some(ring) = self.ring.as_mut() {
-            ring.submit()?;
-        }
+        self.submit_queued()?;
         let mut parts = Vec::with_capacity(self.outbox.len() * 2);
         for reply in &self.outbox {
             match reply {
